@@ -1,0 +1,45 @@
+"""align-cbrl: incentive alignment by contextual bilevel reinforcement learning.
+
+A leader sets incentives x, chance draws a context, and a follower trains its own policy to best-respond; `HPGD` ascends
+what the leader wants through that best response, from the follower's samples only. The same estimator serves exact
+tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing this package imports torch only.
+"""
+
+from align_cbrl.critics import FittedCritic, GroupCritic
+from align_cbrl.errors import CheckpointError, InputError, RunStopped
+from align_cbrl.hpgd import HPGD, HPGDConfig
+from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
+from align_cbrl.objectives import ExpectedUtility, KLPriced
+from align_cbrl.problem import Critic, Critique, Evaluation, Follower, Leader, Objective, Problem
+from align_cbrl.rollouts import Rollouts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # what passes between the two worlds
+    "Rollouts",
+    # the contracts
+    "Leader",
+    "Objective",
+    "Evaluation",
+    "Follower",
+    "Critic",
+    "Critique",
+    "Problem",
+    # what the leader wants
+    "ExpectedUtility",
+    "KLPriced",
+    # how its gradient is estimated
+    "Hypergradient",
+    "PolicyResponse",
+    "DirectOnly",
+    "GroupCritic",
+    "FittedCritic",
+    # the loop
+    "HPGD",
+    "HPGDConfig",
+    # what can go wrong
+    "InputError",
+    "RunStopped",
+    "CheckpointError",
+]

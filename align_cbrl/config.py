@@ -1,0 +1,339 @@
+"""Configurations: YAML files and `key.sub=value` overrides to typed, nested dataclasses, and back to a fingerprint."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from align_cbrl.errors import InputError
+
+T = TypeVar("T")
+Path_ = tuple[str, ...]  # where a value stands in a configuration: ("hpgd", "steps")
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-3 as a string
+
+
+def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """A `cls` from its defaults, then the YAML file at `path`, then `overrides`.
+
+    Args:
+        cls: a dataclass; its fields may be numbers, strings, booleans, paths, None-unions, literals, lists, tuples,
+            dictionaries and other dataclasses.
+        path: a YAML file holding a mapping, or None for the defaults.
+        overrides: `key=value` or `key.sub=value`, the values read as YAML; list items are numbered
+            from 0, as in `rewards.0.weight=1`.
+
+    Raises:
+        InputError: a file that is missing or is not a YAML mapping, a key that does not exist (the message lists the
+            near ones), a missing key, a value of the wrong type, or one that the dataclass itself refuses.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Config:
+        ...     steps: int = 10
+        ...     lr: float = 0.1
+        >>> load_config(Config, None, ["lr=1e-3"])
+        Config(steps=10, lr=0.001)
+    """
+    source = "defaults" if path is None else str(path)
+    tree = {} if path is None else _read_mapping(path)
+    in_file = copy.deepcopy(tree)
+    sources: dict[Path_, str] = {}
+    for override in overrides:
+        keys = _apply(tree, override)
+        sources[keys] = f"--set {override}"
+    return _Builder(source, in_file, sources).dataclass(cls, tree, (), None)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries, lists, numbers and strings, ready for JSON or YAML.
+
+    Raises:
+        InputError: when `config` is not an instance of a dataclass, or holds something that is not plain data.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise InputError(f"to_dict: expected an instance of a dataclass, got {config!r}")
+    plain: dict[str, Any] = _plain(config, ())
+    return plain
+
+
+def fingerprint(config: Any) -> str:
+    """The SHA-256 of a configuration (a dataclass or a mapping): equal exactly when all values are equal.
+
+    Example:
+        >>> fingerprint({"steps": 1, "lr": 0.1}) == fingerprint({"lr": 0.1, "steps": 1})
+        True
+    """
+    canonical = json.dumps(_plain(config, ()), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def nearest(word: str, options: Collection[str]) -> str:
+    """The end of an error message about an unknown `word`: what was probably meant, and what there is.
+
+    Example:
+        >>> nearest("setps", ["steps", "seed"])
+        "did you mean 'steps'? There are: seed, steps"
+    """
+    if not options:
+        return "there are none"
+    names = sorted(options)
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    there_are = f"here are: {', '.join(names)}" if len(names) <= 20 else f"here are {len(names)} names"
+    if not close:
+        return f"t{there_are}"
+    return f"did you mean {' or '.join(map(repr, close))}? T{there_are}"
+
+
+class _Builder:
+    """Builds typed values out of a YAML tree; knows which file or override every value came from, for the errors."""
+
+    def __init__(self, source: str, in_file: Any, sources: dict[Path_, str]) -> None:
+        self._source = source
+        self._in_file = in_file
+        self._sources = sources
+
+    def dataclass(self, cls: type[T], tree: Any, at: Path_, default: Any) -> T:
+        """A `cls`; fields that `tree` leaves out come from `default`, an instance of `cls`, where there is one."""
+        if not isinstance(tree, Mapping):
+            raise self._error(at, f"expected a mapping of {cls.__name__}'s fields, got {_describe(tree)}")
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        hints = get_type_hints(cls)
+        for key in tree:
+            if key not in fields:
+                raise self._error((*at, str(key)), f"unknown key; {nearest(str(key), fields)}")
+        values: dict[str, Any] = {}
+        for name, field in fields.items():
+            fallback = getattr(default, name) if default is not None else _default(field)
+            if name in tree:
+                values[name] = self.value(hints[name], tree[name], (*at, name), fallback)
+            elif fallback is not dataclasses.MISSING:
+                values[name] = fallback
+            else:
+                raise self._error((*at, name), f"is required: expected {_type_name(hints[name])}")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{self._where(at)}: {error}") from error
+
+    def value(self, hint: Any, given: Any, at: Path_, default: Any = dataclasses.MISSING) -> Any:
+        """`given` as a value of the type `hint`."""
+        origin, arguments = get_origin(hint), get_args(hint)
+        if hint is Any or isinstance(hint, TypeVar):
+            return given
+        if origin in (Union, types.UnionType):
+            return self._union(hint, given, at, default)
+        if origin is Literal:
+            if given in arguments and type(given) in {type(a) for a in arguments}:
+                return given
+            options = [str(a) for a in arguments]
+            raise self._error(
+                at, f"expected {_type_name(hint)}, got {_describe(given)}; {nearest(str(given), options)}"
+            )
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            return self.dataclass(hint, given, at, default if isinstance(default, hint) else None)
+        container = origin or hint
+        if container in (list, Sequence, tuple, set, frozenset):
+            return self._sequence(hint, container, arguments, given, at)
+        if container in (dict, Mapping):
+            if not isinstance(given, Mapping):
+                raise self._wrong(at, hint, given)
+            key, item = arguments or (Any, Any)
+            return {self.value(key, k, (*at, str(k))): self.value(item, v, (*at, str(k))) for k, v in given.items()}
+        return self._scalar(hint, given, at)
+
+    def _scalar(self, hint: Any, given: Any, at: Path_) -> Any:
+        if hint is type(None) and given is None:
+            return None
+        if hint is float:
+            if isinstance(given, str) and _NUMBER.fullmatch(given):
+                return float(given)
+            if isinstance(given, (int, float)) and not isinstance(given, bool):
+                return float(given)
+        elif hint is int:
+            if isinstance(given, int) and not isinstance(given, bool):
+                return given
+        elif hint is Path:
+            if isinstance(given, str):
+                return Path(given)
+        elif isinstance(hint, type) and isinstance(given, hint):
+            return given
+        raise self._wrong(at, hint, given)
+
+    def _sequence(self, hint: Any, container: Any, arguments: tuple[Any, ...], given: Any, at: Path_) -> Any:
+        if not isinstance(given, (list, tuple)):
+            raise self._wrong(at, hint, given)
+        if container is tuple and arguments and arguments[-1] is not Ellipsis:
+            if len(given) != len(arguments):
+                raise self._wrong(at, hint, given)
+            items = arguments
+        else:
+            items = (arguments[0] if arguments else Any,) * len(given)
+        made = [self.value(item, v, (*at, str(i))) for i, (item, v) in enumerate(zip(items, given, strict=True))]
+        return made if container in (list, Sequence) else container(made)
+
+    def _union(self, hint: Any, given: Any, at: Path_, default: Any) -> Any:
+        members = [m for m in get_args(hint) if m is not type(None)]
+        if given is None and len(members) < len(get_args(hint)):
+            return None
+        if len(members) == 1:
+            if not _is_simple(members[0]):
+                return self.value(members[0], given, at, default)
+        elif type(given) in members:  # 3 in an `int | float` stays an int, "a" in a `float | str` a string
+            return given
+        for member in members:
+            try:
+                return self.value(member, given, at, default)
+            except InputError:
+                continue
+        raise self._wrong(at, hint, given)
+
+    def _wrong(self, at: Path_, hint: Any, given: Any) -> InputError:
+        advice = ""
+        if hint is str and isinstance(given, (bool, int, float)):
+            advice = "; put it in quotes to make it a string"
+        return self._error(at, f"expected {_type_name(hint)}, got {_describe(given)}{advice}")
+
+    def _error(self, at: Path_, message: str) -> InputError:
+        return InputError(f"{self._where(at)}: {message}")
+
+    def _where(self, at: Path_) -> str:
+        source = self._source
+        for keys, override in self._sources.items():
+            if at[: len(keys)] == keys or (at and at == keys[: len(at)] and not _contains(self._in_file, at)):
+                source = override
+        return f"{source}: {'.'.join(at)}" if at else source
+
+
+def _contains(tree: Any, at: Path_) -> bool:
+    for key in at:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read the configuration: {_reason(error)}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values, got {_describe(tree)}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> Path_:
+    """Write one `key.sub=value` into `tree`; returns the key's path."""
+    name, equals, text = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: expected key=value or key.sub=value, such as hpgd.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                raise InputError(
+                    f"--set {override}: {'.'.join(keys[:depth])} is a list of {len(node)}; expected the number of an "
+                    f"item from 0, got {key!r}"
+                )
+            position: Any = int(key)
+        elif isinstance(node, dict):
+            position = key
+        else:
+            raise InputError(f"--set {override}: {'.'.join(keys[:depth])} is {_describe(node)}, it has no {key!r}")
+        if last:
+            node[position] = value
+        elif isinstance(node, dict) and node.get(position) is None:
+            node[position] = {}
+        node = node[position]
+    return keys
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _plain(value: Any, at: Path_) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name), (*at, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, (*at, str(k))) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, (*at, str(i))) for i, v in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise InputError(f"{'.'.join(at) or 'configuration'}: expected plain data, got {_describe(value)}")
+
+
+def _is_simple(hint: Any) -> bool:
+    return hint in (int, float, str, bool, Path)
+
+
+def _type_name(hint: Any) -> str:
+    """A type as a user would say it."""
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    if hint is Path:
+        return "a path"
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if (origin or hint) in (list, Sequence, set, frozenset):
+        return f"a list, each item {_type_name(arguments[0])}" if arguments else "a list"
+    if (origin or hint) is tuple:
+        if arguments and arguments[-1] is not Ellipsis:
+            return f"a list of {len(arguments)} items: {', '.join(_type_name(a) for a in arguments)}"
+        return f"a list, each item {_type_name(arguments[0])}" if arguments else "a list"
+    if (origin or hint) in (dict, Mapping):
+        return f"a mapping, each value {_type_name(arguments[1])}" if arguments else "a mapping"
+    if hint is Any:
+        return "anything"
+    name = getattr(hint, "__name__", str(hint))
+    return f"a mapping of {name}'s fields" if dataclasses.is_dataclass(hint) else name
+
+
+def _describe(value: Any) -> str:
+    """A value as an error message shows it: what it is and, shortened, how it looks."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {int: "the integer", float: "the number", str: "the string", list: "the list", dict: "the mapping"}
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{kinds.get(type(value), type(value).__name__)} {text}"
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -1,0 +1,160 @@
+"""The pure tensor mathematics of the hypergradient and of best-response certificates.
+
+Shapes: B paths, T steps. All functions are free of state, of randomness and of the leader.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+
+
+def discount_powers(discount: float, steps: int, like: Tensor) -> Tensor:
+    """1, g, g^2, ... [steps]; 0^0 = 1, so a discount of zero keeps the first step only."""
+    exponents = torch.arange(steps, device=like.device, dtype=like.dtype)
+    return torch.as_tensor(discount, dtype=like.dtype, device=like.device) ** exponents
+
+
+def returns_to_go(step_values: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """Discounted sums to the end of the path, sum_{j >= t} g^{j-t} v_j: [B, T] to [B, T]."""
+    values = torch.where(mask, step_values, torch.zeros_like(step_values))
+    out = torch.empty_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        running = values[:, t] + discount * running
+        out[:, t] = running
+    return out
+
+
+def eligibility_trace(advantage: Tensor, mask: Tensor, discount: float, leader_discount: float) -> Tensor:
+    """The trace w_k = gamma w_{k-1} + gammaF^k A_F(s_k, a_k) with w_{-1} = 0.
+
+    A reward paid at step k moves the probability of every action that led to step k; w_k collects the leader's
+    advantage of all of them, so that one backward pass through (w_k / lambda) r_k is the whole response.
+
+    Args:
+        advantage: [B, T], the leader's advantage A_F.
+        mask: bool [B, T].
+        discount: the follower's gamma.
+        leader_discount: the leader's gammaF.
+
+    Returns:
+        w [B, T], zero where the mask is False.
+
+    Example:
+        >>> one = torch.ones(1, 3, dtype=torch.float64)
+        >>> eligibility_trace(one, one.bool(), discount=0.5, leader_discount=1.0).tolist()
+        [[1.0, 1.5, 1.75]]
+    """
+    powers = discount_powers(leader_discount, advantage.shape[1], advantage)  # [T]
+    scaled = torch.where(mask, advantage * powers, torch.zeros_like(advantage))
+    out = torch.empty_like(scaled)
+    running = torch.zeros_like(scaled[:, 0])
+    for k in range(scaled.shape[1]):
+        running = discount * running + scaled[:, k]
+        out[:, k] = running
+    return torch.where(mask, out, torch.zeros_like(out))
+
+
+def group_advantage(credit: Tensor, group: Tensor, weight: Tensor) -> Tensor:
+    """The advantage of each sample over the others of its group, unbiased for the covariance within the group.
+
+    With equal weights this is (G / (G-1)) (c_i - mean c) = c_i - mean_{j != i} c_j. With importance weights W_i that
+    sum to one over the group it is (c_i - sum_j W_j c_j) / (1 - sum_j W_j^2).
+
+    Args:
+        credit: [N], one number a sample.
+        group: long [N], samples with the same number are independent draws from one decision point.
+        weight: [N], non-negative importance weights.
+
+    Returns:
+        [N]. Samples of a group whose whole weight lies on one sample get zero: it has nothing to be compared with.
+
+    Raises:
+        InputError: a group of a single sample.
+
+    Example:
+        >>> credit = torch.tensor([1.0, 0.0, 2.0, 4.0])
+        >>> group_advantage(credit, torch.tensor([7, 7, 9, 9]), torch.ones(4)).tolist()
+        [1.0, -1.0, -2.0, 2.0]
+    """
+    groups, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    if (sizes < 2).any():
+        lonely = int(groups[(sizes < 2).nonzero()[0, 0]])
+        raise InputError(
+            f"group size: expected at least 2 samples for each decision point, got 1 for group {lonely} "
+            f"({int((sizes < 2).sum())} of {len(groups)} groups); draw group_size >= 2 completions a prompt, or use a "
+            "critic that does not compare samples with each other"
+        )
+    share = _normalise(weight, place, len(groups))
+    mean = _group_sum(share * credit, place, len(groups))[place]
+    spread = 1 - _group_sum(share * share, place, len(groups))[place]
+    lone = spread < 1e-9
+    return torch.where(lone, torch.zeros_like(credit), (credit - mean) / torch.where(lone, 1.0, spread))
+
+
+def tilt_weights(log_ratio: Tensor, group: Tensor) -> Tensor:
+    """Importance weights, with mean one in each group, that turn samples of pi into samples of pi*.
+
+    Args:
+        log_ratio: rho_i = r_x(y_i) / lambda - log(pi(y_i) / prior(y_i)) [N], nats; log(pi*/pi) up to a constant.
+        group: long [N].
+
+    Returns:
+        [N], proportional to exp(rho_i) within each group.
+
+    Example:
+        >>> tilt_weights(torch.tensor([0.0, 0.0]), torch.tensor([3, 3])).tolist()
+        [1.0, 1.0]
+    """
+    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    log_total = _group_logsumexp(log_ratio, place, len(sizes))
+    return torch.exp(log_ratio - log_total[place]) * sizes[place].to(log_ratio.dtype)
+
+
+def effective_sample_size(weight: Tensor, group: Tensor) -> Tensor:
+    """Kish's (sum W)^2 / sum W^2 of each group, between 1 and the group's size: [N] to [number of groups]."""
+    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    return 1 / _group_sum(_normalise(weight, place, len(sizes)) ** 2, place, len(sizes))
+
+
+def best_response_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
+    """How far the sampled policy is from the best response, in nats, for each group.
+
+    rho_i is constant over a prompt's completions exactly when pi = pi*, and log mean exp(rho) - mean rho >= 0 is a
+    lower bound in expectation of KL(pi || pi*) (Jensen). Times lambda it bounds the follower's regret from below.
+
+    Args:
+        log_ratio: rho_i [N] as for `tilt_weights`, for samples drawn from pi.
+        group: long [N].
+
+    Returns:
+        [number of groups], in the order of the sorted group numbers.
+
+    Example:
+        >>> best_response_gap(torch.tensor([1.5, 1.5]), torch.tensor([0, 0])).tolist()
+        [0.0]
+    """
+    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    count = sizes.to(log_ratio.dtype)
+    mean = _group_sum(log_ratio, place, len(sizes)) / count
+    return (_group_logsumexp(log_ratio, place, len(sizes)) - count.log() - mean).clamp(min=0)
+
+
+def _group_sum(value: Tensor, place: Tensor, groups: int) -> Tensor:
+    return torch.zeros(groups, dtype=value.dtype, device=value.device).index_add(0, place, value)
+
+
+def _group_logsumexp(value: Tensor, place: Tensor, groups: int) -> Tensor:
+    top = torch.full((groups,), -torch.inf, dtype=value.dtype, device=value.device)
+    top = top.scatter_reduce(0, place, value, "amax")
+    return _group_sum(torch.exp(value - top[place]), place, groups).log() + top
+
+
+def _normalise(weight: Tensor, place: Tensor, groups: int) -> Tensor:
+    total = _group_sum(weight, place, groups)[place]
+    if (total <= 0).any():
+        raise InputError("weight: the importance weights of a group are all zero; its samples carry no information")
+    return weight / total

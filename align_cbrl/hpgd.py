@@ -1,0 +1,262 @@
+"""HPGD: respond, roll out, differentiate, step, log, checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
+from align_cbrl.config import fingerprint as fingerprint_of
+from align_cbrl.errors import InputError, RunStopped
+from align_cbrl.functional import best_response_gap, effective_sample_size, tilt_weights
+from align_cbrl.hypergradient import Hypergradient, PolicyResponse
+from align_cbrl.metrics import MetricsLog
+from align_cbrl.problem import Problem
+from align_cbrl.rollouts import Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class HPGDConfig:
+    """Settings of the outer loop.
+
+    Attributes:
+        steps: leader steps.
+        contexts_per_step: contexts drawn afresh for each leader step.
+        group_size: paths (completions) per context.
+        max_gradient_norm: the leader's gradient is scaled down to this norm; None leaves it.
+        seed: of contexts and paths.
+        checkpoint_every: leader steps between checkpoints.
+        progress: show a progress bar.
+    """
+
+    steps: int = 100
+    contexts_per_step: int = 8
+    group_size: int = 8
+    max_gradient_norm: float | None = 1.0
+    seed: int = 0
+    checkpoint_every: int = 10
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "contexts_per_step", "group_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"HPGDConfig.{name}: expected a positive number, got {getattr(self, name)}")
+
+
+class HPGD:
+    """Hyper policy gradient descent (Thoma et al. 2024, algorithm 1), here an ascent of the leader's objective.
+
+    Args:
+        problem: leader, objective and follower.
+        optimizer: over the leader's parameters, made with `maximize=True`, since `.grad` holds the ascent direction.
+        hypergradient: the estimator; HPGD's own by default.
+        config: the loop's settings.
+        out: folder for metrics.jsonl and checkpoints/; None keeps everything in memory.
+        fingerprint: identifies what the run was configured with; a checkpoint of another one is refused. Defaults
+            to one of `config` and the shapes and discounts of the problem.
+
+    Attributes:
+        step: leader steps taken.
+        history: one dictionary of metrics a leader step: `step`, `objective`, `gradient_norm`, `leader_seconds`,
+            `follower_seconds`, `leader_share` (of wall time so far), the follower's own metrics and, for rollouts of
+            one step with log-probabilities, `gap` (nats to the best response, a lower bound in expectation) and
+            `effective_sample_size` (of the importance weights that would close it, as a share of the group).
+
+    Raises:
+        InputError: an optimizer that would descend.
+
+    Example:
+        >>> import toy_cmdp
+        >>> problem = toy_cmdp.random_cmdp(seed=0)
+        >>> optimizer = torch.optim.SGD(problem.leader.parameters(), lr=0.1, maximize=True)
+        >>> critic = toy_cmdp.exact.ExactCritic()
+        >>> config = HPGDConfig(steps=3, progress=False)
+        >>> run = HPGD(problem, optimizer, PolicyResponse(critic), config)
+        >>> run.run()
+        >>> len(run.history)
+        3
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: torch.optim.Optimizer,
+        hypergradient: Hypergradient | None = None,
+        config: HPGDConfig | None = None,
+        out: Path | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        if not all(group.get("maximize", False) for group in optimizer.param_groups):
+            raise InputError("optimizer: expected maximize=True, since the leader ascends; it would descend as it is")
+        self.problem = problem
+        self.optimizer = optimizer
+        self.hypergradient = PolicyResponse() if hypergradient is None else hypergradient
+        self.config = HPGDConfig() if config is None else config
+        self.out = out
+        self.fingerprint = self._default_fingerprint() if fingerprint is None else fingerprint
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._seconds = {"leader": 0.0, "follower": 0.0}
+        self._returned_at = 0.0
+        self._interrupted = False
+
+    def run(self, resume: bool = False) -> None:
+        """Take leader steps until `config.steps`.
+
+        A first Ctrl-C finishes the leader step under way, saves a checkpoint, and raises KeyboardInterrupt; a second
+        one stops at once.
+
+        Args:
+            resume: continue from the newest valid checkpoint in `out`, if there is one.
+
+        Raises:
+            KeyboardInterrupt, RunStopped: stopped early; the run can be resumed.
+            CheckpointError: the checkpoint is of another configuration, or none is valid, or the disk is full.
+        """
+        if resume and self.out is not None:
+            self._restore(self.out)
+        if self.step >= self.config.steps:
+            return
+        log = None
+        if self.out is not None:
+            log = MetricsLog(self.out / "metrics.jsonl")
+            log.truncate_after(self.step)
+        bar = tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not self.config.progress)
+        with bar, _finish_step_on_interrupt(self):
+            self._returned_at = time.perf_counter()
+
+            def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
+                row = self._leader_step(rollouts, metrics)
+                if log is not None:
+                    log.append(row)
+                bar.update()
+                bar.set_postfix(objective=f"{row['objective']:.4g}", refresh=False)
+                done = self.step >= self.config.steps
+                if done or self._interrupted or self.step % self.config.checkpoint_every == 0:
+                    self._save()
+                self._returned_at = time.perf_counter()
+                return not (done or self._interrupted)
+
+            try:
+                self.problem.follower.follow(
+                    self.problem.leader,
+                    on_rollouts,
+                    start=self.step,
+                    steps=self.config.steps,
+                    contexts_per_step=self.config.contexts_per_step,
+                    group_size=self.config.group_size,
+                    seed=self.config.seed,
+                )
+            except RunStopped:
+                self._save()  # the leader has not moved since its last whole step
+                raise
+        if self._interrupted and self.step < self.config.steps:
+            raise KeyboardInterrupt
+
+    def _leader_step(self, rollouts: Rollouts, metrics: dict[str, float]) -> dict[str, float]:
+        began = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        row = self.hypergradient.backward(self.problem, rollouts)
+        row.update(self._best_response_certificate(rollouts))
+        if self.config.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.problem.leader.project()
+        self.step += 1
+        now = time.perf_counter()
+        self._seconds["leader"] += now - began
+        self._seconds["follower"] += began - self._returned_at
+        row = {
+            "step": self.step,
+            **row,
+            **metrics,
+            "leader_seconds": now - began,
+            "follower_seconds": began - self._returned_at,
+            "leader_share": self._seconds["leader"] / sum(self._seconds.values()),
+        }
+        self.history.append(row)
+        return row
+
+    def _best_response_certificate(self, rollouts: Rollouts) -> dict[str, float]:
+        if rollouts.horizon != 1 or rollouts.log_policy is None or rollouts.log_prior is None:
+            return {}
+        with torch.no_grad():
+            reward = self.problem.leader.reward(rollouts)[:, 0].double()
+        log_policy, log_prior = (v[:, 0].to(reward) for v in (rollouts.log_policy, rollouts.log_prior))
+        log_ratio = reward / self.problem.follower.temperature - (log_policy - log_prior)
+        group = rollouts.group[:, 0].to(reward.device)
+        if rollouts.weight is None:
+            weight = tilt_weights(log_ratio, group)
+            gap = {"gap": best_response_gap(log_ratio, group).mean().item()}
+        else:  # the follower has weighted its samples already: they stand for pi*
+            weight, gap = rollouts.weight.to(reward), {}
+        size = effective_sample_size(weight, group).sum().item() / rollouts.size
+        return {**gap, "effective_sample_size": size, "kl": float((rollouts.path_weight() * (log_policy - log_prior).to(
+            rollouts.mask.device)).mean())}
+
+    def _default_fingerprint(self) -> str:
+        leader, follower = self.problem.leader, self.problem.follower
+        settings = dataclasses.asdict(self.config)
+        for name in ("steps", "checkpoint_every", "progress"):  # a resumed run may be longer, or quieter
+            del settings[name]
+        return fingerprint_of(
+            {
+                "config": settings,
+                "leader": [type(leader).__name__, {n: list(p.shape) for n, p in leader.named_parameters()}],
+                "follower": [type(follower).__name__, follower.temperature, follower.discount],
+                "hypergradient": repr(type(self.hypergradient).__name__),
+                "leader_discount": self.problem.objective.discount,
+            }
+        )
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        state = {
+            "leader": self.problem.leader.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "follower": self.problem.follower.state_dict(),
+            "history": self.history,
+            "seconds": self._seconds,
+        }
+        save_checkpoint(self.out / "checkpoints", self.step, state, fingerprint=self.fingerprint)
+
+    def _restore(self, out: Path) -> None:
+        found = load_checkpoint(out / "checkpoints", fingerprint=self.fingerprint)
+        if found is None:
+            return
+        self.step, state = found
+        self.problem.leader.load_state_dict(state["leader"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.problem.follower.load_state_dict(state["follower"])
+        self.history = state["history"]
+        self._seconds = state["seconds"]
+
+
+@contextlib.contextmanager
+def _finish_step_on_interrupt(run: HPGD) -> Iterator[None]:
+    """Turn the first SIGINT into a flag that is read between leader steps; the second acts as usual."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> Any:
+        run._interrupted = True
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

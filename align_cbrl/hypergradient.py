@@ -1,0 +1,172 @@
+"""Hypergradients: the leader's gradient through the follower's best response, from the follower's samples only."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from align_cbrl.critics import GroupCritic
+from align_cbrl.errors import InputError
+from align_cbrl.functional import discount_powers, eligibility_trace
+from align_cbrl.problem import Critic, Critique, Leader, Problem
+from align_cbrl.rollouts import Rollouts, check_finite
+
+
+class Hypergradient(abc.ABC):
+    """Fills the leader's `.grad` with an estimate of dJ/dx, the direction of *ascent*."""
+
+    @abc.abstractmethod
+    def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
+        """Add the estimate to `.grad` of the leader's parameters, and return metrics.
+
+        Metrics: `objective` (the estimated J), `gradient_norm` (of all parameters together).
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyResponse(Hypergradient):
+    """HPGD: the gradient through the Boltzmann best response, by one backward pass whatever the size of x.
+
+    With the trace w_k = gamma w_{k-1} + gammaF^k A_F(s_k, a_k), the gradient of J is the expectation of that of
+
+        value + log rho(s_0) V_F(s_0) + sum_k { (w_k / lambda) r_k + w_k log prior_k
+                 + [gammaF^{k+1} V_F(s_{k+1}) + (gamma / lambda) w_k V_lambda(s_{k+1})] log P_k }
+
+    with everything detached but the objective's value, r, log P, log rho and log prior (Thoma et al. 2024,
+    theorem 3 and proposition 1; docs/derivation.md). Completions of a language model are the case T = 1, where it is
+    the covariance of utility and reward gradient within each prompt's group, divided by the temperature.
+
+    Attributes:
+        critic: gives A_F and, for leaders that move transitions or the initial state, V_F and V_lambda.
+        chunks: into how many pieces the paths are cut for the backward pass; bounds memory, changes no result.
+
+    Raises:
+        InputError: a reward that does not depend on the leader, has another shape, or is NaN or infinite; a
+            credit that is not finite; a critic without the values that this leader needs.
+    """
+
+    critic: Critic = dataclasses.field(default_factory=GroupCritic)
+    chunks: int = 1
+
+    def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
+        """See `Hypergradient.backward`."""
+        leader, objective = problem.leader, problem.objective
+        pieces = rollouts.chunks(self.chunks)
+        before = [None if p.grad is None else p.grad.detach().clone() for p in problem.parameters]
+
+        # First pass, without graph: the whole batch's utilities, hence its credit, advantage and trace.
+        with torch.no_grad():
+            utility = torch.cat([objective.utility(leader, piece) for piece in pieces])
+        check_finite("utility", utility, rollouts)
+        with torch.enable_grad():
+            leaf = utility.detach().requires_grad_(True)
+            evaluation = objective.summarize(leaf, rollouts)
+            (direct,) = torch.autograd.grad(evaluation.value, leaf)  # [B, T]: d value / d utility
+        with torch.no_grad():
+            critique = self.critic.evaluate(problem, rollouts, evaluation.credit)
+            check_finite("advantage", critique.advantage, rollouts)
+            trace = self._trace(problem, rollouts, critique)  # [B, T]
+
+        # Second pass, chunk by chunk: the surrogate, whose weights are all known by now.
+        start = 0
+        for piece in pieces:
+            here = slice(start, start + piece.size)
+            start += piece.size
+            surrogate = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / rollouts.size
+            if objective.depends_on_leader:
+                surrogate = surrogate + _masked(direct[here] * objective.utility(leader, piece), piece).sum()
+            surrogate.backward()
+
+        return {"objective": evaluation.value.item(), "gradient_norm": _norm_of_change(problem, before)}
+
+    def _trace(self, problem: Problem, rollouts: Rollouts, critique: Critique) -> Tensor:
+        """The weight of each step in the response, [B, T]."""
+        return eligibility_trace(
+            critique.advantage,
+            rollouts.mask.to(critique.advantage.device),
+            problem.follower.discount,
+            problem.objective.discount,
+        )
+
+    def _surrogate(self, problem: Problem, piece: Rollouts, trace: Tensor, critique: Critique) -> Tensor:
+        """The sum over a chunk's paths of everything but the direct term, differentiable in x."""
+        leader, temperature = problem.leader, problem.follower.temperature
+        leader_discount = problem.objective.discount
+        reward = leader.reward(piece)
+        _check_reward(leader, reward, piece)
+        weight = piece.path_weight(reward.dtype).to(reward.device)[:, None]  # [B, 1]
+        trace = trace.to(reward.device, reward.dtype)
+        total = _masked(weight * trace / temperature * reward, piece).sum()
+
+        log_prior = leader.log_prior(piece)
+        if log_prior is not None:
+            check_finite("leader.log_prior", log_prior, piece)
+            total = total + _masked(weight * trace * log_prior, piece).sum()
+
+        log_transition = leader.log_transition(piece)
+        if log_transition is not None:
+            check_finite("leader.log_transition", log_transition, piece)
+            value = _required(critique.value, self.critic, "value")[:, 1:]
+            soft_value = _required(critique.soft_value, self.critic, "soft_value")[:, 1:]
+            powers = leader_discount * discount_powers(leader_discount, piece.horizon, trace)  # gammaF^{k+1}
+            credit = powers * value + problem.follower.discount / temperature * trace * soft_value
+            total = total + _masked(weight * credit * log_transition, piece).sum()
+
+        log_initial = leader.log_initial(piece)
+        if log_initial is not None:
+            total = total + (weight[:, 0] * _required(critique.value, self.critic, "value")[:, 0] * log_initial).sum()
+        return total
+
+
+class DirectOnly(PolicyResponse):
+    """The gradient of a leader who takes the follower's policy as given: no response term (a biased baseline).
+
+    It is what alternating retraining follows; where the utility does not depend on x it is zero.
+    """
+
+    def _trace(self, problem: Problem, rollouts: Rollouts, critique: Critique) -> Tensor:
+        return torch.zeros_like(critique.advantage)
+
+
+def _check_reward(leader: Leader, reward: Tensor, rollouts: Rollouts) -> None:
+    name = type(leader).__name__
+    if tuple(reward.shape) != tuple(rollouts.mask.shape):
+        raise InputError(
+            f"{name}.reward: expected shape {tuple(rollouts.mask.shape)} (paths, steps), got {tuple(reward.shape)}"
+        )
+    if not reward.requires_grad and leader.log_transition(rollouts) is None and leader.log_prior(rollouts) is None:
+        raise InputError(
+            f"{name}.reward does not depend on the leader's parameters, so no incentive can be learned; compute it "
+            "from them with gradients enabled (no torch.no_grad, no .detach())"
+        )
+    check_finite(f"{name}.reward", reward, rollouts)
+
+
+def _required(value: Tensor | None, critic: Critic, name: str) -> Tensor:
+    if value is None:
+        raise InputError(
+            f"{type(critic).__name__} gives no {name}, which a leader that moves transitions or the initial state needs"
+        )
+    return value
+
+
+def _masked(value: Tensor, rollouts: Rollouts) -> Tensor:
+    return torch.where(rollouts.mask.to(value.device), value, torch.zeros_like(value))
+
+
+def _rows(critique: Critique, here: slice) -> Critique:
+    return Critique(*(None if v is None else v[here] for v in (critique.advantage, critique.value, critique.soft_value)))
+
+
+def _norm_of_change(problem: Problem, before: list[Tensor | None]) -> float:
+    squares = 0.0
+    for parameter, old in itertools.zip_longest(problem.parameters, before):
+        if parameter.grad is not None:
+            change = parameter.grad if old is None else parameter.grad - old
+            squares += float(change.double().pow(2).sum())
+    return math.sqrt(squares)

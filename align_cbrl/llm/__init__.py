@@ -1,0 +1,26 @@
+"""Language models as followers, and the leaders and judges that shape them."""
+
+from align_cbrl.llm.completions import Completions, sample_completions
+from align_cbrl.llm.data import load_prompts
+from align_cbrl.llm.followers import LanguageFollower, RLOOFollower, TiltedFollower
+from align_cbrl.llm.judges import Judge
+from align_cbrl.llm.leaders import LanguageLeader, RewardMixture, RewardModelLeader, load_leader, load_reward
+from align_cbrl.llm.reward_models import RewardModel
+from align_cbrl.llm.training import train_follower
+
+__all__ = [
+    "LanguageLeader",
+    "RewardMixture",
+    "RewardModelLeader",
+    "RewardModel",
+    "load_leader",
+    "load_reward",
+    "LanguageFollower",
+    "RLOOFollower",
+    "TiltedFollower",
+    "train_follower",
+    "Judge",
+    "Completions",
+    "sample_completions",
+    "load_prompts",
+]

@@ -1,0 +1,91 @@
+"""Training a follower on a frozen reward: plain RLHF, logged and resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
+from align_cbrl.functional import best_response_gap
+from align_cbrl.llm.followers import RLOOFollower
+from align_cbrl.llm.leaders import LanguageLeader
+from align_cbrl.metrics import MetricsLog
+from align_cbrl.rollouts import Rollouts
+
+Monitor = Callable[[Rollouts], dict[str, float]]
+
+
+def train_follower(
+    follower: RLOOFollower,
+    leader: LanguageLeader,
+    steps: int,
+    *,
+    out: Path,
+    fingerprint: str,
+    monitor: Monitor | None = None,
+    log_every: int = 5,
+    checkpoint_every: int = 25,
+    progress: bool = True,
+    name: str = "follower",
+) -> None:
+    """Train `follower` for `steps` optimizer steps on the leader's present reward.
+
+    Always continues from the newest valid checkpoint in `out`.
+
+    Args:
+        follower: a fresh follower, or one to continue.
+        leader: its reward is not changed.
+        steps: optimizer steps in all.
+        out: folder for metrics.jsonl (`step`, `reward`, `kl`, `gap` in nats, and the monitor's) and checkpoints/.
+        fingerprint: of the configuration; a checkpoint of another one is refused.
+        monitor: further metrics of the newest batch.
+        log_every: steps between rows.
+        checkpoint_every: steps between checkpoints.
+        progress: show a progress bar.
+        name: beside the bar.
+
+    Raises:
+        CheckpointError: `out` holds a run of another configuration, or the disk is full.
+    """
+    found = load_checkpoint(out / "checkpoints", fingerprint=fingerprint)
+    done = 0
+    if found is not None:
+        done, state = found
+        follower.load_state_dict(state)
+    log = MetricsLog(out / "metrics.jsonl")
+    log.truncate_after(done)
+    bar = tqdm(total=steps, initial=done, desc=name, disable=not progress)
+
+    def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
+        nonlocal done
+        done += log_every
+        log.append({"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})})
+        bar.update(log_every)
+        if done % checkpoint_every < log_every or done >= steps:
+            save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
+        return True
+
+    with bar:
+        if done < steps:
+            follower.interval, follower.warmup = log_every, 0
+            follower.follow(
+                leader,
+                on_rollouts,
+                start=done // log_every,
+                steps=-(-steps // log_every),
+                contexts_per_step=follower.prompts_per_step,
+                group_size=follower.group_size,
+                seed=follower.seed,
+            )
+
+
+def _summary(follower: RLOOFollower, leader: LanguageLeader, rollouts: Rollouts) -> dict[str, float]:
+    assert rollouts.log_policy is not None and rollouts.log_prior is not None  # RLOO gives both
+    with torch.no_grad():
+        reward = leader.reward(rollouts)[:, 0].double().cpu()
+    divergence = (rollouts.log_policy - rollouts.log_prior)[:, 0]
+    gap = best_response_gap(reward / follower.temperature - divergence, rollouts.group[:, 0])
+    return {"reward": reward.mean().item(), "kl": divergence.mean().item(), "gap": gap.mean().item()}

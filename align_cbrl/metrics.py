@@ -1,0 +1,126 @@
+"""Metrics as JSON lines: one row per outer step, readable while the run goes on, and cut back on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from align_cbrl.errors import InputError
+
+
+class MetricsLog:
+    """Appends rows to a JSON-lines file, each on the disk's way as soon as it is written.
+
+    Numbers that are not finite become null: JSON has no word for them.
+
+    Args:
+        path: the file; its folder is created. Rows that are already there are kept.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> with MetricsLog(path) as log:
+        ...     log.append({"step": 0, "value": 0.5})
+        ...     log.append({"step": 1, "value": float("nan")})
+        >>> MetricsLog.read(path)
+        [{'step': 0, 'value': 0.5}, {'step': 1, 'value': None}]
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._file: TextIO | None = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and flush it.
+
+        Args:
+            row: numbers, strings, booleans, None, one-element tensors, and lists and dictionaries of these.
+
+        Raises:
+            InputError: a value that JSON cannot hold.
+        """
+        line = json.dumps({key: _finite(value, key) for key, value in row.items()}, allow_nan=False)
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(f"{line}\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows whose `step` is `step` or later, about to be redone, and a last line torn by a kill."""
+        self.close()
+        if not self.path.exists():
+            return
+        kept = [row for row in self.read(self.path) if row.get("step", -1) < step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """The rows of the file at `path`; a last line that is being written, or was torn by a kill, is left out.
+
+        Raises:
+            InputError: there is no such file, or a line before the last is not a JSON object.
+        """
+        try:
+            text = Path(path).read_bytes().decode("utf-8", errors="replace")
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: there are no metrics here; has the run begun?") from error
+        *lines, _torn = text.split("\n")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
+            rows.append(row)
+        return rows
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _finite(value: Any, key: str) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v, f"{key}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v, f"{key}.{i}") for i, v in enumerate(value)]
+    if hasattr(value, "item") and getattr(value, "size", None) is not None:  # a tensor or a NumPy scalar
+        try:
+            return _finite(value.item(), key)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"metrics[{key!r}]: expected one number, got {type(value).__name__}: {error}") from error
+    raise InputError(f"metrics[{key!r}]: expected a number, a string or None, got {type(value).__name__}")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut the file back to its last complete line, lest the next row be glued to half a row."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

@@ -1,0 +1,220 @@
+"""The contracts of contextual bilevel RL: `Leader`, `Objective`, `Critic`, `Follower`, and the `Problem` they form.
+
+Shapes throughout: B paths, T steps. A language model's completions are the case T = 1.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_cbrl.errors import InputError
+from align_cbrl.rollouts import Rollouts
+
+
+class Leader(nn.Module, abc.ABC):
+    """What the leader controls: a module whose parameters x shape the follower's world.
+
+    Only `reward` has to be written. The others are for leaders that move the transitions, the initial state or the
+    follower's prior; they return None where the leader leaves those alone.
+    """
+
+    @abc.abstractmethod
+    def reward(self, rollouts: Rollouts) -> Tensor:
+        """The follower's rewards r_x [B, T], differentiable in the leader's parameters."""
+
+    def log_transition(self, rollouts: Rollouts) -> Tensor | None:
+        """log P_x(s_{t+1} | s_t, a_t) in nats [B, T], or None when the leader does not move the transitions."""
+        return None
+
+    def log_initial(self, rollouts: Rollouts) -> Tensor | None:
+        """log rho_x(s_0) in nats [B], or None when the leader does not move the initial state."""
+        return None
+
+    def log_prior(self, rollouts: Rollouts) -> Tensor | None:
+        """log prior_x(a_t | s_t) in nats [B, T], or None when the leader does not move the prior."""
+        return None
+
+    def project(self) -> None:
+        """Bring the parameters back into the leader's budget; called after every leader step. Default: no budget."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An objective on a batch of rollouts.
+
+    Attributes:
+        value: scalar, the estimate of the objective, differentiable in the utilities it was made of.
+        credit: [B, T], detached: the objective's influence on the policy, df/dpi, up to a constant per state, on
+            the scale of a utility per step. It equals the utility itself for an expected utility.
+    """
+
+    value: Tensor
+    credit: Tensor
+
+
+class Objective(abc.ABC):
+    """What the leader wants: f(x, pi*), known through samples.
+
+    Attributes:
+        discount: the leader's discount gammaF in [0, 1).
+        depends_on_leader: whether `utility` depends on the leader's parameters. A judge's verdict does not, and is
+            then asked for only once per batch.
+    """
+
+    discount: float = 0.0
+    depends_on_leader: bool = False
+
+    @abc.abstractmethod
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The leader's utility of every step [B, T]; differentiable in x when `depends_on_leader`."""
+
+    @abc.abstractmethod
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """Value and credit of a whole batch from its utilities [B, T]. No other access to the leader is allowed here,
+        so that the utilities can be computed, and differentiated, chunk by chunk."""
+
+    def evaluate(self, leader: Leader, rollouts: Rollouts) -> Evaluation:
+        """Value, differentiable in x, and credit [B, T] of a batch of rollouts."""
+        return self.summarize(self.utility(leader, rollouts), rollouts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Critique:
+    """What a critic says of the leader's credit along the paths.
+
+    Attributes:
+        advantage: [B, T], A_F(s_t, a_t) of the credit under the follower's policy.
+        value: [B, T + 1], V_F(s_t), or None when the critic does not know it.
+        soft_value: [B, T + 1], the follower's own V_lambda(s_t), or None. Both are needed only by leaders that move
+            the transitions or the initial state; after the end of a path they are zero.
+    """
+
+    advantage: Tensor
+    value: Tensor | None = None
+    soft_value: Tensor | None = None
+
+
+class Critic(abc.ABC):
+    """Estimates the leader's advantage along the paths, never from the future of the same path (theory: trap 1)."""
+
+    @abc.abstractmethod
+    def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:
+        """Advantage [B, T], and values where known, of `credit` [B, T]."""
+
+
+OnRollouts = Callable[[Rollouts, dict[str, float]], bool]
+"""Called by a follower with its rollouts and metrics when the leader may step; returns False to end the run."""
+
+
+class Follower(abc.ABC):
+    """Trains its own policy to best-respond to the leader, and can be observed through rollouts.
+
+    Attributes:
+        temperature: lambda > 0, the weight of KL(policy || prior) in what the follower maximises.
+        discount: the follower's gamma in [0, 1). A language model takes one step: 0.
+    """
+
+    temperature: float
+    discount: float
+
+    @abc.abstractmethod
+    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` contexts drawn by nature: long [count]."""
+
+    @abc.abstractmethod
+    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
+        """Improve the policy towards the best response to the leader's present rewards; returns metrics."""
+
+    @abc.abstractmethod
+    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
+        """`group_size` paths of the present policy for each of the contexts [N]: B = N * group_size."""
+
+    def follow(
+        self,
+        leader: Leader,
+        on_rollouts: OnRollouts,
+        *,
+        start: int,
+        steps: int,
+        contexts_per_step: int,
+        group_size: int,
+        seed: int,
+    ) -> None:
+        """Best-respond and hand out rollouts, once per leader step from `start` to `steps`.
+
+        This is the one place that decides who drives whom. The default alternates `respond` and `rollout`; a
+        follower whose trainer owns its loop overrides it and calls `on_rollouts` from inside that loop.
+
+        Every step draws from a generator seeded by (seed, step) alone, so that a resumed run repeats itself.
+        """
+        for step in range(start, steps):
+            generator = torch.Generator().manual_seed(step_seed(seed, step))
+            contexts = self.sample_contexts(contexts_per_step, generator)
+            metrics = self.respond(leader, contexts)
+            if not on_rollouts(self.rollout(contexts, group_size, generator), metrics):
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: nested dictionaries and lists of tensors, numbers, strings, booleans and None."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A contextual bilevel problem: the leader ascends `objective`, knowing that `follower` best-responds.
+
+    Raises:
+        InputError: a temperature that is not positive, a discount outside [0, 1), or a leader without trainable
+            parameters.
+    """
+
+    leader: Leader
+    objective: Objective
+    follower: Follower
+
+    def __post_init__(self) -> None:
+        check_temperature("follower.temperature", self.follower.temperature)
+        check_discount("follower.discount", self.follower.discount)
+        check_discount("objective.discount", self.objective.discount)
+        if not any(p.requires_grad for p in self.leader.parameters()):
+            raise InputError(
+                f"leader: {type(self.leader).__name__} has no trainable parameters; register them with "
+                "nn.Parameter and leave requires_grad True"
+            )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The leader's trainable parameters, x."""
+        return [p for p in self.leader.parameters() if p.requires_grad]
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Raise `InputError` unless `value` is a positive, finite temperature."""
+    if not (0 < value < float("inf")):
+        raise InputError(
+            f"{name}: expected a positive temperature lambda, got {value}; without it the best response is not "
+            "Boltzmann and the hypergradient is undefined"
+        )
+
+
+def check_discount(name: str, value: float) -> None:
+    """Raise `InputError` unless `value` lies in [0, 1)."""
+    if not (0 <= value < 1):
+        raise InputError(f"{name}: expected a discount in [0, 1), got {value}")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for outer step `step` of a run seeded `seed`: distinct pairs give unrelated streams (splitmix64)."""
+    z = (seed * 0x9E3779B97F4A7C15 + step + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1

@@ -1,0 +1,154 @@
+"""`Rollouts`: everything that passes from the follower's world to the leader's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """A frozen batch of B paths of at most T steps, sampled from the follower.
+
+    A language model's completions are the case T = 1: the action is the whole completion.
+
+    Attributes:
+        contexts: long [B], the context each path was drawn under.
+        mask: bool [B, T], True where a step was taken; each row is True, ..., True, False, ..., False.
+        group: long [B, T], the decision point of each step. Steps with the same number are independent actions taken
+            at the same state of the same context, such as the G completions of one prompt.
+        steps: what a leader, an objective or a critic needs to score the steps. Every value is a tensor or a
+            sequence whose first axis is B (states and actions of a table; prompts and completions of a
+            language model).
+        log_policy: float [B, T], log-probability (nats) of each action under the follower, or None when unknown.
+        log_prior: float [B, T], the same under the prior (a language model's reference policy), or None.
+        weight: float [B], importance weight of each path with mean one; 1 everywhere for paths drawn from the
+            follower itself.
+
+    Raises:
+        InputError: when shapes disagree, a mask has a hole, a weight is negative, or a log-probability is not finite.
+
+    Example:
+        >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0]), steps={"completion": ["yes", "no"]})
+        >>> rollouts.size, rollouts.horizon
+        (2, 1)
+    """
+
+    contexts: Tensor
+    mask: Tensor
+    group: Tensor
+    steps: Mapping[str, Any]
+    log_policy: Tensor | None = None
+    log_prior: Tensor | None = None
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 2 or self.mask.dtype != torch.bool:
+            raise InputError(
+                f"Rollouts.mask: expected a bool tensor [B, T], got {self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+        size, horizon = self.mask.shape
+        if size == 0 or horizon == 0:
+            raise InputError(f"Rollouts.mask: expected at least one path and one step, got {size} x {horizon}")
+        if (self.mask[:, 1:] & ~self.mask[:, :-1]).any() or not self.mask[:, 0].all():
+            raise InputError("Rollouts.mask: each path must start at step 0 and stay True until it ends")
+        _check_shape("contexts", self.contexts, (size,))
+        _check_shape("group", self.group, (size, horizon))
+        for name in ("log_policy", "log_prior"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_shape(name, value, (size, horizon))
+                check_finite(name, value, self)
+        if self.weight is not None:
+            _check_shape("weight", self.weight, (size,))
+            if not torch.isfinite(self.weight).all() or (self.weight < 0).any():
+                raise InputError("Rollouts.weight: expected finite, non-negative importance weights")
+        for name, value in self.steps.items():
+            if len(value) != size:
+                raise InputError(f"Rollouts.steps[{name!r}]: expected {size} paths, got {len(value)}")
+
+    @classmethod
+    def bandit(cls, *, contexts: Tensor, steps: Mapping[str, Any], **fields: Tensor | None) -> Rollouts:
+        """Paths of a single step (T = 1) whose decision point is their context.
+
+        Args:
+            contexts: long [B].
+            steps: as for `Rollouts`.
+            **fields: `log_policy`, `log_prior` as [B] (a column is added) and `weight` as [B].
+        """
+        columns = {
+            name: value[:, None] if value is not None and name != "weight" else value for name, value in fields.items()
+        }
+        return cls(
+            contexts=contexts,
+            mask=torch.ones(len(contexts), 1, dtype=torch.bool, device=contexts.device),
+            group=contexts[:, None],  # [B] -> [B, 1]
+            steps=steps,
+            **columns,
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of paths, B."""
+        return self.mask.shape[0]
+
+    @property
+    def horizon(self) -> int:
+        """Number of steps, T, of the longest path."""
+        return self.mask.shape[1]
+
+    def path_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Importance weights [B] of the paths: ones when none were given."""
+        if self.weight is None:
+            return torch.ones(self.size, dtype=dtype, device=self.mask.device)
+        return self.weight.to(dtype)
+
+    def select(self, index: slice | Sequence[int]) -> Rollouts:
+        """The paths at `index`, in that order."""
+        positions = torch.arange(self.size)[index]
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[positions.to(value.device)]
+            return [value[i] for i in positions.tolist()]
+
+        fields = {name: getattr(self, name) for name in ("contexts", "mask", "group", *_OPTIONAL)}
+        return Rollouts(
+            **{name: None if value is None else pick(value) for name, value in fields.items()},
+            steps={name: pick(value) for name, value in self.steps.items()},
+        )
+
+    def chunks(self, count: int) -> list[Rollouts]:
+        """The paths cut into at most `count` consecutive pieces of nearly equal size."""
+        if count < 1:
+            raise InputError(f"chunks: expected a positive number of pieces, got {count}")
+        if count == 1:
+            return [self]
+        length = -(-self.size // count)
+        return [self.select(slice(start, start + length)) for start in range(0, self.size, length)]
+
+
+_OPTIONAL = ("log_policy", "log_prior", "weight")
+
+
+def check_finite(name: str, value: Tensor, rollouts: Rollouts) -> None:
+    """Raise `InputError` naming the first context and step at which `value` [B, T] is NaN or infinite."""
+    bad = ~torch.isfinite(value) & rollouts.mask.to(value.device)
+    if bad.any():
+        path, step = (int(i) for i in bad.nonzero()[0])
+        raise InputError(
+            f"{name}: expected finite numbers, got {value[path, step].item()} in context "
+            f"{int(rollouts.contexts[path])} at step {step} (path {path}); {int(bad.sum())} of "
+            f"{int(rollouts.mask.sum())} steps are affected"
+        )
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(f"Rollouts.{name}: expected shape {shape}, got {tuple(value.shape)}")

@@ -1,0 +1,1 @@
+"""Runnable recipes: each folder is one experiment, from data to result."""

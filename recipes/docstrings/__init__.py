@@ -1,0 +1,1 @@
+"""Docstring writing: a leader tunes reward weights so that a language model pleases a judge."""

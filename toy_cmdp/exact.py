@@ -1,0 +1,326 @@
+"""The referee: exact J, its implicit hypergradient, an exact critic, and exact expectations of PolicyResponse."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.objectives import ExpectedUtility, KLPriced
+from align_cbrl.problem import Critic, Critique, Objective, Problem
+from align_cbrl.rollouts import Rollouts
+from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, gather_steps, require_tabular
+from toy_cmdp.follower import ExactFollower, make_rollouts
+from toy_cmdp.solve import (
+    Factorization,
+    SoftSolution,
+    continuation,
+    expected_next,
+    soft_logits,
+    state_transition,
+)
+
+
+def leader_value(problem: Problem) -> Tensor:
+    """J(x) = sum_c Xi(c) sum_s rho_x(s) V_F(c, s), exact, a scalar whose `backward` is the implicit hypergradient.
+
+    Both fixed points, the follower's V = T_x(V) and the leader's V_F = T^F_{x, pi}(V_F), are solved without a graph;
+    what is differentiated is V + (I - dT/dV)^{-1} (T_x(V) - V), whose backward pass is one solve with the transpose
+    of the factored matrix (implicit function theorem). Memory does not grow with the number of iterations. The
+    follower starts from the fixed point of the last call.
+
+    Args:
+        problem: its leader a `TabularLeader`, its follower an `ExactFollower`, its objective an `ExpectedUtility` of a
+            `TabularUtility`, or `KLPriced` of such.
+
+    Returns:
+        Scalar; first derivatives only.
+
+    Raises:
+        InputError: another kind of problem, tables that are no laws, utilities that are not finite.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> leader_value(problem).backward()
+        >>> problem.leader.x.grad.shape
+        torch.Size([5])
+    """
+    leader, follower = _tabular(problem)
+    cmdp, temperature = follower.cmdp, follower.temperature
+    tables, solution = follower.solve(leader)
+    go_on = continuation(cmdp, follower.discount, tables.reward)
+    go_on_leader = continuation(cmdp, problem.objective.discount, tables.reward)
+
+    with torch.no_grad():
+        moves = state_transition(tables.transition, solution.log_policy.exp())
+        factors = Factorization(go_on * moves)
+        same = follower.discount == problem.objective.discount
+        leader_factors = factors if same else Factorization(go_on_leader * moves)
+
+    q = tables.reward + go_on * expected_next(tables.transition, solution.value)
+    image = temperature * torch.logsumexp(soft_logits(q, tables.log_prior, temperature), -1)
+    value = _fixed_point(image, solution.value, factors)
+    q = tables.reward + go_on * expected_next(tables.transition, value)
+    log_policy = torch.log_softmax(soft_logits(q, tables.log_prior, temperature), -1)
+
+    policy = log_policy.exp()
+    utility = _utility(problem.objective, leader, cmdp, log_policy, tables.log_prior)
+    with torch.no_grad():
+        leader_fixed = leader_factors.solve((policy * utility).sum(-1))
+    q_leader = utility + go_on_leader * expected_next(tables.transition, leader_fixed)
+    leader_values = _fixed_point((policy * q_leader).sum(-1), leader_fixed, leader_factors)
+    return (cmdp.context_probabilities.to(utility.dtype)[:, None] * tables.initial * leader_values).sum()
+
+
+def context_values(problem: Problem) -> Tensor:
+    """f(x, pi*, c) of every context, [C], without graph; `leader_value` is their mean under nature's law."""
+    world = exact_world(problem)
+    return (world.tables.initial * world.value).sum(-1).detach()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactWorld:
+    """Everything there is to know at the leader's present parameters; only `tables` and `utility` carry a graph.
+
+    Attributes:
+        tables: the leader's.
+        solution: the follower's best response.
+        utility: [C, S, A], the leader's, less any KL price (with the policy held constant).
+        advantage, q: [C, S, A], the leader's A_F = Q_F - V_F, and Q_F.
+        value: [C, S], the leader's V_F.
+        policy: [C, S, A], pi*.
+        moves: [C, S, S], P_pi, zero rows in terminal states.
+    """
+
+    tables: Tables
+    solution: SoftSolution
+    utility: Tensor
+    advantage: Tensor
+    q: Tensor
+    value: Tensor
+    policy: Tensor
+    moves: Tensor
+
+
+def exact_world(problem: Problem) -> ExactWorld:
+    """Solve follower and leader at the present parameters; same requirements as `leader_value`.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> world = exact_world(random_cmdp())
+        >>> bool((world.policy * world.advantage).sum(-1).abs().max() < 1e-12)
+        True
+    """
+    leader, follower = _tabular(problem)
+    tables, solution = follower.solve(leader)
+    utility = _utility(problem.objective, leader, follower.cmdp, solution.log_policy, tables.log_prior)
+    with torch.no_grad():
+        policy = solution.log_policy.exp()
+        alive = continuation(follower.cmdp, 1.0, tables.reward)
+        moves = alive * state_transition(tables.transition, policy)
+        discount = problem.objective.discount
+        value = Factorization(discount * moves).solve((policy * utility).sum(-1))
+        q = utility + discount * alive * expected_next(tables.transition, value)
+        advantage = q - (policy * q).sum(-1, keepdim=True)
+    return ExactWorld(tables, solution, utility, advantage, q, value, policy, moves)
+
+
+class ExactCritic(Critic):
+    """A_F, V_F and V_lambda from the tables, at the leader's present parameters.
+
+    It ignores the sampled `credit`, which for the objectives that it supports (those of `leader_value`) is the
+    utility, less the KL price, that it computes itself.
+
+    Example:
+        >>> from align_cbrl.hypergradient import PolicyResponse
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> _ = problem.follower.respond(problem.leader, torch.tensor([0, 1]))
+        >>> rollouts = problem.follower.rollout(torch.tensor([0, 1]), 8, torch.Generator().manual_seed(0))
+        >>> sorted(PolicyResponse(ExactCritic()).backward(problem, rollouts))
+        ['gradient_norm', 'objective']
+    """
+
+    def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:
+        """Advantage [B, T], value and soft value [B, T + 1], zero once the episode is over."""
+        with torch.no_grad():
+            world = exact_world(problem)
+            state = rollouts.steps["state"]
+            flat = rollouts.contexts[:, None] * world.value.shape[1] + state.clamp(min=0)  # [B, T + 1]
+
+            def along(table: Tensor) -> Tensor:
+                return torch.where(state >= 0, table.reshape(-1)[flat], 0.0)
+
+            return Critique(
+                advantage=gather_steps(world.advantage, rollouts),
+                value=along(world.value),
+                soft_value=along(world.solution.value),
+            )
+
+
+def expected_policy_response(problem: Problem) -> list[Tensor]:
+    """The exact expectation of `PolicyResponse` with an exact critic over all infinite paths, one tensor a parameter.
+
+    With mu(s, a) = sum_t gammaF^t Pr(s_t = s, a_t = a) and eta(s, a) = E sum_k w_k 1{s_k = s, a_k = a}, w the
+    eligibility trace, the surrogate's expectation is
+
+        sum_s rho(s) V_F(s) + sum_{s,a} { mu u + (eta / lambda) r + eta log prior
+              + sum_{s'} [gammaF mu V_F(s') + (gamma / lambda) eta V_lambda(s')] P(s'|s,a) }
+
+    with everything detached but rho, u, r, log prior and P. E[A_F] = 0 in every state, so eta's state marginal h
+    solves h = gamma P_pi^T h + gamma P^T (mu A_F), and eta = pi h + mu A_F: two transposed solves in all.
+
+    Requirements and errors as for `leader_value`.
+
+    Returns:
+        dJ / dx, a tensor for each of `problem.parameters`; their `.grad` is left alone.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> leader_value(problem).backward()
+        >>> torch.allclose(expected_policy_response(problem)[0], problem.leader.x.grad)
+        True
+    """
+    _, follower = _tabular(problem)
+    world = exact_world(problem)
+    tables, leader_discount = world.tables, problem.objective.discount
+    discount, temperature = follower.discount, follower.temperature
+    with torch.no_grad():
+        alive = continuation(follower.cmdp, 1.0, tables.reward)  # [C, S, 1]
+        occupancy = Factorization(leader_discount * world.moves).solve(tables.initial, transpose=True)
+        mu = occupancy[..., None] * world.policy  # [C, S, A]
+        c, s, a, _ = tables.transition.shape
+        pushed = alive * mu * world.advantage
+        source = discount * (pushed.reshape(c, 1, s * a) @ tables.transition.reshape(c, s * a, s))[:, 0]
+        marginal = Factorization(discount * world.moves).solve(source, transpose=True)
+        eta = world.policy * marginal[..., None] + mu * world.advantage
+    next_leader = expected_next(tables.transition, world.value)
+    next_soft = expected_next(tables.transition, world.solution.value)
+    per_context = (
+        (tables.initial * world.value).sum(-1)
+        + (mu * world.utility).sum((-1, -2))
+        + (eta / temperature * tables.reward).sum((-1, -2))
+        + (alive * (leader_discount * mu * next_leader + discount / temperature * eta * next_soft)).sum((-1, -2))
+    )
+    if tables.log_prior is not None:
+        per_context = per_context + (eta * tables.log_prior).sum((-1, -2))
+    surrogate = (follower.cmdp.context_probabilities.to(per_context.dtype) * per_context).sum()
+    gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(problem.parameters, gradients, strict=True)]
+
+
+def enumerate_paths(problem: Problem, horizon: int, *, max_paths: int = 1_000_000) -> Rollouts:
+    """All paths of the best response with positive probability, weighted so that means are exact expectations.
+
+    A path's weight is B times its probability (nature's draw included), which has mean one.
+
+    Args:
+        problem: as for `leader_value`, with episodes that end for certain.
+        horizon: number of steps after which every episode is over.
+        max_paths: a guard of the memory.
+
+    Raises:
+        InputError: an episode that is not over after `horizon` steps, or more than `max_paths` paths.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> rollouts = enumerate_paths(random_cmdp(horizon=2, states=2, actions=2), 2)
+        >>> rollouts.size, round(rollouts.weight.mean().item(), 12)
+        (32, 1.0)
+    """
+    leader, follower = _tabular(problem)
+    cmdp = follower.cmdp
+    with torch.no_grad():
+        tables, solution = follower.solve(leader)
+        policy = solution.log_policy.exp()
+        start = cmdp.context_probabilities.to(policy.dtype)[:, None] * tables.initial
+        contexts, first = start.nonzero(as_tuple=True)
+        probability = start[contexts, first]
+        state, action = first[:, None], first.new_zeros(len(first), 0)  # [B, t + 1], [B, t]
+        for _ in range(horizon):
+            alive = state[:, -1] >= 0
+            here = state[:, -1].clamp(min=0)
+            # Of a path that is over, only the empty continuation (action 0) has probability one.
+            choice = torch.where(alive[:, None], policy[contexts, here], _one_hot(policy.shape[-1], policy))
+            rows, chosen = choice.nonzero(as_tuple=True)
+            contexts, state, action = contexts[rows], state[rows], torch.cat([action[rows], chosen[:, None]], 1)
+            probability, alive, here = probability[rows] * choice[rows, chosen], alive[rows], here[rows]
+            goes_on = alive & ~cmdp.terminal[contexts, here]
+            outcome = torch.where(
+                goes_on[:, None], tables.transition[contexts, here, chosen], _one_hot(cmdp.states, policy)
+            )
+            rows, following = outcome.nonzero(as_tuple=True)
+            if len(rows) > max_paths:
+                raise InputError(f"enumerate_paths: more than {max_paths} paths; use a smaller problem or horizon")
+            contexts, action, probability = contexts[rows], action[rows], probability[rows] * outcome[rows, following]
+            state = torch.cat([state[rows], torch.where(goes_on[rows], following, -1)[:, None]], 1)
+        if (state[:, -1] >= 0).any():
+            raise InputError(
+                f"enumerate_paths: some episodes are not over after horizon = {horizon} steps; raise it, or give the "
+                "problem terminal states that every path reaches"
+            )
+        return make_rollouts(
+            contexts,
+            state,
+            action,
+            state[:, :-1] >= 0,
+            ended=torch.ones(len(contexts), dtype=torch.bool),
+            log_policy=solution.log_policy,
+            log_prior=tables.log_prior,
+            weight=probability * len(contexts),
+        )
+
+
+class _FixedPoint(torch.autograd.Function):
+    """The value of a fixed point V = T(V), differentiated as (I - dT/dV)^{-1} T_x."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, fixed_point: Tensor, factors: Factorization) -> Tensor:
+        ctx.factors = factors
+        return fixed_point.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.factors.solve(gradients[0], transpose=True), None, None
+
+
+def _fixed_point(image: Tensor, fixed_point: Tensor, factors: Factorization) -> Tensor:
+    out: Tensor = _FixedPoint.apply(image, fixed_point, factors)
+    return out
+
+
+def _utility(
+    objective: Objective, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, log_prior: Tensor | None
+) -> Tensor:
+    """The utility table [C, S, A] of a supported objective, less its KL prices, through which log_policy may flow."""
+    if isinstance(objective, KLPriced):
+        divergence = log_policy if log_prior is None else log_policy - log_prior
+        return _utility(objective.objective, leader, cmdp, log_policy, log_prior) - objective.price * divergence
+    if isinstance(objective, ExpectedUtility) and isinstance(objective.utility_function, TabularUtility):
+        table = objective.utility_function.table(leader)
+        if table.shape != log_policy.shape:
+            raise InputError(f"utility: expected shape {tuple(log_policy.shape)} (C, S, A), got {tuple(table.shape)}")
+        cmdp.check_finite("utility", table)
+        return table
+    raise InputError(
+        "objective: the exact route takes ExpectedUtility(TabularUtility(...)), or KLPriced of it, "
+        f"got {type(objective).__name__}"
+    )
+
+
+def _tabular(problem: Problem) -> tuple[TabularLeader, ExactFollower]:
+    leader = require_tabular(problem.leader)
+    if not isinstance(problem.follower, ExactFollower):
+        raise InputError(f"follower: the exact route takes an ExactFollower, got {type(problem.follower).__name__}")
+    return leader, problem.follower
+
+
+def _one_hot(width: int, like: Tensor) -> Tensor:
+    row = like.new_zeros(1, width)
+    row[0, 0] = 1
+    return row

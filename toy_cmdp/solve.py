@@ -1,0 +1,214 @@
+"""The follower's best response: soft value iteration and soft policy iteration (Newton's method).
+
+Both solve V = T(V), T(V)(s) = lambda log sum_a prior(a|s) exp(Q(s, a) / lambda), Q = r + gamma P V, and work with
+logarithms throughout: at a temperature of 0.001 most probabilities are below the smallest float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.problem import check_discount, check_temperature
+from toy_cmdp.cmdp import ContextualMDP, Tables
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftSolution:
+    """The best response in every context.
+
+    Attributes:
+        log_policy: [C, S, A], log pi*(a|s) = log prior(a|s) + (Q(s, a) - V(s)) / lambda.
+        q: [C, S, A], Q_lambda.
+        value: [C, S], V_lambda.
+        iterations: sweeps or linear solves that were needed.
+        residual: largest |T(V) - V| at the end.
+    """
+
+    log_policy: Tensor
+    q: Tensor
+    value: Tensor
+    iterations: int
+    residual: float
+
+
+class Factorization:
+    """LU factors of I - M, M [C, S, S], reused for solves with it and with its transpose.
+
+    On CPU the contexts are factored one by one: batched LU fails there with two or more threads from n of about 150
+    (pytorch #142815).
+
+    Example:
+        >>> half = Factorization(0.5 * torch.eye(2, dtype=torch.float64)[None])
+        >>> half.solve(torch.ones(1, 2, dtype=torch.float64)).tolist()
+        [[2.0, 2.0]]
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        system = matrix.neg()
+        system.diagonal(dim1=-2, dim2=-1).add_(1)
+        if matrix.is_cuda:
+            self._factors = [torch.linalg.lu_factor(system)]
+        else:
+            self._factors = [torch.linalg.lu_factor(one) for one in system]
+        self._batched = matrix.is_cuda
+
+    def solve(self, right: Tensor, *, transpose: bool = False) -> Tensor:
+        """(I - M)^{-1} b, or (I - M)^{-T} b, for b [C, S]."""
+        if self._batched:
+            lu, pivots = self._factors[0]
+            return torch.linalg.lu_solve(lu, pivots, right[..., None], adjoint=transpose)[..., 0]
+        columns = right[..., None]  # [C, S, 1]
+        return torch.stack(
+            [
+                torch.linalg.lu_solve(lu, pivots, column, adjoint=transpose)
+                for (lu, pivots), column in zip(self._factors, columns, strict=True)
+            ]
+        )[..., 0]
+
+
+def expected_next(transition: Tensor, value: Tensor) -> Tensor:
+    """E[V(s') | s, a]: [C, S, A, S] and [C, S] to [C, S, A]."""
+    c, s, a, _ = transition.shape
+    return (transition.reshape(c, s * a, s) @ value[..., None]).view(c, s, a)
+
+
+def state_transition(transition: Tensor, policy: Tensor) -> Tensor:
+    """sum_a policy(s, a) P(s' | s, a), [C, S, S]; the policy may carry a discount or be zero in terminal states."""
+    c, s, a, _ = transition.shape
+    return (policy.reshape(c * s, 1, a) @ transition.reshape(c * s, a, s)).view(c, s, s)
+
+
+def continuation(cmdp: ContextualMDP, discount: float, like: Tensor) -> Tensor:
+    """The discount where the episode goes on and zero in terminal states, [C, S, 1]."""
+    return (~cmdp.terminal)[..., None].to(dtype=like.dtype) * discount
+
+
+def soft_logits(q: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+    """The sum log prior + Q / lambda, [C, S, A]; its logsumexp is V / lambda, its log_softmax the policy."""
+    return q / temperature if log_prior is None else log_prior + q / temperature
+
+
+def soft_value_iteration(
+    cmdp: ContextualMDP,
+    tables: Tables,
+    *,
+    temperature: float,
+    discount: float,
+    start: Tensor | None = None,
+    tolerance: float = 1e-10,
+    max_iterations: int = 100_000,
+) -> SoftSolution:
+    """V <- T(V), a contraction with modulus gamma, until gamma / (1 - gamma) |T(V) - V| <= tolerance * scale.
+
+    Args:
+        cmdp: nature and the ends of episodes.
+        tables: the MDPs; gradients are not tracked.
+        temperature: the follower's lambda.
+        discount: the follower's gamma.
+        start: [C, S], an initial V.
+        max_iterations: sweeps before giving up.
+        tolerance: of the error in V, relative to the largest |Q| + lambda.
+
+    Raises:
+        InputError: invalid tables, temperature or discount; no convergence in `max_iterations`.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp(temperature=0.5, discount=0.9)
+        >>> tables = problem.leader.tables()
+        >>> soft = soft_value_iteration(problem.follower.cmdp, tables, temperature=0.5, discount=0.9)
+        >>> bool((soft.log_policy.exp().sum(-1) - 1).abs().max() < 1e-9)
+        True
+    """
+    tables = _prepare(cmdp, tables, temperature, discount, start)
+    go_on = continuation(cmdp, discount, tables.reward)
+    value = tables.reward.new_zeros(cmdp.contexts, cmdp.states) if start is None else start.detach()
+    residual = float("inf")
+    with torch.no_grad():
+        for iteration in range(1, max_iterations + 1):
+            q = tables.reward + go_on * expected_next(tables.transition, value)
+            logits = soft_logits(q, tables.log_prior, temperature)
+            image = temperature * torch.logsumexp(logits, -1)
+            residual, scale = float((image - value).abs().max()), float(q.abs().max()) + temperature
+            value = image
+            if discount / (1 - discount) * residual <= tolerance * scale:
+                return SoftSolution(torch.log_softmax(logits, -1), q, value, iteration, residual)
+    raise _not_converged("soft_value_iteration", max_iterations, residual, tolerance)
+
+
+def soft_policy_iteration(
+    cmdp: ContextualMDP,
+    tables: Tables,
+    *,
+    temperature: float,
+    discount: float,
+    start: Tensor | None = None,
+    tolerance: float = 1e-13,
+    max_iterations: int = 1_000,
+) -> SoftSolution:
+    """V <- V + (I - gamma P_pi)^{-1} (T(V) - V) with pi the Boltzmann policy of V: Newton's method on T(V) = V.
+
+    T is convex and increasing, so that every step is the exact value of pi, the iterates increase after the first and
+    converge from any start, quadratically at the end.
+
+    Args:
+        cmdp: nature and the ends of episodes.
+        tables: the MDPs; gradients are not tracked.
+        temperature: the follower's lambda.
+        discount: the follower's gamma.
+        start: [C, S], an initial V.
+        max_iterations: solves before giving up.
+        tolerance: of |T(V) - V|, relative to the largest |Q| + lambda. Less than the dtype can resolve is replaced by
+            what it can: a residual below sqrt(eps) that no longer decreases.
+
+    Raises:
+        InputError: invalid tables, temperature or discount; no convergence in `max_iterations`.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp(temperature=0.001, discount=0.99)
+        >>> tables = problem.leader.tables()
+        >>> soft_policy_iteration(problem.follower.cmdp, tables, temperature=0.001, discount=0.99).iterations < 15
+        True
+    """
+    tables = _prepare(cmdp, tables, temperature, discount, start)
+    go_on = continuation(cmdp, discount, tables.reward)
+    value = tables.reward.new_zeros(cmdp.contexts, cmdp.states) if start is None else start.detach()
+    resolvable = torch.finfo(value.dtype).eps ** 0.5
+    previous = residual = float("inf")
+    with torch.no_grad():
+        for iteration in range(1, max_iterations + 1):
+            q = tables.reward + go_on * expected_next(tables.transition, value)
+            logits = soft_logits(q, tables.log_prior, temperature)
+            log_policy = torch.log_softmax(logits, -1)
+            # V = lambda (logits - log_policy) for every action; logsumexp again would cost more than a gather.
+            image = temperature * (logits - log_policy)[..., 0]
+            step = image - value
+            residual, scale = float(step.abs().max()), float(q.abs().max()) + temperature
+            settled = residual <= resolvable * scale and residual >= previous
+            if residual <= tolerance * scale or settled:
+                return SoftSolution(log_policy, q, image, iteration, residual)
+            previous = residual
+            factors = Factorization(state_transition(tables.transition, go_on * log_policy.exp()))
+            value = value + factors.solve(step)
+    raise _not_converged("soft_policy_iteration", max_iterations, residual, tolerance)
+
+
+def _prepare(cmdp: ContextualMDP, tables: Tables, temperature: float, discount: float, start: Tensor | None) -> Tables:
+    check_temperature("temperature", temperature)
+    check_discount("discount", discount)
+    cmdp.check(tables)
+    if start is not None and tuple(start.shape) != (cmdp.contexts, cmdp.states):
+        raise InputError(f"start: expected shape {(cmdp.contexts, cmdp.states)}, got {tuple(start.shape)}")
+    return tables.detach()
+
+
+def _not_converged(name: str, iterations: int, residual: float, tolerance: float) -> InputError:
+    return InputError(
+        f"{name}: no fixed point after max_iterations = {iterations} (residual {residual:.3g}, tolerance "
+        f"{tolerance:.3g}); raise max_iterations or tolerance"
+    )
