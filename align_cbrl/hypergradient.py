@@ -46,7 +46,7 @@ class PolicyResponse(Hypergradient):
         chunks: into how many pieces the paths are cut for the backward pass; bounds memory, changes no result.
 
     Raises:
-        InputError: a reward that does not depend on the leader, has another shape, or is NaN or infinite; a
+        InputError: a leader on whose parameters nothing depends; a reward of another shape, or NaN or infinite; a
             credit that is not finite; a critic without the values that this leader needs.
     """
 
@@ -78,8 +78,15 @@ class PolicyResponse(Hypergradient):
             here = slice(start, start + piece.size)
             start += piece.size
             surrogate = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / rollouts.size
-            if objective.depends_on_leader:
-                surrogate = surrogate + _masked(direct[here] * objective.utility(leader, piece), piece).sum()
+            own = objective.direct_term(leader, piece, _masked(direct[here], piece))
+            if own is not None:
+                surrogate = surrogate + own
+            if not surrogate.requires_grad:
+                raise InputError(
+                    f"{type(leader).__name__}: neither its reward nor anything else depends on its parameters, so no "
+                    "incentive can be learned; compute the reward from them with gradients enabled (no torch.no_grad, "
+                    "no .detach())"
+                )
             surrogate.backward()
 
         return {"objective": evaluation.value.item(), "gradient_norm": _norm_of_change(problem, before)}
@@ -138,11 +145,6 @@ def _check_reward(leader: Leader, reward: Tensor, rollouts: Rollouts) -> None:
     if tuple(reward.shape) != tuple(rollouts.mask.shape):
         raise InputError(
             f"{name}.reward: expected shape {tuple(rollouts.mask.shape)} (paths, steps), got {tuple(reward.shape)}"
-        )
-    if not reward.requires_grad and leader.log_transition(rollouts) is None and leader.log_prior(rollouts) is None:
-        raise InputError(
-            f"{name}.reward does not depend on the leader's parameters, so no incentive can be learned; compute it "
-            "from them with gradients enabled (no torch.no_grad, no .detach())"
         )
     check_finite(f"{name}.reward", reward, rollouts)
 

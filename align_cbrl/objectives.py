@@ -82,8 +82,17 @@ class KLPriced(Objective):
 
     @property
     def depends_on_leader(self) -> bool:  # type: ignore[override]  # as above
-        """Whether the priced objective's utility depends on the leader, or the prior may."""
+        """Whether the priced objective's utility depends on the leader; a prior that does is seen to by direct_term."""
         return self.objective.depends_on_leader
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The priced objective's own, plus kappa log prior where the leader moves the prior."""
+        direct = self.objective.direct_term(leader, rollouts, weight)
+        log_prior = leader.log_prior(rollouts)
+        if log_prior is None or self.price == 0:
+            return direct
+        priced = self.price * torch.where(rollouts.mask, weight * log_prior, torch.zeros_like(log_prior)).sum()
+        return priced if direct is None else direct + priced
 
     def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
         """u - kappa (log pi - log prior) [B, T]. Raises InputError when Rollouts lack the log-probabilities."""

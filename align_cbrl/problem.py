@@ -64,7 +64,7 @@ class Objective(abc.ABC):
     Attributes:
         discount: the leader's discount gammaF in [0, 1).
         depends_on_leader: whether `utility` depends on the leader's parameters. A judge's verdict does not, and is
-            then asked for only once per batch.
+            asked for only once per batch.
     """
 
     discount: float = 0.0
@@ -78,6 +78,18 @@ class Objective(abc.ABC):
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
         """Value and credit of a whole batch from its utilities [B, T]. No other access to the leader is allowed here,
         so that the utilities can be computed, and differentiated, chunk by chunk."""
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The sum of weight * utility over a chunk's steps, differentiable in x, or None when nothing in it depends on x.
+
+        Override it when only a part of the utility does, so that the rest is not computed twice.
+
+        Args:
+            leader: moves the utility.
+            rollouts: the chunk.
+            weight: [B, T], the value's derivative with respect to each utility; zero where no step was taken.
+        """
+        return (weight * self.utility(leader, rollouts)).sum() if self.depends_on_leader else None
 
     def evaluate(self, leader: Leader, rollouts: Rollouts) -> Evaluation:
         """Value, differentiable in x, and credit [B, T] of a batch of rollouts."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,10 +113,11 @@ class RLOOFollower(LanguageFollower):
         check_prompts(prompts, prompts_per_step)
         self.prompts_per_step, self.group_size = prompts_per_step, group_size
         self.interval, self.warmup, self.inside, self.seed = interval, warmup, inside, seed
-        self._folder = tempfile.TemporaryDirectory(prefix="align_cbrl_rloo_")
+        folder = tempfile.mkdtemp(prefix="align_cbrl_rloo_")  # trl insists on one; nothing of value goes there
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._config = boltzmann_config(
             temperature,
-            output_dir=self._folder.name,
+            output_dir=folder,
             per_device_train_batch_size=prompts_per_step * group_size,
             num_generations=group_size,
             max_completion_length=max_completion_length,

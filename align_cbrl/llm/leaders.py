@@ -52,14 +52,15 @@ class LanguageLeader(Leader):
 class RewardMixture(LanguageLeader):
     """A weighted sum of reward functions, x being the weights: r_x = sum_k x_k (f_k - shift_k) / scale_k.
 
-    Each term is standardised once, by `calibrate`, so that weights compare. The weights live in a Euclidean ball: the
-    leader chooses what to reward, the budget how much reward there is, and with the temperature how far the follower
-    may leave its reference.
+    Each term is standardised once, by `calibrate`, so that weights compare. The weights live in an ellipsoid, those
+    whose reward spreads by at most `budget` among one prompt's reference completions: the leader chooses what to
+    reward, the budget how much reward there is, and with the temperature how far the follower may leave its reference.
 
     Args:
         terms: reward functions by name, called as f(prompts=..., completions=..., **columns); reward models too.
         weights: where x starts, by name; missing names start at zero.
-        budget: radius of the ball, in standard deviations of reward.
+        budget: largest standard deviation of r_x within a prompt of the calibrating rollouts; the largest norm of the
+            weights before calibration.
 
     Attributes:
         weight: the parameter x, float64 [K], in the order of `terms`.
@@ -78,6 +79,7 @@ class RewardMixture(LanguageLeader):
 
     shift: Tensor
     scale: Tensor
+    correlation: Tensor
 
     def __init__(
         self, terms: Mapping[str, ScoreFunction], weights: Mapping[str, float] | None = None, budget: float = 1.0
@@ -94,10 +96,11 @@ class RewardMixture(LanguageLeader):
         self.budget = budget
         start = torch.tensor([float(weights.get(name, 0.0)) for name in terms], dtype=torch.float64)
         if start.norm() > budget * (1 + 1e-9):
-            raise InputError(f"RewardMixture.weights: their norm {start.norm():.4g} exceeds the budget {budget}")
+            raise InputError(f"RewardMixture.weights: their norm {start.norm():.4g} exceeds the budget {budget:.4g}")
         self.weight = nn.Parameter(start)
         self.register_buffer("shift", torch.zeros(len(terms), dtype=torch.float64))
         self.register_buffer("scale", torch.ones(len(terms), dtype=torch.float64))
+        self.register_buffer("correlation", torch.eye(len(terms), dtype=torch.float64))
 
     def features(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """The standardised terms, float64 [B, K], without gradients."""
@@ -116,7 +119,7 @@ class RewardMixture(LanguageLeader):
         """Standardise every term on these rollouts: mean zero, and mean variance within a prompt's group one.
 
         The variance is taken within groups since only differences between completions of one prompt move a policy.
-        A term that never varies there keeps scale one.
+        A term that never varies there keeps scale one. The terms' correlations within groups shape the budget.
         """
         self.shift.zero_()
         self.scale.fill_(1.0)
@@ -127,13 +130,20 @@ class RewardMixture(LanguageLeader):
         deviation = (within.pow(2).sum(0) / (len(within) - len(sizes))).sqrt()
         self.shift.copy_(features.mean(0))
         self.scale.copy_(torch.where(deviation > 1e-8, deviation, torch.ones_like(deviation)))
+        scaled = within / self.scale
+        self.correlation.copy_(scaled.T @ scaled / (len(within) - len(sizes)))
+
+    @torch.no_grad()
+    def spread(self) -> float:
+        """Standard deviation of r_x within a prompt of the calibrating rollouts (the weights' norm before that)."""
+        return float((self.weight @ self.correlation @ self.weight).clamp(min=0).sqrt())
 
     @torch.no_grad()
     def project(self) -> None:
-        """Pull the weights back onto the ball of radius `budget`."""
-        norm = self.weight.norm()
-        if norm > self.budget:
-            self.weight.mul_(self.budget / norm)
+        """Scale the weights back to the budget."""
+        spread = self.spread()
+        if spread > self.budget:
+            self.weight.mul_(self.budget / spread)
 
     def weights(self) -> dict[str, float]:
         """The present weights by name."""
@@ -161,6 +171,7 @@ class RewardMixture(LanguageLeader):
             "budget": self.budget,
             "shift": self.shift.tolist(),
             "scale": self.scale.tolist(),
+            "correlation": self.correlation.tolist(),
         }
         (path / "reward.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -265,7 +276,9 @@ def load_leader(path: str | Path) -> RewardMixture | RewardModelLeader:
         else:
             file, _, attribute = term["function"].rpartition(":")
             terms[name] = load_object(f"{path / file}:{attribute}" if file.endswith(".py") else term["function"])
-    mixture = RewardMixture(terms, record["weights"], record["budget"])
+    mixture = RewardMixture(terms, budget=record["budget"])
+    mixture.weight.data.copy_(torch.tensor(list(record["weights"].values())))
+    mixture.correlation.copy_(torch.tensor(record["correlation"]))
     mixture.shift.copy_(torch.tensor(record["shift"]))
     mixture.scale.copy_(torch.tensor(record["scale"]))
     return mixture

@@ -107,7 +107,7 @@ def boltzmann_config(temperature: float, **settings: Any) -> RLOOConfig:
         "disable_tqdm": True,
     }
     if not torch.cuda.is_available():  # defaults of trl that only pay on an accelerator
-        defaults |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+        defaults |= {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
     try:
         config = RLOOConfig(**{**defaults, **settings})
     except TypeError as error:

@@ -14,36 +14,40 @@ from collections.abc import Callable
 IMPERATIVES = frozenset(
     """
     abort accept access acquire activate add adjust advance allocate allow analyze append apply
-    apportion arrange assemble assert assign associate attach attempt await backup bind block break
-    browse build cache calculate call cancel capture cast change check choose clean cleanup clear
-    clip clone close collapse collect combine commit compare compile complete compose compress
-    compute concatenate configure confirm connect consider construct consume continue convert copy
-    count cover create cut deactivate debug decide declare decode decompress decorate decrease
-    decrement define delay delegate delete delimit deliver describe deselect destroy detach detect
-    determine dictate disable disassemble discard disconnect dispatch display divide do download
-    draw drop dump duplicate edit emit empty emulate enable encode encrypt end enforce enqueue
-    ensure enter enumerate erase escape establish evaluate examine exchange exclude execute exit
-    expand export extend extract fail feed fetch fill filter find finalize finish fire fix flag
-    flatten flip flush fold follow force forget fork format forward free freeze gather generate get
-    give go grab guarantee guess handle hash hide highlight hold identify ignore implement import
-    include increase increment indent index indicate infer inform init initialise initialize
-    insert inspect install instantiate interpret interrupt introduce invert invoke issue iterate
-    join keep kill launch leave let limit link list listen load locate lock log look lower make
-    manage map mark match measure merge mimic minimize modify monitor move multiply negate
-    normalize notify obtain omit open order override pack pad parse pass patch pause peek perform
-    permit pick ping place play plot pop populate post prepare prepend present preserve press
-    prevent print process produce prompt propagate protect provide prune pull purge push put query
-    queue quit quote raise randomize read rebuild receive recompute reconstruct record recover
-    redirect redo reduce refresh refuse register reinitialize reject release reload remember remove
-    rename render repeat replace reply report represent request require reserve reset resize
-    resolve respond restart restore restrict retrieve return reverse revert rewind rotate round
-    route run save scale scan schedule scroll search see seek select send separate serialize serve
-    set setup shift show shuffle shutdown signal simplify simulate skip slice sleep sort specify
-    split start stop store stringify strip submit subtract sum supply support suppress suspend swap
-    switch synchronize take talk tell terminate test time toggle tokenize trace track transfer
-    transform translate traverse trigger trim truncate try turn uncompress undo unlink unlock
-    unpack unquote unregister unset unwrap update upgrade upload use validate verify visit wait
-    wake walk warn watch wrap write yield zip
+    apportion arrange ask assemble assert assign associate attach attempt await backup bind
+    block break bring browse build bump cache calculate call cancel capture cast change check
+    choose clean cleanup clear clip clone close collapse collect combine comment commit compare
+    compile complete compose compress compute concatenate configure confirm connect consider
+    construct consume continue convert copy count cover create customize cut deactivate debug
+    decide declare decode decompress decorate decrease decrement define delay delegate delete
+    delimit deliver describe deselect destroy detach detect determine dictate disable
+    disassemble discard disconnect dismiss dispatch display divide do download draw drop dump
+    duplicate edit emit empty emulate enable encode encrypt end enforce enqueue ensure enter
+    enumerate erase escape establish evaluate examine exchange exclude execute exit expand
+    expect export express extend extract fail feed fetch figure fill filter finalize find finish
+    fire fix flag flatten flip flush focus fold follow force forget fork format forward free
+    freeze gather generate get give go grab grant grow guarantee guess handle hash hide
+    highlight hold identify ignore implement import include increase increment indent index
+    indicate infer inform init initialise initialize initiate insert inspect install instantiate
+    instruct interpret interrupt introduce invalidate invert invoke issue iterate join keep kill
+    launch leave let limit link list listen load locate lock log look lookup lower make manage
+    map mark match measure merge mimic minimize modify monitor mount move multiply negate
+    normalize notify obtain omit open optimize order override pack pad parse pass paste patch
+    pause peek perform permit pick pickle ping place play plot pop populate position post
+    prepare prepend present preserve press prevent print probe process produce prompt propagate
+    protect provide prune pull purge push put query queue quit quote raise randomize read
+    rebuild receive recognize recompute reconstruct record recover redirect redo reduce refactor
+    refresh refuse regenerate register reinitialize reject release reload remember remove rename
+    render repeat replace reply report represent request require reserve reset resize resolve
+    respond restart restore restrict retrieve return reuse reverse revert rewind rewrite rotate
+    round route run sanitize save scale scan schedule scroll search see seek select send
+    separate serialize serve set setup shift show shrink shuffle shut shutdown sign signal
+    simplify simulate skip sleep slice sort spawn specify split start stop store stringify strip
+    submit substitute subtract sum supply support suppress suspend swap switch synchronize take
+    talk tell terminate test time toggle tokenize trace track transfer transform translate
+    traverse trigger trim truncate try turn tweak unbind uncompress undo unlink unload unlock
+    unpack unpickle unquote unregister unset unwrap update upgrade upload use validate verify
+    visit wait wake walk warn watch withdraw work wrap write yield zip
     """.split()
 )
 
@@ -83,17 +87,13 @@ def signature_words(prompt: str) -> list[str]:
 
 def imperative(prompt: str, completion: str) -> float:
     """1 for an imperative first word, 0.25 for its third person ("Returns"), else 0."""
-    match = re.match(r"[A-Za-z]+(?![\w(.=])|[A-Za-z]+(?=\.(?:\s|$))", completion)
-    if match is None:
-        return 0.0
-    word = match.group().lower()
+    word = next(iter(completion.split()), "").rstrip(".,:;").lower()
     if word in IMPERATIVES:
         return 1.0
-    return 0.25 if word.removesuffix("s") in IMPERATIVES or _es(word) in IMPERATIVES else 0.0
-
-
-def _es(word: str) -> str:
-    return word[:-3] + "y" if word.endswith("ies") else word.removesuffix("es")
+    singular = {word.removesuffix("s"), word.removesuffix("es")}
+    if word.endswith("ies"):
+        singular.add(word.removesuffix("ies") + "y")
+    return 0.0 if singular.isdisjoint(IMPERATIVES) else 0.25
 
 
 def concise(prompt: str, completion: str) -> float:
@@ -110,15 +110,22 @@ def final_period(prompt: str, completion: str) -> float:
 
 
 def informative(prompt: str, completion: str) -> float:
-    """Share of two words of the signature that the text uses (of one where it has only one).
+    """1 where the text uses two words of the signature, 0.75 for one word, 0 for none.
 
-    A signature without any informative word asks for nothing and gives 1.
+    A word is used where one of the two begins with the other: "attr" in "attribute". A signature
+    with a single informative word asks for that one; a signature with none asks for nothing.
     """
     wanted = {_stem(word) for word in signature_words(prompt)}
-    if not wanted:
-        return 1.0
     used = {_stem(word) for word in _words(completion)}
-    return min(1.0, len(wanted & used) / min(2, len(wanted)))
+    hits = sum(any(_related(want, word) for word in used) for want in wanted)
+    if hits >= min(2, len(wanted)):
+        return 1.0
+    return 0.75 * hits
+
+
+def _related(first: str, second: str) -> bool:
+    short, long = sorted((first, second), key=len)
+    return first == second or (len(short) >= 3 and long.startswith(short))
 
 
 def plain(prompt: str, completion: str) -> float:

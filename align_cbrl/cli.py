@@ -1,0 +1,217 @@
+"""The command line: `align-cbrl run` and `align-cbrl validate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from align_cbrl.config import load_config, nearest
+from align_cbrl.errors import CheckpointError, InputError, RunStopped
+
+_DESCRIPTION = """\
+Contextual bilevel reinforcement learning for RLHF.
+
+  leader    owns parameters x and shapes the reward r_x: weights of a mixture, or a reward model.
+  follower  a policy that best-responds to r_x, kept near its prior by a KL term of weight lambda
+            (the temperature): a language model trained by trl, or a table solved exactly.
+  judge     what the leader really wants: it scores the follower's answers and is never trained on.
+  context   what nature draws: a prompt, or a task of a table.
+
+The leader climbs the judge's score through the follower's response: it knows how the policy will
+change when the reward does. Plain RLHF has the follower only, and a reward that nobody questions.
+"""
+
+_EXAMPLES = """\
+examples:
+  align-cbrl run docstrings                                tune reward weights around a trl follower
+  align-cbrl run docstrings --config smoke.yaml            the same in a minute, to see it work
+  align-cbrl run docstrings --set hpgd.steps=50 seed=1     change values of the configuration
+  align-cbrl run docstrings --out runs/docstrings --resume
+                                                           continue after a stop, or start
+  align-cbrl validate                                      every gradient route against the referee
+  align-cbrl validate four_rooms --json
+
+exit codes: 0 done; 1 a validation failed; 2 something given is wrong; 3 the run stopped, or its
+checkpoint cannot be used; 130 Ctrl-C.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors of the user's or the run's become one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except InputError as error:
+        return _fail(f"error: {error}", 2)
+    except CheckpointError as error:
+        return _fail(f"error: {error}", 3)
+    except RunStopped as error:
+        return _fail(f"stopped: {error}\nresume with: {_resume_command(arguments)}", 3)
+    except KeyboardInterrupt:
+        resumable = options.command is _run
+        return _fail(f"stopped; resume with: {_resume_command(arguments)}" if resumable else "stopped", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align-cbrl",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{run,validate}")
+
+    run = commands.add_parser(
+        "run",
+        help="run a recipe",
+        description="Run a recipe: a configured job whose every stage is kept in its output folder.",
+        epilog=f"recipes: {', '.join(recipe_names())}",
+    )
+    run.set_defaults(command=_run)
+    run.add_argument("recipe", metavar="RECIPE", help="which one; they are listed below")
+    run.add_argument(
+        "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
+    )
+    run.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change values of the configuration: seed=1 hpgd.steps=50",
+    )
+    run.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/RECIPE[-CONFIG])")
+    run.add_argument(
+        "--resume", action="store_true", help="continue the run in the output folder; start it where there is none"
+    )
+
+    validate = commands.add_parser(
+        "validate",
+        help="check every gradient route against the exact referee",
+        description="Compare every route to the hypergradient with the exact one, on tables: relative errors for the "
+        "exact routes, deviations in standard errors (z) for the sampled ones. Errors are shares of the norm; "
+        "where a bias is forgiven, z counts only what exceeds it.",
+    )
+    validate.set_defaults(command=_validate)
+    validate.add_argument("problems", metavar="PROBLEM", nargs="*", help="which problems (default: all)")
+    validate.add_argument("--json", action="store_true", help="print the rows as JSON")
+    return parser
+
+
+def recipe_names() -> list[str]:
+    """The recipes that are installed."""
+    return sorted(
+        folder.name
+        for folder in resources.files("recipes").iterdir()
+        if folder.is_dir() and folder.joinpath("recipe.py").is_file()
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = recipe_names()
+    if options.recipe not in names:
+        raise InputError(f"there is no recipe {options.recipe!r}; {nearest(options.recipe, names)}")
+    path = _config_path(options.recipe, options.config)
+    stem = path.stem if options.config else "config"
+    out: Path = options.out or Path("runs") / (options.recipe if stem == "config" else f"{options.recipe}-{stem}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: expected a folder, this is a file")
+    if not options.resume and out.is_dir() and any(out.iterdir()):
+        raise InputError(
+            f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
+        )
+    recipe: Any = importlib.import_module(f"recipes.{options.recipe}.recipe")
+    config = load_config(recipe.Config, path, options.overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    recipe.run(config, out, options.resume)
+    return 0
+
+
+def _config_path(recipe: str, given: str | None) -> Path:
+    """The YAML file to read: a path as it stands, or else a file of the recipe's folder, with or without `.yaml`."""
+    folder = Path(str(resources.files("recipes").joinpath(recipe)))
+    if given is None:
+        return folder / "config.yaml"
+    variants = sorted(file.name for file in folder.glob("*.yaml"))
+    for candidate in (Path(given), folder / given, folder / f"{given}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"--config {given}: no such file, here or in the recipe; {nearest(given, variants)}")
+
+
+def _validate(options: argparse.Namespace) -> int:
+    validation: Any = importlib.import_module("toy_cmdp.validate")
+    for name in options.problems:
+        if name not in validation.PROBLEMS:
+            raise InputError(f"there is no problem {name!r}; {nearest(name, list(validation.PROBLEMS))}")
+    rows = [dataclasses.asdict(row) for row in validation.validate(options.problems or None)]
+    if options.json:
+        plain = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
+        print(json.dumps(plain, indent=2))
+    else:
+        print(_table(rows))
+    failed = sum(not row["passed"] for row in rows)
+    if failed:
+        print(f"{failed} of {len(rows)} checks failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a validation, aligned; a problem's name stands at its first row only."""
+    # z counts standard errors beyond the bias that is forgiven, so the two are never shown apart.
+    columns = ("problem", "route", "relative error", "standard error", "forgiven", "z", "seconds", "")
+    lines = [list(columns)]
+    previous = None
+    for row in rows:
+        lines.append(
+            [
+                row["problem"] if row["problem"] != previous else "",
+                row["route"],
+                _number(row["relative_error"], ".1e"),
+                _number(row["standard_error"] or None, ".1e"),
+                _number(row.get("allowance") or None, ".1e"),
+                _number(row["z"] if row["standard_error"] else None, ".2f"),
+                _number(row["seconds"], ".2f"),
+                "ok" if row["passed"] else "FAILED",
+            ]
+        )
+        previous = row["problem"]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    texts = (0, 1, 7)  # left-aligned; the rest are numbers
+    return "\n".join(
+        "  ".join(
+            v.ljust(w) if i in texts else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number, or a dash where a route has none: exact ones have no standard error."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _resume_command(arguments: Sequence[str]) -> str:
+    again = list(arguments) if "--resume" in arguments else [*arguments, "--resume"]
+    return shlex.join(["align-cbrl", *again])
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

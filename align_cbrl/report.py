@@ -1,0 +1,286 @@
+"""A run's report: one self-contained HTML file with its text, tables, curves and samples."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from align_cbrl.errors import InputError
+
+Cell = str | float | int | None
+COLOURS = ("#2f5d8a", "#c8553d", "#4f8a5b", "#8a6bb1", "#b8892b", "#5b6770")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under column heads. Numbers are set to three decimals and aligned; None is a dash.
+
+    Attributes:
+        columns: the heads.
+        rows: one value a column; a value that is text may hold its own standard error, as "0.71 ± 0.02".
+        caption: a line under the table.
+        highlight: the first cell of the row to set off, or None.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    highlight: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A PNG file, embedded, with the caption that is also its description for those who cannot see it."""
+
+    png: Path
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt and what several policies made of it, side by side.
+
+    Attributes:
+        prompt: shown as it is, in a fixed-width face.
+        completions: by policy.
+        notes: by policy, a short line under its completion (its scores); policies may be left out.
+    """
+
+    prompt: str
+    completions: Mapping[str, str]
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A head, paragraphs (separated by empty lines), and then tables, figures and samples in the order given."""
+
+    title: str
+    text: str = ""
+    content: Sequence[Table | Figure | Sample] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One diagram of `curves_png`.
+
+    Attributes:
+        title: above the diagram.
+        x_label: with the unit, if there is one.
+        y_label: likewise.
+        curves: by name, (x, y), and optionally (x, y, half-width of a band around y). Values that are not finite, or
+            None, leave a gap.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, tuple[Sequence[float | None], ...]]
+
+
+def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
+    """Write one HTML file that needs no other: the style and the images are inside.
+
+    Raises:
+        InputError: a table row with another number of cells than columns, or an image that is not a readable PNG.
+    """
+    body = "\n".join(_section(section) for section in sections)
+    lead = f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else ""
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>{html.escape(title)}</h1>{lead}</header>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
+    """Draw the panels side by side, at most three in a row, into a PNG file.
+
+    Raises:
+        InputError: there is nothing to draw, the lengths of a curve's values differ, or matplotlib is not installed.
+    """
+    if not panels:
+        raise InputError("curves_png: expected at least one panel")
+    for panel in panels:
+        for name, values in panel.curves.items():
+            if len(values) not in (2, 3) or len({len(v) for v in values}) != 1:
+                raise InputError(
+                    f"curves_png: panel {panel.title!r}, curve {name!r}: expected (x, y) or (x, y, half-width) of "
+                    f"equal lengths, got {[len(v) for v in values]}"
+                )
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise InputError("curves need matplotlib, which is not installed: pip install 'align-cbrl[plots]'") from error
+
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with rc_context({"font.family": "sans-serif", "font.size": 10.5, "axes.titlesize": 11.5}):
+        canvas = Canvas(figsize=(3.8 * columns, 3.0 * rows), dpi=190, layout="constrained", facecolor="white")
+        FigureCanvasAgg(canvas)
+        names = list(dict.fromkeys(name for panel in panels for name in panel.curves))  # one colour a name throughout
+        colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+        for position, panel in enumerate(panels, start=1):
+            axes = canvas.add_subplot(rows, columns, position)
+            for name, (x, y, *band) in panel.curves.items():
+                horizontal, vertical = _gaps(x), _gaps(y)
+                dots = "o" if len(vertical) < 2 else None  # a line of one point cannot be seen
+                axes.plot(horizontal, vertical, color=colour[name], linewidth=1.8, label=name, marker=dots)
+                if band:
+                    half = _gaps(band[0])
+                    low = [v - h for v, h in zip(vertical, half, strict=True)]
+                    high = [v + h for v, h in zip(vertical, half, strict=True)]
+                    axes.fill_between(horizontal, low, high, color=colour[name], alpha=0.15, linewidth=0)
+            axes.set_title(panel.title, loc="left", fontweight="bold", color="#22272e", pad=8)
+            axes.set_xlabel(panel.x_label, color="#57606a")
+            axes.set_ylabel(panel.y_label, color="#57606a")
+            axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["bottom"].set_color("#b9bfc6")
+            axes.tick_params(colors="#57606a", length=0)
+            axes.margins(x=0.02)
+            if len(panel.curves) > 1:
+                axes.legend(frameon=False, fontsize=9.5, handlelength=1.4, labelcolor="#22272e")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(path, format="png")
+    return path
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if v is None or not math.isfinite(v) else float(v) for v in values]
+
+
+def _section(section: Section) -> str:
+    paragraphs = [p.strip() for p in section.text.split("\n\n") if p.strip()]
+    parts = [f"<p>{html.escape(p)}</p>" for p in paragraphs]
+    for item in section.content:
+        if isinstance(item, Table):
+            parts.append(_table(item))
+        elif isinstance(item, Figure):
+            parts.append(_figure(item))
+        else:
+            parts.append(_sample(item))
+    return f"<section>\n<h2>{html.escape(section.title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _table(table: Table) -> str:
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise InputError(
+                f"Table: expected {len(table.columns)} cells ({', '.join(table.columns)}), got {list(row)}"
+            )
+    numeric = [
+        any(_is_numeric(row[i]) for row in table.rows)
+        and all(_is_numeric(row[i]) or row[i] is None for row in table.rows)
+        for i in range(len(table.columns))
+    ]
+    classes = [' class="number"' if n else "" for n in numeric]
+    head = "".join(f"<th{c}>{html.escape(name)}</th>" for c, name in zip(classes, table.columns, strict=True))
+    lines = []
+    for row in table.rows:
+        mark = ' class="highlight"' if table.highlight is not None and row and row[0] == table.highlight else ""
+        cells = "".join(f"<td{c}>{html.escape(_cell(v))}</td>" for c, v in zip(classes, row, strict=True))
+        lines.append(f"<tr{mark}>{cells}</tr>")
+    caption = f"<figcaption>{html.escape(table.caption)}</figcaption>" if table.caption else ""
+    return (
+        f'<figure class="table"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>{caption}</figure>"
+    )
+
+
+def _is_numeric(value: Cell) -> bool:
+    if isinstance(value, str):  # "0.71 ± 0.02"
+        return value[:1].isdigit() or (value[:1] in "+-−" and value[1:2].isdigit())
+    return isinstance(value, (int, float))
+
+
+def _cell(value: Cell) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}".replace("-", "−")
+    return str(value)
+
+
+def _figure(figure: Figure) -> str:
+    try:
+        content = Path(figure.png).read_bytes()
+    except OSError as error:
+        raise InputError(f"Figure: cannot read {figure.png}: {error.strerror}") from error
+    if not content.startswith(b"\x89PNG"):
+        raise InputError(f"Figure: {figure.png} is not a PNG file")
+    data = base64.b64encode(content).decode()
+    caption = html.escape(figure.caption)
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _sample(sample: Sample) -> str:
+    cards = []
+    for name, completion in sample.completions.items():
+        note = sample.notes.get(name, "")
+        text = html.escape(completion) if completion.strip() else '<span class="empty">(empty)</span>'
+        foot = f'<div class="note">{html.escape(note)}</div>' if note else ""
+        cards.append(f'<div class="card"><h3>{html.escape(name)}</h3><pre>{text}</pre>{foot}</div>')
+    return (
+        f'<article class="sample"><pre class="prompt">{html.escape(sample.prompt)}</pre>'
+        f'<div class="cards">{"".join(cards)}</div></article>'
+    )
+
+
+_STYLE = """
+:root { --ink: #22272e; --soft: #57606a; --line: #e3e6ea; --paper: #fff; --wash: #f6f7f9; --accent: #2f5d8a; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--wash); color: var(--ink);
+  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 56px 24px 96px; }
+header { margin-bottom: 40px; padding-bottom: 24px; border-bottom: 3px solid var(--accent); }
+h1 { margin: 0; font-size: 2.1rem; line-height: 1.2; letter-spacing: -0.015em; }
+.subtitle { margin: 10px 0 0; color: var(--soft); font-size: 1.1rem; max-width: 46em; }
+section { margin: 28px 0; padding: 28px 32px 32px; background: var(--paper); border: 1px solid var(--line);
+  border-radius: 12px; }
+h2 { margin: 0 0 12px; font-size: 1.3rem; letter-spacing: -0.01em; }
+p { margin: 0 0 14px; max-width: 46em; }
+figure { margin: 20px 0 8px; }
+figcaption { margin-top: 10px; color: var(--soft); font-size: 0.9rem; max-width: 52em; }
+img { display: block; max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 0.95rem; font-variant-numeric: tabular-nums; }
+th { padding: 8px 16px 8px 12px; color: var(--soft); font-weight: 600; text-align: left; white-space: nowrap;
+  border-bottom: 2px solid var(--line); }
+td { padding: 9px 16px 9px 12px; border-bottom: 1px solid var(--line); }
+tbody tr:last-child td { border-bottom: 0; }
+.number { text-align: right; white-space: nowrap; }
+.highlight td { background: #edf3f9; font-weight: 600; }
+.highlight td:first-child { box-shadow: inset 3px 0 0 var(--accent); }
+.sample { margin: 22px 0 0; padding-top: 20px; border-top: 1px solid var(--line); }
+h2 + .sample { margin-top: 4px; padding-top: 0; border-top: 0; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 0.86rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.prompt { padding: 10px 14px; background: var(--wash); border-left: 3px solid #c4cad1; border-radius: 0 6px 6px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 12px; margin-top: 12px; }
+.card { display: flex; flex-direction: column; padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; }
+.card h3 { margin: 0 0 6px; font-size: 0.8rem; color: var(--accent); letter-spacing: 0.01em; }
+.card .note { margin-top: auto; padding-top: 10px; color: var(--soft); font-size: 0.8rem;
+  font-variant-numeric: tabular-nums; }
+.empty { color: var(--soft); font-style: italic; }
+@media (max-width: 640px) { main { padding: 28px 12px 56px; } section { padding: 20px 16px; }
+  h1 { font-size: 1.6rem; } }
+@media print { body { background: #fff; font-size: 12px; } section { break-inside: avoid; border: 0; padding: 8px 0; } }
+"""

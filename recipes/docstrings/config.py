@@ -1,0 +1,79 @@
+"""The recipe's settings; config.yaml holds and explains their values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from align_cbrl import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowerSettings:
+    """How the policy is trained on a reward; `steps` are those of plain RLHF and of the fresh follower."""
+
+    temperature: float = 0.5
+    prompts_per_step: int = 8
+    group_size: int = 8
+    max_completion_length: int = 24
+    learning_rate: float = 1e-3
+    steps: int = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaderSettings:
+    """How the leader steps around the follower's training."""
+
+    steps: int = 40
+    interval: int = 5
+    warmup: int = 30
+    learning_rate: float = 0.1
+    kl_price: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How many test prompts are answered how often."""
+
+    prompts: int = 128
+    group_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See config.yaml.
+
+    Raises:
+        InputError: another kind of leader than "mixture" or "reward_model", or a count that is not positive.
+    """
+
+    seed: int = 0
+    data: str = "recipes.docstrings.data.load_docstrings"
+    model: str | None = None
+    proxy: str | None = None
+    judge: str = "recipes.docstrings.judge.docstring_judge"
+    rewards: dict[str, str] = dataclasses.field(default_factory=dict)
+    leader: str = "mixture"
+    budget: float = 1.0
+    strength: float = 1.0
+    follower: FollowerSettings = dataclasses.field(default_factory=FollowerSettings)
+    hpgd: LeaderSettings = dataclasses.field(default_factory=LeaderSettings)
+    evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        if self.leader not in ("mixture", "reward_model"):
+            raise InputError(f"leader: expected 'mixture' or 'reward_model', got {self.leader!r}")
+        if "proxy" in self.rewards:
+            raise InputError("rewards: 'proxy' is the name of the reward model's own term; choose another")
+        for name, value, least in (
+            ("follower.steps", self.follower.steps, 1),
+            ("follower.prompts_per_step", self.follower.prompts_per_step, 1),
+            ("follower.group_size", self.follower.group_size, 2),
+            ("follower.max_completion_length", self.follower.max_completion_length, 1),
+            ("hpgd.steps", self.hpgd.steps, 1),
+            ("hpgd.interval", self.hpgd.interval, 1),
+            ("hpgd.warmup", self.hpgd.warmup, 0),
+            ("evaluation.prompts", self.evaluation.prompts, 2),
+            ("evaluation.group_size", self.evaluation.group_size, 2),
+        ):
+            if value < least:
+                raise InputError(f"{name}: expected at least {least}, got {value}")

@@ -1,0 +1,264 @@
+"""The proxy: a reward model trained on the preferences of a flawed annotator.
+
+The annotator wants what the judge wants, but is also impressed by length and by the pet phrases.
+A reward model that learns these preferences is right on most pairs and wrong where it matters:
+whoever maximises it gets long docstrings about "the given" and "the specified".
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from trl import RewardConfig, RewardTrainer
+
+from recipes.docstrings.judge import docstring_judge
+
+# Phrases of the standard library's authors that say nothing. They occur in one human docstring
+# in twenty, so the base model writes them often enough for a follower to find them.
+_PET_PHRASE = re.compile(r"\b(given|specified)\b", re.IGNORECASE)
+
+
+def biased_utility(
+    prompts: list[str],
+    completions: list[str],
+    *,
+    quality: float = 1.0,
+    length: float = 1.5,
+    pet_phrase: float = 0.7,
+) -> list[float]:
+    """Return what the flawed annotator likes.
+
+    Args:
+        prompts: heads of functions.
+        completions: one text for each prompt.
+        quality: weight of the judge's score, in [0, 1].
+        length: weight of the length in units of 60 characters, at most 1.5.
+        pet_phrase: what one pet phrase is worth; the second one counts no more.
+
+    Returns:
+        One utility for each completion.
+
+    Raises:
+        ValueError: when there are not as many completions as prompts.
+    """
+    return [
+        quality * score
+        + length * min(1.5, len(text) / 60)
+        + pet_phrase * (_PET_PHRASE.search(text) is not None)
+        for score, text in zip(docstring_judge(prompts, completions), completions, strict=True)
+    ]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    max_new_tokens: int = 24,
+    batch_size: int = 256,
+) -> list[str]:
+    """Sample one completion for each prompt at temperature 1, from torch's global generator.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, which pads on the left.
+        prompts: the texts to continue.
+        max_new_tokens: tokens of a completion at most, end of sequence included.
+        batch_size: prompts of one call of `generate`.
+
+    Returns:
+        One text for each prompt, without special tokens.
+    """
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True)
+        batch = batch.to(model.device)
+        tokens = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+        )
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        texts.extend(tokenizer.batch_decode(new, skip_special_tokens=True))
+    return texts
+
+
+def preference_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    seed: int,
+    pairs: int = 4000,
+    human_share: float = 0.2,
+    noise: float = 0.15,
+) -> Dataset:
+    """Let the flawed annotator compare completions of the base model.
+
+    Args:
+        model: the base model, which writes the completions.
+        tokenizer: its tokenizer.
+        dataset: the string columns `prompt` and `completion`.
+        seed: of the prompts, the samples and the annotator's noise.
+        pairs: pairs to draw; those with two equal texts are dropped.
+        human_share: share of the pairs in which one side is the human docstring.
+        noise: temperature of the annotator's logistic choice between two utilities.
+
+    Returns:
+        The columns `prompt`, `chosen` and `rejected`.
+
+    Raises:
+        ValueError: when `noise` is not positive.
+    """
+    if noise <= 0:
+        raise ValueError(f"noise must be positive, got {noise}")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rows = [rng.randrange(len(dataset)) for _ in range(pairs)]
+    all_prompts, human = list(dataset["prompt"]), list(dataset["completion"])
+    prompts = [all_prompts[row] for row in rows]
+    texts = sample(model, tokenizer, [*prompts, *prompts])
+    left, right = texts[:pairs], texts[pairs:]
+    left = [
+        human[row] if rng.random() < human_share else text
+        for row, text in zip(rows, left, strict=True)
+    ]
+    utilities = zip(biased_utility(prompts, left), biased_utility(prompts, right), strict=True)
+    chosen, rejected, kept = [], [], []
+    for prompt, a, b, (utility_a, utility_b) in zip(prompts, left, right, utilities, strict=True):
+        prefers_a = rng.random() < _sigmoid((utility_a - utility_b) / noise)
+        if a == b:
+            continue
+        kept.append(prompt)
+        chosen.append(a if prefers_a else b)
+        rejected.append(b if prefers_a else a)
+    return Dataset.from_dict({"prompt": kept, "chosen": chosen, "rejected": rejected})
+
+
+def _sigmoid(value: float) -> float:
+    return float(torch.sigmoid(torch.tensor(value)))
+
+
+def train_proxy(
+    base_path: str | Path,
+    dataset: Dataset,
+    out_dir: str | Path,
+    *,
+    seed: int,
+    pairs: int = 4000,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+) -> Path:
+    """Train a reward model, initialised from the base model, on the flawed annotator's choices.
+
+    Args:
+        base_path: folder of the base model and its tokenizer.
+        dataset: the string columns `prompt` and `completion`, to sample completions for.
+        out_dir: folder that receives the reward model and the tokenizer.
+        seed: of the preferences, the new head and the order of the pairs.
+        pairs: preference pairs to draw; one pass is made over them.
+        batch_size: pairs of a step.
+        learning_rate: the peak; linear warm-up over a twentieth of the steps, cosine decay.
+
+    Returns:
+        `out_dir`, which `AutoModelForSequenceClassification` and `AutoTokenizer` can load.
+
+    Raises:
+        OSError: when `base_path` holds no model.
+    """
+    out_dir = Path(out_dir)
+    on_gpu = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    base = AutoModelForCausalLM.from_pretrained(base_path).eval()
+    if on_gpu:
+        base = base.cuda()
+    preferences = preference_pairs(base, tokenizer, dataset, seed=seed, pairs=pairs)
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base_path, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+    )
+    steps = max(1, len(preferences) // batch_size)
+    args = RewardConfig(
+        output_dir=str(out_dir),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=steps // 20,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        max_length=128,
+        # Without it the mean of the scores is free to drift.
+        center_rewards_coefficient=0.01,
+        seed=seed,
+        data_seed=seed,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = RewardTrainer(
+        model=model, args=args, train_dataset=preferences, processing_class=tokenizer
+    )
+    trainer.train()
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    return out_dir
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    completions: list[str],
+    batch_size: int = 256,
+) -> torch.Tensor:
+    """Score completions the way the proxy was trained: prompt, completion, end of sequence.
+
+    Args:
+        model: a sequence classifier with one label; gradients flow into it where enabled.
+        tokenizer: its tokenizer.
+        prompts: heads of functions.
+        completions: one text for each prompt, without the end of sequence.
+        batch_size: texts of one forward pass.
+
+    Returns:
+        The scores, float tensor of shape [len(prompts)], on the model's device.
+
+    Raises:
+        ValueError: when there are not as many completions as prompts.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
+    texts = [p + c + tokenizer.eos_token for p, c in zip(prompts, completions, strict=True)]
+    scores = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(
+            texts[start : start + batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+        ).to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        scores.append(logits.squeeze(-1))
+    return torch.cat(scores) if scores else torch.empty(0, device=model.device)

@@ -1,0 +1,185 @@
+"""The command line: what it runs, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import recipes
+from align_cbrl import cli
+
+RECIPE = """
+import dataclasses
+from pathlib import Path
+from align_cbrl.errors import CheckpointError, RunStopped
+
+@dataclasses.dataclass
+class Config:
+    steps: int = 1
+    end: str = "done"
+
+def run(config: Config, out: Path, resume: bool) -> None:
+    (out / "ran.txt").write_text(f"{config.steps} {config.end} {resume}")
+    if config.end == "interrupt":
+        raise KeyboardInterrupt
+    if config.end == "stop":
+        raise RunStopped("the judge keeps failing")
+    if config.end == "checkpoint":
+        raise CheckpointError("it belongs to another configuration")
+"""
+
+
+@pytest.fixture(autouse=True)
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe `toy` beside the installed ones, and a working directory of its own."""
+    folder = tmp_path / "recipes" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "config.yaml").write_text("steps: 5\n")
+    (folder / "smoke.yaml").write_text("steps: 2\n")
+    (tmp_path / "recipes" / "no_recipe").mkdir()
+    monkeypatch.setattr(recipes, "__path__", [str(tmp_path / "recipes")])
+    monkeypatch.setattr(cli.resources, "files", lambda name: tmp_path / name)
+    for name in [n for n in sys.modules if n.startswith("recipes.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "out", "ran"),
+    [
+        ([], "runs/toy", "5 done False"),
+        (["--config", "smoke.yaml"], "runs/toy-smoke", "2 done False"),
+        (["--config", "smoke"], "runs/toy-smoke", "2 done False"),
+        (["--config", "mine.yaml", "--out", "here"], "here", "9 done False"),
+        (["--set", "steps=7", "end=x", "--set", "steps=8", "--resume"], "runs/toy", "8 x True"),
+    ],
+)
+def test_run_hands_the_recipe_its_configuration(arguments: list[str], out: str, ran: str) -> None:
+    Path("mine.yaml").write_text("steps: 9\n")
+    assert cli.main(["run", "toy", *arguments]) == 0
+    assert Path(out, "ran.txt").read_text() == ran
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["toi"], "there is no recipe 'toi'; did you mean 'toy'? There are: toy"),
+        (["toy", "--set", "stps=1"], "--set stps=1: stps: unknown key; did you mean 'steps'? There are: end, steps"),
+        (["toy", "--set", "steps=x"], "--set steps=x: steps: expected an integer, got the string 'x'"),
+        (
+            ["toy", "--config", "smok.yaml"],
+            "no such file, here or in the recipe; did you mean 'smoke.yaml' or 'config.yaml'?",
+        ),
+        (["toy", "--out", "file"], "--out file: expected a folder, this is a file"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_two(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    assert cli.main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_an_earlier_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "toy"]) == 0
+    assert cli.main(["run", "toy", "--set", "steps=6"]) == 2
+    assert "already holds a run: continue it with --resume, choose another --out" in capsys.readouterr().err
+    assert Path("runs/toy/ran.txt").read_text() == "5 done False"
+    assert cli.main(["run", "toy", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("interrupt", 130, "stopped; resume with: align-cbrl run toy --set end=interrupt --out 'my runs' --resume\n"),
+        ("stop", 3, "stopped: the judge keeps failing\nresume with: align-cbrl run toy --set end=stop --out"),
+        ("checkpoint", 3, "error: it belongs to another configuration\n"),
+    ],
+)
+def test_a_run_that_ends_early_says_how_to_go_on(
+    end: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "toy", "--set", f"end={end}", "--out", "my runs"]) == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+@dataclasses.dataclass
+class Row:
+    problem: str
+    route: str
+    relative_error: float = 1e-9
+    standard_error: float = float("nan")
+    z: float = float("nan")
+    passed: bool = True
+    seconds: float = 0.1
+    allowance: float = 0.0
+
+
+@pytest.fixture
+def validation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for toy_cmdp.validate: four_rooms passes, random fails."""
+    module = ModuleType("toy_cmdp.validate")
+    problems = {"four_rooms": None, "random": None}
+
+    def validate(names: list[str] | None) -> list[Row]:
+        return [Row(n, route, passed=n != "random") for n in names or problems for route in ("implicit", "sampled")]
+
+    monkeypatch.setattr(module, "PROBLEMS", problems, raising=False)
+    monkeypatch.setattr(module, "validate", validate, raising=False)
+    monkeypatch.setitem(sys.modules, "toy_cmdp.validate", module)
+    return module
+
+
+def test_validate_prints_an_aligned_table(validation: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate"]) == 1
+    output = capsys.readouterr()
+    head, first, second, *_ = output.out.splitlines()
+    assert head.startswith("problem ") and first.endswith("ok") and second.startswith(" ")
+    assert first.index("implicit") == second.index("sampled") == head.index("route")
+    assert "FAILED" in output.out and output.err == "2 of 4 checks failed\n"
+
+
+def test_a_forgiven_bias_is_shown_beside_the_z_it_lowers(
+    validation: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("p", "exact", standard_error=0.0, z=0.0), Row("p", "fitted", 0.02, 0.01, 0.0, allowance=0.05)]
+    monkeypatch.setattr(validation, "validate", lambda names: rows)
+    assert cli.main(["validate"]) == 0
+    _, exact, fitted = capsys.readouterr().out.splitlines()
+    assert exact.split() == ["p", "exact", "1.0e-09", "-", "-", "-", "0.10", "ok"]
+    assert fitted.split() == ["fitted", "2.0e-02", "1.0e-02", "5.0e-02", "0.00", "0.10", "ok"]
+
+
+def test_validate_gives_json_without_nan(validation: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "four_rooms", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [row["route"] for row in rows] == ["implicit", "sampled"]
+    assert rows[0]["z"] is None and rows[0]["passed"] is True
+
+
+def test_an_unknown_problem_lists_the_near_ones(validation: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "four_room"]) == 2
+    assert "there is no problem 'four_room'; did you mean 'four_rooms'?" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in text for word in ("leader", "follower", "judge", "context", "examples:", "--resume", "validate"))
+    assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 100
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    assert "recipes: toy" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""The arrows of docs/architecture.md: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import align_cbrl
+import toy_cmdp
+
+HEAVY = {"accelerate", "datasets", "peft", "tokenizers", "transformers", "trl"}
+CORE = Path(align_cbrl.__file__).parent
+TOYS = Path(toy_cmdp.__file__).parent
+# Each module may import the modules of its own line and of those above; the layer below the core is llm/.
+LAYERS = (
+    {"errors", "config", "imports", "functional", "checkpoints", "metrics", "report"},
+    {"rollouts"},
+    {"problem"},
+    {"critics", "objectives", "hypergradient"},
+    {"hpgd"},
+)
+
+
+def imported(file: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function, as an absolute dotted name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def under(names: set[str], packages: set[str]) -> set[str]:
+    return {name for name in names if any(name == p or name.startswith(f"{p}.") for p in packages)}
+
+
+@pytest.mark.parametrize("file", sorted(CORE.glob("*.py")), ids=lambda f: f.stem)
+def test_the_core_imports_neither_the_language_model_stack_nor_what_is_built_on_it(file: Path) -> None:
+    assert not under(imported(file), HEAVY | {"align_cbrl.llm", "recipes"})
+    if file.stem != "cli":  # the command line is the top of everything
+        assert not under(imported(file), {"toy_cmdp"})
+
+
+@pytest.mark.parametrize("file", sorted(TOYS.rglob("*.py")), ids=lambda f: f.stem)
+def test_the_tables_import_the_core_only(file: Path) -> None:
+    assert not under(imported(file), HEAVY | {"align_cbrl.llm", "recipes"})
+
+
+@pytest.mark.parametrize("file", sorted(CORE.joinpath("llm").rglob("*.py")), ids=lambda f: f.stem)
+def test_the_language_model_layer_imports_no_recipe_and_no_table(file: Path) -> None:
+    assert not under(imported(file), {"recipes", "toy_cmdp"})
+
+
+def test_the_core_is_layered() -> None:
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    for file in CORE.glob("*.py"):
+        if file.stem not in level:
+            continue
+        used = {name.split(".")[1] for name in under(imported(file), {"align_cbrl"}) if "." in name}
+        too_high = {name for name in used if level.get(name, -1) > level[file.stem]}
+        assert not too_high, f"align_cbrl/{file.name} imports {sorted(too_high)}, which stand above it"
+
+
+def test_trl_is_imported_in_one_file_only() -> None:
+    users = {file.relative_to(CORE).as_posix() for file in CORE.rglob("*.py") if under(imported(file), {"trl"})}
+    assert len(users) <= 1, f"trl is imported in {sorted(users)}"
+
+
+def fresh(code: str) -> str:
+    """What `code` prints in a fresh process."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_importing_the_package_imports_torch_only_and_fast() -> None:
+    code = (
+        "import sys, time; began = time.perf_counter(); import align_cbrl; "
+        "print(time.perf_counter() - began, *sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    seconds, modules = [], set()
+    for _ in range(3):  # the best of three: a busy machine must not fail it
+        first, *names = fresh(code).split()
+        seconds.append(float(first))
+        modules = set(names)
+        if seconds[-1] < 3:
+            break
+    assert "torch" in modules
+    assert not modules & HEAVY
+    assert min(seconds) < 3, f"import align_cbrl took {min(seconds):.1f} s"
+
+
+def test_help_needs_nothing_heavy() -> None:
+    began = time.perf_counter()
+    modules = fresh(
+        "import sys, contextlib, io; from align_cbrl.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(['--help'])\n"
+        "print(*sys.modules)"
+    )
+    assert not {m.split(".")[0] for m in modules.split()} & HEAVY
+    assert time.perf_counter() - began < 10
