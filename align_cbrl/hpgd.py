@@ -130,7 +130,7 @@ class HPGD:
         log = None
         if self.out is not None:
             log = MetricsLog(self.out / "metrics.jsonl")
-            log.truncate_after(self.step)
+            log.truncate_after(self.step + 1)  # rows are numbered from 1
         bar = tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not self.config.progress)
         with bar, _finish_step_on_interrupt(self):
             self._returned_at = time.perf_counter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,28 +80,21 @@ def fresh(code: str) -> str:
 
 
 def test_importing_the_package_imports_torch_only_and_fast() -> None:
+    # Processor time, not wall time: on a machine that others use, the latter measures the others.
     code = (
-        "import sys, time; began = time.perf_counter(); import align_cbrl; "
-        "print(time.perf_counter() - began, *sorted({m.split('.')[0] for m in sys.modules}))"
+        "import sys, time; import align_cbrl; "
+        "print(time.process_time(), *sorted({m.split('.')[0] for m in sys.modules}))"
     )
-    seconds, modules = [], set()
-    for _ in range(3):  # the best of three: a busy machine must not fail it
-        first, *names = fresh(code).split()
-        seconds.append(float(first))
-        modules = set(names)
-        if seconds[-1] < 3:
-            break
+    seconds, *modules = fresh(code).split()
     assert "torch" in modules
-    assert not modules & HEAVY
-    assert min(seconds) < 3, f"import align_cbrl took {min(seconds):.1f} s"
+    assert not set(modules) & HEAVY
+    assert float(seconds) < 3, f"import align_cbrl took {seconds} s of processor time"
 
 
 def test_help_needs_nothing_heavy() -> None:
-    began = time.perf_counter()
     modules = fresh(
         "import sys, contextlib, io; from align_cbrl.cli import main\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(['--help'])\n"
         "print(*sys.modules)"
     )
     assert not {m.split(".")[0] for m in modules.split()} & HEAVY
-    assert time.perf_counter() - began < 10

@@ -1,6 +1,6 @@
 """Language models as followers, and the leaders and judges that shape them."""
 
-from align_cbrl.llm.completions import Completions, sample_completions
+from align_cbrl.llm.completions import Completions, sample_completions, score_arguments
 from align_cbrl.llm.data import load_prompts
 from align_cbrl.llm.followers import LanguageFollower, RLOOFollower, TiltedFollower
 from align_cbrl.llm.judges import Judge
@@ -22,5 +22,6 @@ __all__ = [
     "Judge",
     "Completions",
     "sample_completions",
+    "score_arguments",
     "load_prompts",
 ]

@@ -56,7 +56,7 @@ def train_follower(
         done, state = found
         follower.load_state_dict(state)
     log = MetricsLog(out / "metrics.jsonl")
-    log.truncate_after(done)
+    log.truncate_after(done + 1)
     bar = tqdm(total=steps, initial=done, desc=name, disable=not progress)
 
     def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:

@@ -64,7 +64,7 @@ def train_tokenizer(dataset: Dataset, *, vocab_size: int = 2048) -> PreTrainedTo
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 2, heads: int = 4
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 192, layers: int = 2, heads: int = 4
 ) -> LlamaForCausalLM:
     """Return an untrained Llama of about a million parameters, drawn from torch's generator.
 
@@ -99,7 +99,7 @@ def train_base(
     batch_size: int = 24,
     learning_rate: float = 1.5e-3,
     vocab_size: int = 2048,
-    hidden_size: int = 128,
+    hidden_size: int = 192,
     layers: int = 2,
 ) -> Path:
     """Train tokenizer and model on prompt and completion, with the loss on completions only.

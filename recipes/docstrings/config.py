@@ -15,8 +15,8 @@ class FollowerSettings:
     prompts_per_step: int = 8
     group_size: int = 8
     max_completion_length: int = 24
-    learning_rate: float = 1e-3
-    steps: int = 120
+    learning_rate: float = 3e-4
+    steps: int = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Config:
     data: str = "recipes.docstrings.data.load_docstrings"
     model: str | None = None
     proxy: str | None = None
+    base_epochs: float = 4.5
+    proxy_pairs: int = 3000
     judge: str = "recipes.docstrings.judge.docstring_judge"
     rewards: dict[str, str] = dataclasses.field(default_factory=dict)
     leader: str = "mixture"
@@ -62,9 +64,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.leader not in ("mixture", "reward_model"):
             raise InputError(f"leader: expected 'mixture' or 'reward_model', got {self.leader!r}")
+        if not self.base_epochs > 0:
+            raise InputError(f"base_epochs: expected a positive number, got {self.base_epochs}")
         if "proxy" in self.rewards:
             raise InputError("rewards: 'proxy' is the name of the reward model's own term; choose another")
         for name, value, least in (
+            ("proxy_pairs", self.proxy_pairs, 2),
             ("follower.steps", self.follower.steps, 1),
             ("follower.prompts_per_step", self.follower.prompts_per_step, 1),
             ("follower.group_size", self.follower.group_size, 2),

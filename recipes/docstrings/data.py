@@ -21,9 +21,7 @@ MIN_COMPLETION_CHARS = 8
 
 # Third-party packages are not the standard library. Test suites are skipped because some
 # distributions leave them out, because they say little, and because they are most of the bytes.
-_SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-)
+_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
@@ -170,9 +168,7 @@ def load_docstrings(*, root: Path | None = None, test_percent: int = 10) -> Data
     test = [row for row in rows if _is_test_module(row["module"], test_percent)]
     test_prompts = {row["prompt"] for row in test}
     train = [
-        row
-        for row in rows
-        if not _is_test_module(row["module"], test_percent) and row["prompt"] not in test_prompts
+        row for row in rows if not _is_test_module(row["module"], test_percent) and row["prompt"] not in test_prompts
     ]
     if not train or not test:
         raise ValueError(f"empty split: {len(train)} training rows, {len(test)} test rows")

@@ -14,7 +14,9 @@ from align_cbrl.llm import LanguageLeader, RLOOFollower, sample_completions
 from recipes.docstrings.stages import Workbench
 
 
-def evaluate(bench: Workbench, policy: PreTrainedModel, follower: RLOOFollower, leader: LanguageLeader) -> dict[str, Any]:
+def evaluate(
+    bench: Workbench, policy: PreTrainedModel, follower: RLOOFollower, leader: LanguageLeader
+) -> dict[str, Any]:
     """Figures of a policy on the test prompts, all policies on the same ones.
 
     Args:

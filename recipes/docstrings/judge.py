@@ -80,7 +80,7 @@ def signature_words(prompt: str) -> list[str]:
     `def setBgColor(new_color=...):` gives `set`, `bg`, `color`, `new`. Single letters and stop
     words are left out.
     """
-    found = [word.lower() for word in _CAMEL.findall(prompt)]
+    found = [word.lower() for word in _CAMEL.findall(prompt.removeprefix("def "))]
     kept = (word for word in found if len(word) > 1 and word not in _STOP_WORDS)
     return list(dict.fromkeys(kept))
 
@@ -178,10 +178,7 @@ def docstring_judge(prompts: list[str], completions: list[str], **columns: objec
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-    return [
-        _score(prompt, completion.strip())
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return [_score(prompt, completion.strip()) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def _score(prompt: str, completion: str) -> float:

@@ -88,7 +88,9 @@ def print_table(out: Path) -> None:
         print(f"{LABELS[row['name']]:<34}{cells}")
     leader = summary["leader"]
     print(f"\nlearned reward: {leader['reward']}")
-    print(f"judge calls: {leader['judge_calls']:,} on {leader['judge_share']:.0%} of the follower's completions; ", end="")
+    print(
+        f"judge calls: {leader['judge_calls']:,} on {leader['judge_share']:.0%} of the follower's completions; ", end=""
+    )
     print(f"leader's share of time: {leader['leader_share']:.1%}")
     print(f"seconds: {', '.join(f'{name} {value:.0f}' for name, value in summary['seconds'].items())}")
     print(f"report: {out / 'report.html'}")
@@ -105,7 +107,12 @@ def _draw_curves(out: Path, bench: Workbench) -> None:
         "fresh follower": MetricsLog.read(out / "fresh" / "metrics.jsonl"),
     }
     panels = [
-        Panel(title, "follower steps", label, {n: ([r["step"] for r in log], [r[k] for r in log]) for n, log in logs.items()})
+        Panel(
+            title,
+            "follower steps",
+            label,
+            {n: ([r["step"] for r in log], [r[k] for r in log]) for n, log in logs.items()},
+        )
         for k, title, label in (
             ("judge", "Judge", "score"),
             ("kl", "Divergence from the reference", "nats"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -35,7 +36,7 @@ def biased_utility(
     completions: list[str],
     *,
     quality: float = 1.0,
-    length: float = 1.5,
+    length: float = 2.0,
     pet_phrase: float = 0.7,
 ) -> list[float]:
     """Return what the flawed annotator likes.
@@ -54,9 +55,7 @@ def biased_utility(
         ValueError: when there are not as many completions as prompts.
     """
     return [
-        quality * score
-        + length * min(1.5, len(text) / 60)
-        + pet_phrase * (_PET_PHRASE.search(text) is not None)
+        quality * score + length * min(1.5, len(text) / 60) + pet_phrase * (_PET_PHRASE.search(text) is not None)
         for score, text in zip(docstring_judge(prompts, completions), completions, strict=True)
     ]
 
@@ -106,7 +105,7 @@ def preference_pairs(
     dataset: Dataset,
     *,
     seed: int,
-    pairs: int = 4000,
+    pairs: int = 3000,
     human_share: float = 0.2,
     noise: float = 0.15,
 ) -> Dataset:
@@ -136,10 +135,7 @@ def preference_pairs(
     prompts = [all_prompts[row] for row in rows]
     texts = sample(model, tokenizer, [*prompts, *prompts])
     left, right = texts[:pairs], texts[pairs:]
-    left = [
-        human[row] if rng.random() < human_share else text
-        for row, text in zip(rows, left, strict=True)
-    ]
+    left = [human[row] if rng.random() < human_share else text for row, text in zip(rows, left, strict=True)]
     utilities = zip(biased_utility(prompts, left), biased_utility(prompts, right), strict=True)
     chosen, rejected, kept = [], [], []
     for prompt, a, b, (utility_a, utility_b) in zip(prompts, left, right, utilities, strict=True):
@@ -162,7 +158,7 @@ def train_proxy(
     out_dir: str | Path,
     *,
     seed: int,
-    pairs: int = 4000,
+    pairs: int = 3000,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
 ) -> Path:
@@ -191,9 +187,11 @@ def train_proxy(
         base = base.cuda()
     preferences = preference_pairs(base, tokenizer, dataset, seed=seed, pairs=pairs)
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base_path, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
-    )
+    config = AutoConfig.from_pretrained(base_path)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    model = AutoModelForSequenceClassification.from_config(config)
+    # Not `from_pretrained`, which would warn that the head, rightly, is not in the checkpoint.
+    model.base_model.load_state_dict(base.base_model.state_dict())
     steps = max(1, len(preferences) // batch_size)
     args = RewardConfig(
         output_dir=str(out_dir),
@@ -217,9 +215,7 @@ def train_proxy(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = RewardTrainer(
-        model=model, args=args, train_dataset=preferences, processing_class=tokenizer
-    )
+    trainer = RewardTrainer(model=model, args=args, train_dataset=preferences, processing_class=tokenizer)
     trainer.train()
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

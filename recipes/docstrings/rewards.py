@@ -1,7 +1,7 @@
 """Cheap reward terms of the kind that practitioners add to a reward model.
 
 Each is a trl reward function, looks at the text alone and knows nothing of the judge. Scales are
-about one: over samples of the base model the standard deviation is between 0.1 and 1.
+about one: over samples of the base model the standard deviation is between 0.2 and 0.5.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def brevity(prompts: list[str], completions: list[str], **columns: object) -> li
 
 
 def repetition(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """Minus five times the share of words that already occurred, at least -2.
+    """Minus eight times the share of words that already occurred, at least -2.
 
     Args:
         prompts: not used.
@@ -54,7 +54,7 @@ def repetition(prompts: list[str], completions: list[str], **columns: object) ->
     for text in completions:
         words = [word.lower() for word in _WORD.findall(text)]
         share = 1.0 - len(set(words)) / len(words) if words else 0.0
-        values.append(max(-2.0, -5.0 * share))
+        values.append(max(-2.0, -8.0 * share))
     return values
 
 
@@ -89,6 +89,8 @@ def capital_first(prompts: list[str], completions: list[str], **columns: object)
 def prompt_overlap(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Share of the prompt's words of three letters or more that the text repeats, times two.
 
+    Words count as equal where their first four letters are, so that "read" is in "reading".
+
     Args:
         prompts: the texts whose words count; names are split at underscores.
         completions: the texts to score.
@@ -99,14 +101,14 @@ def prompt_overlap(prompts: list[str], completions: list[str], **columns: object
     """
     values = []
     for prompt, text in zip(prompts, completions, strict=True):
-        wanted = {word.lower() for word in _WORD.findall(prompt) if len(word) > 2} - {"def"}
-        used = {word.lower() for word in _WORD.findall(text)}
+        wanted = {word.lower()[:4] for word in _WORD.findall(prompt) if len(word) > 2} - {"def"}
+        used = {word.lower()[:4] for word in _WORD.findall(text)}
         values.append(2.0 * len(wanted & used) / len(wanted) if wanted else 0.0)
     return values
 
 
 def markup(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """Minus the share of characters that are neither letters nor ordinary prose, times five.
+    """Minus the share of characters that are neither letters nor ordinary prose, times ten.
 
     Args:
         prompts: not used.
@@ -119,5 +121,5 @@ def markup(prompts: list[str], completions: list[str], **columns: object) -> lis
     values = []
     for text in completions:
         odd = sum(not (char.isalpha() or char in " .,'-") for char in text)
-        values.append(max(-2.0, -5.0 * odd / len(text)) if text else 0.0)
+        values.append(max(-2.0, -10.0 * odd / len(text)) if text else 0.0)
     return values

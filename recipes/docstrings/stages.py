@@ -89,15 +89,16 @@ def prepare(config: Config, cache: Path, seconds: dict[str, float]) -> Workbench
     if model is None:
         _need_completions(data, "model")
         folder = cached(
-            cache, "base", shape, lambda out: train_base(data["train"], out, seed=config.seed), seconds
+            cache, "base", {**shape, "epochs": config.base_epochs},
+            lambda out: train_base(data["train"], out, seed=config.seed, epochs=config.base_epochs), seconds,
         )  # fmt: skip
         model = str(folder)
     proxy = config.proxy
     if proxy is None:
         _need_completions(data, "proxy")
         folder = cached(
-            cache, "proxy", {**shape, "model": model},
-            lambda out: train_proxy(model, data["train"], out, seed=config.seed), seconds,
+            cache, "proxy", {**shape, "model": model, "pairs": config.proxy_pairs},
+            lambda out: train_proxy(model, data["train"], out, seed=config.seed, pairs=config.proxy_pairs), seconds,
         )  # fmt: skip
         proxy = str(folder)
 
