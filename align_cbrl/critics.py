@@ -54,7 +54,9 @@ class FittedCritic(Critic):
 
     def __post_init__(self) -> None:
         if self.folds < 2:
-            raise InputError(f"FittedCritic.folds: expected at least 2, got {self.folds}; 1 would judge a path by itself")
+            raise InputError(
+                f"FittedCritic.folds: expected at least 2, got {self.folds}; 1 would judge a path by itself"
+            )
 
     def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:
         """Advantage [B, T], value and soft value [B, T + 1]. Raises InputError with fewer paths than folds."""

@@ -127,12 +127,15 @@ class HPGD:
             self._restore(self.out)
         if self.step >= self.config.steps:
             return
-        log = None
-        if self.out is not None:
-            log = MetricsLog(self.out / "metrics.jsonl")
-            log.truncate_after(self.step + 1)  # rows are numbered from 1
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not self.config.progress)
-        with bar, _finish_step_on_interrupt(self):
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.out is not None:
+                log = stack.enter_context(MetricsLog(self.out / "metrics.jsonl"))
+                log.truncate_after(self.step + 1)  # rows are numbered from 1
+            bar = stack.enter_context(
+                tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not self.config.progress)
+            )
+            stack.enter_context(_finish_step_on_interrupt(self))
             self._returned_at = time.perf_counter()
 
             def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
@@ -201,8 +204,11 @@ class HPGD:
         else:  # the follower has weighted its samples already: they stand for pi*
             weight, gap = rollouts.weight.to(reward), {}
         size = effective_sample_size(weight, group).sum().item() / rollouts.size
-        return {**gap, "effective_sample_size": size, "kl": float((rollouts.path_weight() * (log_policy - log_prior).to(
-            rollouts.mask.device)).mean())}
+        return {
+            **gap,
+            "effective_sample_size": size,
+            "kl": float((rollouts.path_weight() * (log_policy - log_prior).to(rollouts.mask.device)).mean()),
+        }
 
     def _default_fingerprint(self) -> str:
         leader, follower = self.problem.leader, self.problem.follower

@@ -162,7 +162,9 @@ def _masked(value: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def _rows(critique: Critique, here: slice) -> Critique:
-    return Critique(*(None if v is None else v[here] for v in (critique.advantage, critique.value, critique.soft_value)))
+    return Critique(
+        *(None if v is None else v[here] for v in (critique.advantage, critique.value, critique.soft_value))
+    )
 
 
 def _norm_of_change(problem: Problem, before: list[Tensor | None]) -> float:

@@ -99,7 +99,9 @@ def test_kl_price_enters_the_credit() -> None:
 
 def test_importance_weights_of_whole_numbers_are_repetitions() -> None:
     """A sample of weight two counts as two in the mean of its group."""
-    rollouts = bandit(weight=torch.tensor([2.0, 1.0, 0.0, 1.0] * 6, dtype=torch.float64), groups=6, contexts=torch.arange(24) // 4)
+    rollouts = bandit(
+        weight=torch.tensor([2.0, 1.0, 0.0, 1.0] * 6, dtype=torch.float64), groups=6, contexts=torch.arange(24) // 4
+    )
     u, f, w = rollouts.steps["u"], rollouts.steps["features"], rollouts.weight
     want = torch.zeros(3, dtype=torch.float64)
     for g in range(6):
@@ -157,7 +159,10 @@ def test_fitted_critic_is_unbiased_where_its_own_path_is_not_used() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"log_policy": torch.full((24,), math.nan)}, r"log_policy: expected finite numbers, got nan in context 0 at step 0"),
+        (
+            {"log_policy": torch.full((24,), math.nan)},
+            r"log_policy: expected finite numbers, got nan in context 0 at step 0",
+        ),
         ({"log_prior": torch.full((24,), -math.inf)}, r"log_prior: expected finite numbers, got -inf in context 0"),
         ({"log_prior": torch.zeros(5)}, r"log_prior: expected shape \(24, 1\), got \(5, 1\)"),
         ({"weight": -torch.ones(24)}, "weight: expected finite, non-negative"),
@@ -235,7 +240,9 @@ def test_leaders_refused(leader: Leader, message: str) -> None:
 def test_utilities_refused() -> None:
     broken = bandit()
     broken.steps["u"][9] = math.inf  # type: ignore[index]
-    with pytest.raises(InputError, match=r"utility: expected finite numbers, got inf in context 3 at step 0 \(path 9\)"):
+    with pytest.raises(
+        InputError, match=r"utility: expected finite numbers, got inf in context 3 at step 0 \(path 9\)"
+    ):
         PolicyResponse().backward(problem(), broken)
     flat = ExpectedUtility(lambda leader, rollouts: rollouts.steps["u"])
     with pytest.raises(InputError, match=r"utility: expected shape \(24, 1\)"):

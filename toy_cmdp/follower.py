@@ -71,7 +71,7 @@ class ExactFollower(Follower):
         with torch.no_grad():
             tables = require_tabular(leader).tables()
             solution = self._solve(tables, self._value)
-        self._value = solution.value
+        self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
         self._sampler = _Sampler(tables, solution)
         return {"iterations": float(solution.iterations), "residual": solution.residual}
 

@@ -51,9 +51,13 @@ class LanguageFollower(Follower):
         self.temperature = temperature
         self.max_completion_length = max_completion_length
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path, padding_side="left")
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.model_path, padding_side="left"
+            )
         except (OSError, ValueError) as error:
-            raise InputError(f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})") from error
+            raise InputError(
+                f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})"
+            ) from error
         if self.tokenizer.eos_token_id is None:
             raise InputError(f"model {self.model_path!r}: its tokenizer has no end-of-sequence token; set eos_token")
         if self.tokenizer.pad_token is None:
@@ -281,7 +285,9 @@ class RLOOFollower(LanguageFollower):
                     callbacks=[AfterEachStep(lambda step: self._on_step(step))],
                 )
             except OSError as error:
-                raise InputError(f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})") from error
+                raise InputError(
+                    f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})"
+                ) from error
         return self._trainer
 
 

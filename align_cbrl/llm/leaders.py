@@ -193,9 +193,7 @@ class RewardModelLeader(LanguageLeader):
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self, model: RewardModel, trainable: str = "head", strength: float = 1.0, budget: float = 1.0
-    ) -> None:
+    def __init__(self, model: RewardModel, trainable: str = "head", strength: float = 1.0, budget: float = 1.0) -> None:
         super().__init__()
         for name, value in (("strength", strength), ("budget", budget)):
             if not (0 < value < float("inf")):
@@ -277,10 +275,10 @@ def load_leader(path: str | Path) -> RewardMixture | RewardModelLeader:
             file, _, attribute = term["function"].rpartition(":")
             terms[name] = load_object(f"{path / file}:{attribute}" if file.endswith(".py") else term["function"])
     mixture = RewardMixture(terms, budget=record["budget"])
-    mixture.weight.data.copy_(torch.tensor(list(record["weights"].values())))
-    mixture.correlation.copy_(torch.tensor(record["correlation"]))
-    mixture.shift.copy_(torch.tensor(record["shift"]))
-    mixture.scale.copy_(torch.tensor(record["scale"]))
+    mixture.weight.data.copy_(torch.tensor(list(record["weights"].values()), dtype=torch.float64))
+    mixture.correlation.copy_(torch.tensor(record["correlation"], dtype=torch.float64))
+    mixture.shift.copy_(torch.tensor(record["shift"], dtype=torch.float64))
+    mixture.scale.copy_(torch.tensor(record["scale"], dtype=torch.float64))
     return mixture
 
 

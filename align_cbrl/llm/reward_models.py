@@ -37,7 +37,9 @@ class RewardModel:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
             self.model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(self.path)
         except (OSError, ValueError) as error:
-            raise InputError(f"reward model {self.path!r}: neither a hub id nor a folder that loads ({error})") from error
+            raise InputError(
+                f"reward model {self.path!r}: neither a hub id nor a folder that loads ({error})"
+            ) from error
         if self.model.config.num_labels != 1:
             raise InputError(
                 f"reward model {self.path!r}: expected one label, the score, got {self.model.config.num_labels}"
@@ -75,7 +77,11 @@ class RewardModel:
 
     def _score_batch(self, texts: list[str]) -> Tensor:
         encoded = self.tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="right", truncation=True,
+            texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            truncation=True,
             max_length=self.max_length,
         )
         device = self.model.device

@@ -68,7 +68,7 @@ def train_follower(
             save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
         return True
 
-    with bar:
+    with bar, log:
         if done < steps:
             follower.interval, follower.warmup = log_every, 0
             follower.follow(

@@ -77,7 +77,7 @@ class AfterEachStep(TrainerCallback):  # type: ignore[misc]  # as above
         return control
 
 
-def boltzmann_config(temperature: float, **settings: Any) -> RLOOConfig:
+def boltzmann_config(temperature: float, /, **settings: Any) -> RLOOConfig:
     """RLOO settings under which the policy converges to the Boltzmann response at `temperature`.
 
     Args:
@@ -122,7 +122,8 @@ def check_boltzmann(config: RLOOConfig) -> None:
         f"beta={config.beta}: without a KL price the best response is undefined (lambda = beta)": config.beta <= 0,
         "normalize_advantages=True: divides by the batch's spread, so the reward's scale, and with it the leader's "
         "gradient, is lost; GRPO's scale_rewards does the same": config.normalize_advantages,
-        f"temperature={config.temperature}: samples are not the policy's (0.7 left 0.046 nats)": config.temperature != 1,
+        f"temperature={config.temperature}: samples are not the policy's (0.7 left 0.046 nats)": config.temperature
+        != 1,
         f"top_k={config.top_k}: cuts the policy's support (4 left 0.30 nats)": config.top_k not in (0, None),
         f"top_p={config.top_p}: cuts the policy's support": config.top_p not in (1.0, None),
         f"min_p={config.min_p}: cuts the policy's support": bool(config.min_p),

@@ -46,9 +46,10 @@ def regression(bench: Workbench, seed: int) -> dict[str, Any]:
 
 
 def random_search(bench: Workbench, seed: int, trials: int = 4) -> dict[str, Any]:
-    """One full RLHF run a trial, with weights drawn uniformly from the budget's boundary; the best by the judge wins.
+    """A new follower a trial, with weights drawn uniformly from the budget's boundary; the best by the judge wins.
 
-    The judge's budget is split evenly over the trials and spent on completions of training prompts.
+    The judge's budget is split evenly over the trials and spent on completions of training prompts. A trial gets half
+    of plain RLHF's follower steps, so that all trials together take more of them than HPGD does.
 
     Returns:
         What `evaluate` returns for the winning trial's policy, with its weights and every trial's score.
@@ -65,7 +66,7 @@ def random_search(bench: Workbench, seed: int, trials: int = 4) -> dict[str, Any
             direction = torch.randn(len(leader.terms), generator=generator, dtype=torch.float64)
             leader.weight.copy_(direction)
             leader.weight.mul_(leader.budget / leader.spread())
-        follower.train(leader, config.follower.steps)
+        follower.train(leader, config.follower.steps // 2)
         contexts = follower.sample_contexts(prompts, generator)
         score = bench.judge()(None, follower.rollout(contexts, config.follower.group_size, generator)).mean().item()
         scores.append({"judge": score, "weights": leader.weights()})

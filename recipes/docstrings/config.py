@@ -16,16 +16,16 @@ class FollowerSettings:
     group_size: int = 8
     max_completion_length: int = 24
     learning_rate: float = 3e-4
-    steps: int = 150
+    steps: int = 120
 
 
 @dataclasses.dataclass(frozen=True)
 class LeaderSettings:
     """How the leader steps around the follower's training."""
 
-    steps: int = 40
+    steps: int = 32
     interval: int = 5
-    warmup: int = 30
+    warmup: int = 20
     learning_rate: float = 0.1
     kl_price: float = 0.0
 

@@ -32,13 +32,27 @@ from recipes.docstrings.stages import prepare
 
 FIGURES = ("judge", "proxy", "kl", "gap")
 # two-sided 95 % quantiles of Student's t by degrees of freedom
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 14: 2.145, 19: 2.093}
+T_QUANTILES = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    14: 2.145,
+    19: 2.093,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write summary.json and report.html in `--out` and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m recipes.docstrings.study", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="of the main job and its baselines")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="of the main job and its baselines"
+    )
     parser.add_argument("--variant-seeds", type=int, nargs="*", default=[0, 1, 2], help="of reward_model.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key=value")
@@ -144,7 +158,10 @@ def _report(out: Path, studies: dict[str, Any]) -> None:
             highlight=LABELS["hpgd"],
         )
         compared = Table(["comparison", "value"], [[name, value] for name, value in study["comparisons"].items()])
-        learned = Table(["seed", "learned reward"], [[str(s), w] for s, w in zip(study["seeds"], study["learned_rewards"], strict=True)])
+        learned = Table(
+            ["seed", "learned reward"],
+            [[str(s), w] for s, w in zip(study["seeds"], study["learned_rewards"], strict=True)],
+        )
         sections.append(Section(f"{variant}.yaml", "", [table, compared, learned]))
     write_report(out / "report.html", title="Docstrings: the study", sections=sections)
 

@@ -1,0 +1,210 @@
+"""The loop: resume, interruption, full disks, other configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toy_cmdp
+from align_cbrl import (
+    HPGD,
+    CheckpointError,
+    HPGDConfig,
+    InputError,
+    PolicyResponse,
+    Problem,
+    Rollouts,
+    RunStopped,
+    checkpoints,
+)
+from align_cbrl.metrics import MetricsLog
+
+
+def run_of(out: Path | None, steps: int = 12, temperature: float = 0.5, **settings: Any) -> HPGD:
+    problem = toy_cmdp.random_cmdp(seed=1, temperature=temperature)
+    optimizer = torch.optim.Adam(problem.leader.parameters(), lr=0.05, maximize=True)
+    config = HPGDConfig(
+        **{
+            "steps": steps,
+            "contexts_per_step": 4,
+            "group_size": 2,
+            "checkpoint_every": 3,
+            "progress": False,
+            **settings,
+        }
+    )
+    return HPGD(problem, optimizer, PolicyResponse(toy_cmdp.exact.ExactCritic()), config, out)
+
+
+def weights(run: HPGD) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.problem.parameters])
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("leader_seconds", "follower_seconds", "leader_share")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def test_exact_ascent_raises_the_objective() -> None:
+    run = run_of(None, steps=60, contexts_per_step=64, group_size=8)
+    before = toy_cmdp.exact.leader_value(run.problem).item()
+    run.run()
+    assert toy_cmdp.exact.leader_value(run.problem).item() > before + 0.05
+    assert run.step == len(run.history) == 60
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
+    whole = run_of(tmp_path / "whole")
+    whole.run()
+    run_of(tmp_path / "parts", steps=5).run()
+    parts = run_of(tmp_path / "parts")
+    parts.run(resume=True)
+    assert torch.equal(weights(whole), weights(parts))
+    rows = [MetricsLog.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert without_times(rows[0]) == without_times(rows[1])
+    assert [row["step"] for row in rows[1]] == list(range(1, 13))
+
+
+def test_ctrl_c_finishes_the_step_and_can_be_resumed(tmp_path: Path) -> None:
+    whole = run_of(tmp_path / "whole")
+    whole.run()
+    run = run_of(tmp_path / "stopped")
+    rollout = run.problem.follower.rollout
+
+    def interrupting(*arguments: Any) -> Any:
+        if run.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rollout(*arguments)
+
+    run.problem.follower.rollout = interrupting  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert run.step == 8  # the step under way was finished
+    again = run_of(tmp_path / "stopped")
+    again.run(resume=True)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_a_judge_that_stops_the_run_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_of(tmp_path / "whole")
+    whole.run()
+    run = run_of(tmp_path / "stopped")
+    backward = PolicyResponse.backward
+
+    def failing(self: PolicyResponse, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
+        if run.step == 4:
+            raise RunStopped("judge: raised TimeoutError on all 4 attempts")
+        return backward(self, problem, rollouts)
+
+    monkeypatch.setattr(PolicyResponse, "backward", failing)
+    with pytest.raises(RunStopped):
+        run.run()
+    monkeypatch.undo()
+    again = run_of(tmp_path / "stopped")
+    again.run(resume=True)
+    # Its follower answers the same leader twice, hence to the solver's tolerance instead of bit by bit.
+    torch.testing.assert_close(weights(whole), weights(again), rtol=1e-12, atol=0)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, steps=12)
+    write, calls = checkpoints._write, []
+
+    def filling(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if len(calls) > 4:  # two files a checkpoint: the third one fails
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoints, "_write", filling)
+    with pytest.raises(CheckpointError, match="(?i)space|disk"):
+        run.run()
+    monkeypatch.undo()
+    again = run_of(tmp_path)
+    again._restore(tmp_path)
+    assert again.step == 6
+    again.run(resume=True)
+    whole = run_of(None)
+    whole.run()
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=3).run()
+    with pytest.raises(CheckpointError, match="another configuration"):
+        run_of(tmp_path, temperature=0.7).run(resume=True)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=6).run()
+    newest = max((tmp_path / "checkpoints").iterdir())
+    for file in newest.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-9])
+    again = run_of(tmp_path)
+    with pytest.warns(UserWarning, match="truncated|damaged"):
+        again.run(resume=True)
+    whole = run_of(None)
+    whole.run()
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_kill_9_and_resume_is_bit_identical(tmp_path: Path) -> None:
+    """Five kills at moments of their own choosing, in a process of their own."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, time
+            sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+            from pathlib import Path
+            from test_hpgd import run_of
+            run = run_of(Path(sys.argv[1]), steps=400)
+            step = run._leader_step
+            def slow(*arguments):
+                time.sleep(0.005)
+                return step(*arguments)
+            run._leader_step = slow
+            print("started", flush=True)
+            run.run(resume=True)
+            """
+        )
+    )
+    out = tmp_path / "killed"
+    delays = torch.rand(5, generator=torch.Generator().manual_seed(4)).mul(0.9).add(0.2).tolist()
+    for delay in delays:
+        with subprocess.Popen([sys.executable, str(script), str(out)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"started\n"
+            try:
+                process.wait(timeout=delay)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    killed_at = max((int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*")), default=0)
+    assert 0 < killed_at < 400
+    resumed = run_of(out, steps=400)
+    resumed.run(resume=True)
+    whole = run_of(tmp_path / "whole", steps=400)
+    whole.run()
+    assert torch.equal(weights(whole), weights(resumed))
+    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 401))
+
+
+def test_a_descending_optimizer_is_refused() -> None:
+    problem = toy_cmdp.random_cmdp(seed=1)
+    with pytest.raises(InputError, match="expected maximize=True"):
+        HPGD(problem, torch.optim.SGD(problem.leader.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["steps", "contexts_per_step", "group_size", "checkpoint_every"])
+def test_settings_are_positive(name: str) -> None:
+    with pytest.raises(InputError, match=f"HPGDConfig.{name}: expected a positive number, got 0"):
+        HPGDConfig(**{name: 0})
