@@ -93,7 +93,7 @@ class HPGD:
         optimizer: torch.optim.Optimizer,
         hypergradient: Hypergradient | None = None,
         config: HPGDConfig | None = None,
-        out: Path | None = None,
+        out: str | Path | None = None,
         fingerprint: str | None = None,
     ) -> None:
         if not all(group.get("maximize", False) for group in optimizer.param_groups):
@@ -102,7 +102,7 @@ class HPGD:
         self.optimizer = optimizer
         self.hypergradient = PolicyResponse() if hypergradient is None else hypergradient
         self.config = HPGDConfig() if config is None else config
-        self.out = out
+        self.out = None if out is None else Path(out)
         self.fingerprint = self._default_fingerprint() if fingerprint is None else fingerprint
         self.step = 0
         self.history: list[dict[str, float]] = []

@@ -162,8 +162,11 @@ def _masked(value: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def _rows(critique: Critique, here: slice) -> Critique:
+    value, soft_value = critique.value, critique.soft_value
     return Critique(
-        *(None if v is None else v[here] for v in (critique.advantage, critique.value, critique.soft_value))
+        critique.advantage[here],
+        None if value is None else value[here],
+        None if soft_value is None else soft_value[here],
     )
 
 

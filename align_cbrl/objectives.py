@@ -91,7 +91,10 @@ class KLPriced(Objective):
         log_prior = leader.log_prior(rollouts)
         if log_prior is None or self.price == 0:
             return direct
-        priced = self.price * torch.where(rollouts.mask, weight * log_prior, torch.zeros_like(log_prior)).sum()
+        priced = (
+            self.price
+            * torch.where(rollouts.mask.to(log_prior.device), weight * log_prior, torch.zeros_like(log_prior)).sum()
+        )
         return priced if direct is None else direct + priced
 
     def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
@@ -102,7 +105,9 @@ class KLPriced(Objective):
         moved = leader.log_prior(rollouts)
         log_prior = rollouts.log_prior if moved is None else moved
         divergence = (rollouts.log_policy - log_prior).to(utility.device, utility.dtype)
-        return utility - self.price * torch.where(rollouts.mask, divergence, torch.zeros_like(divergence))
+        return utility - self.price * torch.where(
+            rollouts.mask.to(divergence.device), divergence, torch.zeros_like(divergence)
+        )
 
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
         """As the priced objective summarizes."""

@@ -77,10 +77,11 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
         """Value and credit of a whole batch from its utilities [B, T]. No other access to the leader is allowed here,
-        so that the utilities can be computed, and differentiated, chunk by chunk."""
+        so that the utilities can be computed, and differentiated, chunk by chunk.
+        """
 
     def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
-        """The sum of weight * utility over a chunk's steps, differentiable in x, or None when nothing in it depends on x.
+        """The sum of weight * utility over a chunk's steps, differentiable in x, or None when it does not depend on x.
 
         Override it when only a part of the utility does, so that the rest is not computed twice.
 

@@ -82,7 +82,7 @@ class Rollouts:
             steps: as for `Rollouts`.
             **fields: `log_policy`, `log_prior` as [B] (a column is added) and `weight` as [B].
         """
-        columns = {
+        columns: dict[str, Any] = {
             name: value[:, None] if value is not None and name != "weight" else value for name, value in fields.items()
         }
         return cls(
@@ -119,8 +119,9 @@ class Rollouts:
             return [value[i] for i in positions.tolist()]
 
         fields = {name: getattr(self, name) for name in ("contexts", "mask", "group", *_OPTIONAL)}
+        picked: dict[str, Any] = {name: None if value is None else pick(value) for name, value in fields.items()}
         return Rollouts(
-            **{name: None if value is None else pick(value) for name, value in fields.items()},
+            **picked,
             steps={name: pick(value) for name, value in self.steps.items()},
         )
 

@@ -57,7 +57,7 @@ def test_group_advantage_makes_the_covariance_unbiased() -> None:
 
 
 def test_a_lonely_sample_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="group size: expected at least 2.*got 1 for group 4"):
+    with pytest.raises(InputError, match=r"group size: expected at least 2.*got 1 for group 4"):
         group_advantage(torch.ones(3), torch.tensor([3, 3, 4]), torch.ones(3))
 
 

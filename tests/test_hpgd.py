@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_valid(tmp_path: Path, monkey
         write(path, data)
 
     monkeypatch.setattr(checkpoints, "_write", filling)
-    with pytest.raises(CheckpointError, match="(?i)space|disk"):
+    with pytest.raises(CheckpointError, match=r"(?i)space|disk"):
         run.run()
     monkeypatch.undo()
     again = run_of(tmp_path)
@@ -150,7 +150,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> 
     for file in newest.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-9])
     again = run_of(tmp_path)
-    with pytest.warns(UserWarning, match="truncated|damaged"):
+    with pytest.warns(UserWarning, match=r"truncated|damaged"):
         again.run(resume=True)
     whole = run_of(None)
     whole.run()

@@ -30,7 +30,9 @@ def load_prompts(source: str, *, test_share: float = 0.15, seed: int = 0) -> Dat
     """
     path = Path(source).expanduser()
     try:
-        if path.suffix in _FORMATS and path.is_file():
+        if path.suffix in _FORMATS:
+            if not path.is_file():
+                raise InputError(f"data {source!r}: there is no such file")
             data = load_dataset(_FORMATS[path.suffix], data_files=str(path))
             if path.suffix == ".txt":
                 data = data.rename_column("text", "prompt")

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
 from transformers.trainer_utils import set_seed
 
 from align_cbrl.errors import InputError
@@ -284,6 +290,8 @@ class RLOOFollower(LanguageFollower):
                     processing_class=self.tokenizer,
                     callbacks=[AfterEachStep(lambda step: self._on_step(step))],
                 )
+                # With trl's own bar switched off, transformers would print a dictionary after every train().
+                self._trainer.remove_callback(PrinterCallback)
             except OSError as error:
                 raise InputError(
                     f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})"

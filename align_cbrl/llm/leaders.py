@@ -303,11 +303,11 @@ def _dotted_path(name: str, term: ScoreFunction, folder: Path) -> str:
             f"that the reward can be saved, got {term!r}"
         )
     try:
-        if getattr(importlib.import_module(module), qualified, None) is term:
+        if module != "__main__" and getattr(importlib.import_module(module), qualified, None) is term:
             return f"{module}.{qualified}"
     except ImportError:
         pass  # loaded from a file by path: carry the file along
-    source = Path(term.__code__.co_filename)  # type: ignore[attr-defined]  # a function, as its qualified name says
+    source = Path(term.__code__.co_filename)
     if not (folder / source.name).exists() or not (folder / source.name).samefile(source):
         shutil.copyfile(source, folder / source.name)
     return f"{source.name}:{qualified}"

@@ -23,7 +23,7 @@ CONTEXT = "context"
 """Name of the dataset column that carries each prompt's row number through trl."""
 
 
-class ObservedRLOOTrainer(RLOOTrainer):  # type: ignore[misc]  # trl ships no types
+class ObservedRLOOTrainer(RLOOTrainer):
     """RLOO that keeps its newest batch of completions, with their log-probabilities, for the leader to see."""
 
     observed: Completions | None = None
@@ -63,7 +63,7 @@ class ObservedRLOOTrainer(RLOOTrainer):  # type: ignore[misc]  # trl ships no ty
         self._buffered_inputs = None
 
 
-class AfterEachStep(TrainerCallback):  # type: ignore[misc]  # as above
+class AfterEachStep(TrainerCallback):
     """Calls a function after every optimizer step; training ends when it returns False."""
 
     def __init__(self, function: Callable[[int], bool]) -> None:
@@ -72,6 +72,7 @@ class AfterEachStep(TrainerCallback):  # type: ignore[misc]  # as above
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Called by transformers."""
         if not self.function(state.global_step):
             control.should_training_stop = True
         return control

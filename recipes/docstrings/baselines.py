@@ -48,8 +48,8 @@ def regression(bench: Workbench, seed: int) -> dict[str, Any]:
 def random_search(bench: Workbench, seed: int, trials: int = 4) -> dict[str, Any]:
     """A new follower a trial, with weights drawn uniformly from the budget's boundary; the best by the judge wins.
 
-    The judge's budget is split evenly over the trials and spent on completions of training prompts. A trial gets half
-    of plain RLHF's follower steps, so that all trials together take more of them than HPGD does.
+    The judge's budget is split evenly over the trials and spent on completions of training prompts. A trial gets a
+    third of plain RLHF's follower steps, so that all trials together take more of them than HPGD does.
 
     Returns:
         What `evaluate` returns for the winning trial's policy, with its weights and every trial's score.
@@ -66,7 +66,7 @@ def random_search(bench: Workbench, seed: int, trials: int = 4) -> dict[str, Any
             direction = torch.randn(len(leader.terms), generator=generator, dtype=torch.float64)
             leader.weight.copy_(direction)
             leader.weight.mul_(leader.budget / leader.spread())
-        follower.train(leader, config.follower.steps // 2)
+        follower.train(leader, config.follower.steps // 3)
         contexts = follower.sample_contexts(prompts, generator)
         score = bench.judge()(None, follower.rollout(contexts, config.follower.group_size, generator)).mean().item()
         scores.append({"judge": score, "weights": leader.weights()})

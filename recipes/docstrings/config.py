@@ -16,17 +16,17 @@ class FollowerSettings:
     group_size: int = 8
     max_completion_length: int = 24
     learning_rate: float = 3e-4
-    steps: int = 120
+    steps: int = 160
 
 
 @dataclasses.dataclass(frozen=True)
 class LeaderSettings:
     """How the leader steps around the follower's training."""
 
-    steps: int = 32
+    steps: int = 28
     interval: int = 5
     warmup: int = 20
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     kl_price: float = 0.0
 
 
@@ -64,6 +64,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.leader not in ("mixture", "reward_model"):
             raise InputError(f"leader: expected 'mixture' or 'reward_model', got {self.leader!r}")
+        if self.leader == "mixture" and self.budget < self.strength:
+            raise InputError(
+                f"budget: expected at least strength={self.strength}, where plain RLHF and the leader start, got "
+                f"{self.budget}"
+            )
         if not self.base_epochs > 0:
             raise InputError(f"base_epochs: expected a positive number, got {self.base_epochs}")
         if "proxy" in self.rewards:

@@ -103,7 +103,7 @@ def _figure(value: Mapping[str, float]) -> str:
 def _draw_curves(out: Path, bench: Workbench) -> None:
     logs = {
         "plain RLHF": MetricsLog.read(bench.plain / "metrics.jsonl"),
-        "HPGD": [{**row, "judge": row["objective"], "step": row["follower_steps"]} for row in _leader_rows(out)],
+        "HPGD": _leader_rows(out, bench.config.hpgd.kl_price),
         "fresh follower": MetricsLog.read(out / "fresh" / "metrics.jsonl"),
     }
     panels = [
@@ -122,8 +122,10 @@ def _draw_curves(out: Path, bench: Workbench) -> None:
     curves_png(out / "curves.png", panels)
 
 
-def _leader_rows(out: Path) -> list[dict[str, Any]]:
-    return MetricsLog.read(out / "metrics.jsonl")
+def _leader_rows(out: Path, kl_price: float) -> list[dict[str, Any]]:
+    """The leader's log by follower step, with the judge's score: the objective is that less the price of divergence."""
+    rows = MetricsLog.read(out / "metrics.jsonl")
+    return [{**r, "judge": r["objective"] + kl_price * r["kl"], "step": r["follower_steps"]} for r in rows]
 
 
 def _samples(rows: Mapping[str, Any], count: int = 6) -> list[Sample]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
+import transformers
 from transformers import AutoModelForCausalLM
 
 from recipes.docstrings.config import Config
@@ -34,6 +36,9 @@ def run(config: Config, out: Path, resume: bool) -> None:
     Raises:
         CheckpointError: `out` holds a run of another configuration.
     """
+    # Bars of a fraction of a second, a hundred times over, would bury the run's own.
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     claim(out, config)
     clock, rows = Clock(out / "seconds.json"), Rows(out / "rows.json")
     bench = prepare(config, out.parent / "cache", clock.seconds)

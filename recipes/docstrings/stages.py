@@ -146,7 +146,7 @@ def cached(
 
 def _mixture(config: Config, proxy: str, reference: Rollouts) -> RewardMixture:
     terms = {"proxy": RewardModel(proxy), **{name: load_object(path) for name, path in config.rewards.items()}}
-    # The budget bounds the whole of the weights, and plain RLHF spends `strength` on the proxy.
+    # Plain RLHF spends `strength` on the proxy. Where the leader is a reward model, the budget is its own.
     mixture = RewardMixture(terms, {"proxy": config.strength}, budget=max(config.budget, config.strength))
     mixture.calibrate(reference)
     return mixture

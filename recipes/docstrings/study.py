@@ -31,7 +31,7 @@ from recipes.docstrings.run_folder import Clock, Rows, write_json
 from recipes.docstrings.stages import prepare
 
 FIGURES = ("judge", "proxy", "kl", "gap")
-# two-sided 95 % quantiles of Student's t by degrees of freedom
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = {
     1: 12.706,
     2: 4.303,
@@ -124,7 +124,7 @@ def summarize(out: Path, variant: str, seeds: Sequence[int]) -> dict[str, Any]:
         "KL, HPGD over plain": f"{column('hpgd', 'kl').mean() / column('plain', 'kl').mean():.2f} "
         f"(by seed {', '.join(f'{r:.2f}' for r in ratio.tolist())})",
         "leader's share of wall time, largest": f"{max(rows['hpgd']['leader']['leader_share'] for rows in by_seed):.3f}",
-        "judged share of completions, largest": f"{max(rows['hpgd']['leader']['judge_share'] for rows in by_seed):.3f}",
+        "share of completions judged, largest": f"{max(r['hpgd']['leader']['judge_share'] for r in by_seed):.3f}",
     }
     for name in ("regression", "random"):
         if name in names:

@@ -1,0 +1,177 @@
+"""The main job, end to end on tiny settings, from the command line as a user would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import enumerable_lm as lm
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from align_cbrl.cli import main
+from align_cbrl.config import load_config
+from align_cbrl.llm import load_reward
+from align_cbrl.metrics import MetricsLog
+from recipes.docstrings.config import Config
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "docstrings"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Somebody else's model, reward model, data, judge and reward: everything the YAML can name."""
+    folder = tmp_path_factory.mktemp("material")
+    lm.build(folder / "model")
+    torch.manual_seed(3)
+    config = LlamaConfig.from_pretrained(folder / "model", num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "proxy")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "proxy")
+    rows = [{"prompt": f"{a} {b}", "answer": a} for a in "abcdef" for b in "abcdef" if a != b]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "own.py").write_text(
+        "import time\n"
+        "def judge(prompts, completions, answer, **columns):\n"
+        "    time.sleep(0.05)\n"
+        "    return [float(a in c.split()) for a, c in zip(answer, completions, strict=True)]\n"
+        "def echo(prompts, completions, **columns):\n"
+        "    return [float(len(set(p.split()) & set(c.split()))) for p, c in zip(prompts, completions, strict=True)]\n"
+    )
+    return [
+        f"data={folder / 'prompts.jsonl'}",
+        f"model={folder / 'model'}",
+        f"proxy={folder / 'proxy'}",
+        f"judge={folder / 'own.py'}:judge",
+        f"rewards={{echo: '{folder / 'own.py'}:echo'}}",
+        "follower.max_completion_length=2",
+        "follower.prompts_per_step=4",
+        "follower.group_size=4",
+        "follower.steps=10",
+        "follower.learning_rate=1e-3",
+        "hpgd.steps=8",
+        "hpgd.interval=5",
+        "hpgd.warmup=2",
+        "evaluation.prompts=4",
+        "evaluation.group_size=4",
+    ]
+
+
+def command(out: Path, material: list[str], *more: str) -> list[str]:
+    return ["run", "docstrings", "--out", str(out), "--set", *material, *more]
+
+
+def test_the_whole_job_with_everything_replaced(
+    tmp_path: Path, material: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert main(command(out, material)) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["name"] for row in summary["rows"]] == ["base", "plain", "hpgd", "fresh"]
+    for row in summary["rows"]:
+        for figure in ("judge", "proxy", "kl", "gap"):
+            assert set(row[figure]) == {"mean", "se"}
+        assert 0 <= row["judge"]["mean"] <= 1
+    assert summary["rows"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert summary["leader"]["judge_share"] <= 0.2
+    assert summary["leader"]["judge_calls"] == 8 * 16
+    assert {"plain", "hpgd", "fresh", "evaluate"} <= set(summary["seconds"])
+    log = MetricsLog.read(out / "metrics.jsonl")
+    assert [row["step"] for row in log] == list(range(1, 9))
+    assert all({"gap", "effective_sample_size", "leader_share", "objective", "kl"} <= set(row) for row in log)
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+    assert len(load_reward(out / "reward")(prompts=["a b"], completions=["a"])) == 1
+    printed = capsys.readouterr().out
+    assert "HPGD" in printed
+    assert "report:" in printed
+    # the same folder again: nothing is trained a second time, and without --resume nothing is touched
+    began = time.perf_counter()
+    assert main([*command(out, material), "--resume"]) == 0
+    assert time.perf_counter() - began < 20
+    assert main(command(out, material)) == 2
+    assert main([*command(out, material, "seed=7"), "--resume"]) == 3
+    assert "another configuration (different: seed)" in capsys.readouterr().err
+
+
+def test_the_reward_model_variant(tmp_path: Path, material: list[str]) -> None:
+    assert main([*command(tmp_path / "run", material, "hpgd.steps=2"), "--config", "reward_model"]) == 0
+    assert (tmp_path / "run" / "reward" / "model" / "config.json").is_file()
+
+
+def test_kill_9_loses_nothing_before_the_last_checkpoint(tmp_path: Path, material: list[str]) -> None:
+    """One kill here, in the leader's stage; five, at random moments, in the slow test below."""
+    out = tmp_path / "run"
+    longer = [*material, "hpgd.steps=40"]
+    kill_during_tuning(out, longer)
+    before = MetricsLog.read(out / "metrics.jsonl")
+    saved = max(int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*[0-9]"))
+    assert 0 < saved < 40
+    assert main([*command(out, longer), "--resume"]) == 0
+    after = MetricsLog.read(out / "metrics.jsonl")
+    assert [row["step"] for row in after] == list(range(1, 41))
+    assert after[:saved] == before[:saved]
+
+
+def kill_during_tuning(out: Path, material: list[str]) -> None:
+    code = "import sys; from align_cbrl.cli import main; sys.exit(main())"
+    with subprocess.Popen([sys.executable, "-c", code, *command(out, material)], cwd=RECIPE.parents[1]) as process:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if list((out / "checkpoints").glob("step-*[0-9]")):
+                break
+            time.sleep(0.02)
+        process.kill()
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments(tmp_path: Path, material: list[str]) -> None:
+    out = tmp_path / "run"
+    code = "import sys; from align_cbrl.cli import main; sys.exit(main())"
+    for delay in torch.rand(5, generator=torch.Generator().manual_seed(0)).mul(12).add(8).tolist():
+        arguments = [*command(out, [*material, "hpgd.steps=200"]), "--resume"]
+        before = MetricsLog.read(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+        folders = [int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*[0-9]")]
+        with subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=RECIPE.parents[1]) as process:
+            try:
+                process.wait(timeout=delay)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if folders:
+            assert MetricsLog.read(out / "metrics.jsonl")[: max(folders)] == before[: max(folders)]
+    assert main([*command(out, [*material, "hpgd.steps=200"]), "--resume"]) == 0
+    assert [row["step"] for row in MetricsLog.read(out / "metrics.jsonl")] == list(range(1, 201))
+
+
+def test_defaults_are_those_of_the_yaml() -> None:
+    written = load_config(Config, RECIPE / "config.yaml", [])
+    assert written == Config(rewards=written.rewards)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("leader=mixtur", "leader: expected 'mixture' or 'reward_model', got 'mixtur'"),
+        ("follower.group_size=1", "follower.group_size: expected at least 2, got 1"),
+        ("follower.steps=0", "follower.steps: expected at least 1, got 0"),
+        ("hpgd.stepz=3", "steps"),
+        ("judge=recipes.docstrings.judge.docstring_jugde", "docstring_judge"),
+        ("judge=nowhere.py:judge", "there is no file"),
+        ("data=nowhere.jsonl", "data 'nowhere.jsonl'"),
+        ("model=nowhere/at-all", "nowhere/at-all"),
+        ("follower.temperature=0", "temperature: expected a positive temperature"),
+        ("follower.prompts_per_step=1000", "expected at least 1000 rows"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    tmp_path: Path, material: list[str], override: str, message: str,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(command(tmp_path / "run", material, override)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
