@@ -13,3 +13,8 @@ class RunStopped(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to be quoted inside one of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

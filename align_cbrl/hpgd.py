@@ -54,7 +54,7 @@ class HPGDConfig:
 
 
 class HPGD:
-    """Hyper policy gradient descent (Thoma et al. 2024, algorithm 1), here an ascent of the leader's objective.
+    """Hyper policy gradient descent (Thoma et al. 2024), here an ascent of the leader's objective.
 
     Args:
         problem: leader, objective and follower.
@@ -160,8 +160,10 @@ class HPGD:
                     group_size=self.config.group_size,
                     seed=self.config.seed,
                 )
-            except RunStopped:
-                self._save()  # the leader has not moved since its last whole step
+            except (RunStopped, InputError):
+                # The leader has not moved since its last whole step; one that broke down is not worth keeping.
+                if all(bool(torch.isfinite(p).all()) for p in self.problem.parameters):
+                    self._save()
                 raise
         if self._interrupted and self.step < self.config.steps:
             raise KeyboardInterrupt

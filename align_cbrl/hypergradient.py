@@ -37,8 +37,8 @@ class PolicyResponse(Hypergradient):
         value + log rho(s_0) V_F(s_0) + sum_k { (w_k / lambda) r_k + w_k log prior_k
                  + [gammaF^{k+1} V_F(s_{k+1}) + (gamma / lambda) w_k V_lambda(s_{k+1})] log P_k }
 
-    with everything detached but the objective's value, r, log P, log rho and log prior (Thoma et al. 2024,
-    theorem 3 and proposition 1; docs/derivation.md). Completions of a language model are the case T = 1, where it is
+    with everything detached but the objective's value, r, log P, log rho and log prior (Thoma et al. 2024;
+    derived in docs/derivation.md). Completions of a language model are the case T = 1, where it is
     the covariance of utility and reward gradient within each prompt's group, divided by the temperature.
 
     Attributes:

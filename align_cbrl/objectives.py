@@ -16,7 +16,7 @@ from align_cbrl.rollouts import Rollouts
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedUtility(Objective):
-    """The expected discounted utility, J = E sum_t gammaF^t u(s_t, a_t) (the paper, equation 2).
+    """The expected discounted utility, J = E sum_t gammaF^t u(s_t, a_t) (Thoma et al. 2024).
 
     Attributes:
         utility_function: maps (leader, rollouts) to utilities [B, T].

@@ -114,7 +114,13 @@ class Critique:
 
 
 class Critic(abc.ABC):
-    """Estimates the leader's advantage along the paths, never from the future of the same path (theory: trap 1)."""
+    """Estimates the leader's advantage along the paths.
+
+    Two conditions make the hypergradient right, and neither is a matter of variance only. The advantage must not be
+    formed from the future of the same path, which is correlated with that path's own reward gradient. And it must be
+    centred at every state, E_{a ~ pi}[A(s, a)] = 0, since the reward gradient it is multiplied with is not: an
+    arbitrary baseline, harmless in a policy gradient, is a bias here.
+    """
 
     @abc.abstractmethod
     def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:

@@ -97,8 +97,8 @@ def test_kl_price_enters_the_credit() -> None:
     torch.testing.assert_close(priced, gradient(problem(), bandit(steps=by_hand), PolicyResponse()))
 
 
-def test_importance_weights_of_whole_numbers_are_repetitions() -> None:
-    """A sample of weight two counts as two in the mean of its group."""
+def test_weighted_groups_follow_their_formula() -> None:
+    """(c_i - sum_j W_j c_j) / (1 - sum_j W_j^2), used with weight W_i."""
     rollouts = bandit(
         weight=torch.tensor([2.0, 1.0, 0.0, 1.0] * 6, dtype=torch.float64), groups=6, contexts=torch.arange(24) // 4
     )
@@ -135,7 +135,7 @@ def test_the_utility_is_asked_for_once() -> None:
     assert calls == [8, 8, 8]
 
 
-def test_fitted_critic_is_unbiased_where_its_own_path_is_not_used() -> None:
+def test_fitted_critic_is_consistent_with_the_exact_hypergradient() -> None:
     """Sixty batches of a layered problem against the exact hypergradient."""
     p = toy_cmdp.random_cmdp(seed=3, horizon=3)
     toy_cmdp.exact.leader_value(p).backward()

@@ -147,6 +147,28 @@ def test_five_kills_at_random_moments(tmp_path: Path, material: list[str]) -> No
     assert [row["step"] for row in MetricsLog.read(out / "metrics.jsonl")] == list(range(1, 201))
 
 
+def test_a_judge_that_fails_in_the_middle_stops_the_run_resumably(
+    tmp_path: Path, material: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "moody.py").write_text(
+        "from pathlib import Path\n"
+        "calls = []\n"
+        "def judge(prompts, completions, **columns):\n"
+        "    calls.append(len(completions))\n"
+        f"    if len(calls) > 8 and not Path({str(tmp_path / 'repaired')!r}).exists():\n"
+        "        raise ConnectionError('the judge is out to lunch')\n"
+        "    return [0.5 + 0.1 * len(c) for c in completions]\n"
+    )
+    settings = [*material, f"judge={tmp_path / 'moody.py'}:judge"]
+    assert main(command(tmp_path / "run", settings)) == 3
+    assert "ConnectionError on all 4 attempts (the judge is out to lunch)" in capsys.readouterr().err
+    saved = MetricsLog.read(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < len(saved) < 8  # it failed in the leader's stage, between two checkpoints
+    (tmp_path / "repaired").touch()
+    assert main([*command(tmp_path / "run", settings), "--resume"]) == 0
+    assert MetricsLog.read(tmp_path / "run" / "metrics.jsonl")[: len(saved)] == saved
+
+
 def test_defaults_are_those_of_the_yaml() -> None:
     written = load_config(Config, RECIPE / "config.yaml", [])
     assert written == Config(rewards=written.rewards)
@@ -168,10 +190,8 @@ def test_defaults_are_those_of_the_yaml() -> None:
     ],
 )
 def test_wrong_settings_are_one_line(
-    tmp_path: Path, material: list[str], override: str, message: str,
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tmp_path: Path, material: list[str], override: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
     assert main(command(tmp_path / "run", material, override)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from align_cbrl.errors import InputError
+from align_cbrl.errors import InputError, first_line
 from align_cbrl.imports import load_object
 from align_cbrl.llm.completions import check_prompts
 
@@ -48,7 +48,7 @@ def load_prompts(source: str, *, test_share: float = 0.15, seed: int = 0) -> Dat
     except Exception as error:  # the loading code of `datasets`, or of the user's function, raises what it likes
         raise InputError(
             f"data {source!r}: expected package.module.function, file.py:function, a data file, a folder or a hub id; "
-            f"loading it raised {type(error).__name__}: {error}"
+            f"loading it raised {type(error).__name__}: {first_line(error)}"
         ) from error
     if isinstance(data, Dataset):
         data = DatasetDict({"train": data})

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from align_cbrl.errors import InputError
+from align_cbrl.errors import InputError, first_line
 from align_cbrl.functional import tilt_weights
 from align_cbrl.llm.completions import Completions, check_prompts, sample_completions
 from align_cbrl.llm.leaders import LanguageLeader
@@ -62,7 +62,7 @@ class LanguageFollower(Follower):
             )
         except (OSError, ValueError) as error:
             raise InputError(
-                f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})"
+                f"model {self.model_path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
             ) from error
         if self.tokenizer.eos_token_id is None:
             raise InputError(f"model {self.model_path!r}: its tokenizer has no end-of-sequence token; set eos_token")
@@ -294,7 +294,7 @@ class RLOOFollower(LanguageFollower):
                 self._trainer.remove_callback(PrinterCallback)
             except OSError as error:
                 raise InputError(
-                    f"model {self.model_path!r}: neither a hub id nor a folder that loads ({error})"
+                    f"model {self.model_path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
                 ) from error
         return self._trainer
 

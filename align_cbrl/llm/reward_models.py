@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cbrl.errors import InputError
+from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.completions import batches
 
 
@@ -38,7 +38,7 @@ class RewardModel:
             self.model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"reward model {self.path!r}: neither a hub id nor a folder that loads ({error})"
+                f"reward model {self.path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
             ) from error
         if self.model.config.num_labels != 1:
             raise InputError(

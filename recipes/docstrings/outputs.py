@@ -20,6 +20,13 @@ FIGURES = {
     "gap": "gap to best response, nats",
     "words": "words",
 }
+CURVES = (
+    ("judge", "Judge", "score"),
+    ("kl", "Divergence from the reference", "nats"),
+    ("gap", "Gap to the best response", "nats"),
+)
+"""Key of a log's rows, title and unit of what is drawn against follower steps."""
+
 LABELS = {
     "base": "base model",
     "plain": "plain RLHF on the proxy",
@@ -38,10 +45,11 @@ def write_outputs(out: Path, bench: Workbench, rows: Mapping[str, Any], seconds:
         "rows": [{"name": name, **{key: row[key] for key in FIGURES}} for name, row in rows.items()],
         "leader": leader,
         "seconds": dict(seconds),
+        "plain": str(bench.plain.resolve()),
         "config": to_dict(bench.config),
     }
     write_json(out / "summary.json", summary)
-    _draw_curves(out, bench)
+    _draw_curves(out)
     gain = rows["hpgd"]["judge"]["mean"] - rows["plain"]["judge"]["mean"]
     kept = rows["fresh"]["judge"]["mean"] - rows["plain"]["judge"]["mean"]
     write_report(
@@ -100,12 +108,23 @@ def _figure(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.3f} ± {value['se']:.3f}"
 
 
-def _draw_curves(out: Path, bench: Workbench) -> None:
-    logs = {
-        "plain RLHF": MetricsLog.read(bench.plain / "metrics.jsonl"),
-        "HPGD": _leader_rows(out, bench.config.hpgd.kl_price),
+def policy_logs(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """By policy, rows with `step` (of the follower) and the keys of `CURVES`, of a run whose summary is written."""
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    price = summary["config"]["hpgd"]["kl_price"]
+    leader = MetricsLog.read(out / "metrics.jsonl")
+    return {
+        "plain RLHF": MetricsLog.read(Path(summary["plain"]) / "metrics.jsonl"),
+        # The leader's objective is the judge's score less the price of divergence.
+        "HPGD": [
+            {**row, "judge": row["objective"] + price * row["kl"], "step": row["follower_steps"]} for row in leader
+        ],
         "fresh follower": MetricsLog.read(out / "fresh" / "metrics.jsonl"),
     }
+
+
+def _draw_curves(out: Path) -> None:
+    logs = policy_logs(out)
     panels = [
         Panel(
             title,
@@ -113,19 +132,9 @@ def _draw_curves(out: Path, bench: Workbench) -> None:
             label,
             {n: ([r["step"] for r in log], [r[k] for r in log]) for n, log in logs.items()},
         )
-        for k, title, label in (
-            ("judge", "Judge", "score"),
-            ("kl", "Divergence from the reference", "nats"),
-            ("gap", "Gap to the best response", "nats"),
-        )
+        for k, title, label in CURVES
     ]
     curves_png(out / "curves.png", panels)
-
-
-def _leader_rows(out: Path, kl_price: float) -> list[dict[str, Any]]:
-    """The leader's log by follower step, with the judge's score: the objective is that less the price of divergence."""
-    rows = MetricsLog.read(out / "metrics.jsonl")
-    return [{**r, "judge": r["objective"] + kl_price * r["kl"], "step": r["follower_steps"]} for r in rows]
 
 
 def _samples(rows: Mapping[str, Any], count: int = 6) -> list[Sample]:

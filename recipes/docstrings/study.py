@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from align_cbrl.config import load_config
-from align_cbrl.report import Section, Table, write_report
+from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
 from recipes.docstrings.baselines import random_search, regression
 from recipes.docstrings.config import Config
 from recipes.docstrings.evaluation import mean_and_error
-from recipes.docstrings.outputs import LABELS
+from recipes.docstrings.outputs import CURVES, LABELS, policy_logs
 from recipes.docstrings.recipe import run
 from recipes.docstrings.run_folder import Clock, Rows, write_json
 from recipes.docstrings.stages import prepare
@@ -116,15 +116,16 @@ def summarize(out: Path, variant: str, seeds: Sequence[int]) -> dict[str, Any]:
 
     gain = column("hpgd", "judge") - column("plain", "judge")
     kept = column("fresh", "judge") - column("plain", "judge")
-    ratio = column("hpgd", "kl") / column("plain", "kl")
+    kl = {name: column(name, "kl") for name in ("hpgd", "plain")}
+    shares = {name: max(rows["hpgd"]["leader"][name] for rows in by_seed) for name in ("leader_share", "judge_share")}
     comparisons = {
         "judge, HPGD minus plain": _interval(gain),
         "judge, fresh follower minus plain": _interval(kept),
         "share of the gain that the fresh follower keeps": f"{kept.mean() / gain.mean():.2f}",
-        "KL, HPGD over plain": f"{column('hpgd', 'kl').mean() / column('plain', 'kl').mean():.2f} "
-        f"(by seed {', '.join(f'{r:.2f}' for r in ratio.tolist())})",
-        "leader's share of wall time, largest": f"{max(rows['hpgd']['leader']['leader_share'] for rows in by_seed):.3f}",
-        "share of completions judged, largest": f"{max(r['hpgd']['leader']['judge_share'] for r in by_seed):.3f}",
+        "KL, HPGD over plain": f"{kl['hpgd'].mean() / kl['plain'].mean():.2f} "
+        f"(by seed {', '.join(f'{ratio:.2f}' for ratio in (kl['hpgd'] / kl['plain']).tolist())})",
+        "leader's share of wall time, largest": f"{shares['leader_share']:.3f}",
+        "share of completions judged, largest": f"{shares['judge_share']:.3f}",
     }
     for name in ("regression", "random"):
         if name in names:
@@ -151,6 +152,7 @@ def _interval(values: torch.Tensor) -> str:
 def _report(out: Path, studies: dict[str, Any]) -> None:
     sections = []
     for variant, study in studies.items():
+        curves = _draw_curves(out, variant, study["seeds"])
         table = Table(
             ["policy", "judge", "proxy, sd", "KL, nats", "gap, nats"],
             [[LABELS[r["name"]], *(f"{r[f]['mean']:.3f} ± {r[f]['se']:.3f}" for f in FIGURES)] for r in study["rows"]],
@@ -162,8 +164,28 @@ def _report(out: Path, studies: dict[str, Any]) -> None:
             ["seed", "learned reward"],
             [[str(s), w] for s, w in zip(study["seeds"], study["learned_rewards"], strict=True)],
         )
-        sections.append(Section(f"{variant}.yaml", "", [table, compared, learned]))
+        sections.append(Section(f"{variant}.yaml", "", [table, Figure(curves, _CURVES), compared, learned]))
     write_report(out / "report.html", title="Docstrings: the study", sections=sections)
+
+
+_CURVES = "Training completions, batch by batch: mean over seeds, and one standard error around it."
+
+
+def _draw_curves(out: Path, variant: str, seeds: Sequence[int]) -> Path:
+    """Judge, divergence and gap against follower steps; bands are a standard error over seeds."""
+    logs: dict[str, list[list[dict[str, Any]]]] = {}
+    for seed in seeds:
+        for name, rows in policy_logs(out / f"{variant}-{seed}").items():
+            logs.setdefault(name, []).append(rows)
+    panels = []
+    for key, title, label in CURVES:
+        lines = {}
+        for name, runs in logs.items():
+            values = torch.tensor([[row[key] for row in rows] for rows in runs], dtype=torch.float64)  # [seeds, steps]
+            error = values.std(0) / math.sqrt(len(runs)) if len(runs) > 1 else torch.zeros(values.shape[1])
+            lines[name] = ([row["step"] for row in runs[0]], values.mean(0).tolist(), error.tolist())
+        panels.append(Panel(title, "follower steps", label, lines))
+    return curves_png(out / f"{variant}.png", panels)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Timings, as medians of repeated runs; never part of the tests."""
