@@ -241,6 +241,16 @@ def test_judges_refused(returned: Any) -> None:
         Judge(lambda **arguments: returned)(None, rollouts(["a", "b"], 1))
 
 
+def test_scoring_functions_get_what_they_name() -> None:
+    def strict(completions: list[str], answer: list[int]) -> list[float]:
+        return [float(a) for a in answer]
+
+    batch = rollouts(["a", "b"], 1)
+    batch = Rollouts.bandit(contexts=batch.contexts, steps={**batch.steps, "answer": [3, 4], "other": [0, 0]})
+    assert Judge(strict)(None, batch).tolist() == [[3.0], [4.0]]
+    assert RewardMixture({"strict": strict}).reward(batch).tolist() == [[3.0], [4.0]]
+
+
 # ---- followers ----
 
 

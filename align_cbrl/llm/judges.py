@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,26 @@ from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 
 ScoreFunction = Callable[..., Sequence[float]]
-"""f(prompts=..., completions=..., **columns) -> one number a completion: trl's signature of a reward function."""
+"""f(prompts=..., completions=..., **columns) -> one number a completion: trl's signature of a reward function.
+
+A function without **columns gets only the arguments that it names."""
+
+
+def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -> Any:
+    """Call with the arguments that the function takes: all of them if it has **columns, else those it names.
+
+    Args:
+        function: a scoring function.
+        arguments: `prompts`, `completions`, and every column by its name.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, say: it has no signature to read
+        return function(**arguments)
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return function(**arguments)
+    names = {p.name for p in parameters}
+    return function(**{name: value for name, value in arguments.items() if name in names})
 
 
 def check_scores(name: str, scores: Any, count: int) -> Tensor:
@@ -74,7 +94,7 @@ class Judge:
         arguments = score_arguments(rollouts)
         for attempt in range(self.retries + 1):
             try:
-                scores = self.function(**arguments)
+                scores = call_score_function(self.function, arguments)
                 break
             except Exception as error:  # whatever somebody's judge raises, the run must survive it
                 if attempt == self.retries:

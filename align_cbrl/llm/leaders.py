@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from align_cbrl.errors import InputError
 from align_cbrl.imports import load_object
 from align_cbrl.llm.completions import score_arguments
-from align_cbrl.llm.judges import ScoreFunction, check_scores
+from align_cbrl.llm.judges import ScoreFunction, call_score_function, check_scores
 from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
@@ -104,8 +104,9 @@ class RewardMixture(LanguageLeader):
 
     def features(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """The standardised terms, float64 [B, K], without gradients."""
+        arguments = {"prompts": prompts, "completions": completions, **columns}
         scores = [
-            check_scores(name, term(prompts=prompts, completions=completions, **columns), len(completions))
+            check_scores(name, call_score_function(term, arguments), len(completions))
             for name, term in self.terms.items()
         ]
         return (torch.stack(scores, dim=1) - self.shift) / self.scale

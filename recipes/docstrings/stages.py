@@ -25,6 +25,7 @@ from align_cbrl.llm import (
     sample_completions,
     train_follower,
 )
+from align_cbrl.llm.completions import check_prompts
 from align_cbrl.rollouts import Rollouts
 from recipes.docstrings.base import train_base
 from recipes.docstrings.config import Config
@@ -83,6 +84,7 @@ def prepare(config: Config, cache: Path, seconds: dict[str, float]) -> Workbench
         seconds: receives the time each stage took when it ran ("base", "proxy", "plain").
     """
     data = load_prompts(config.data, seed=config.seed)
+    check_prompts(data["test"], 2)  # a standard error needs two
     shape = {"seed": config.seed, "data": config.data, "rows": len(data["train"]), "first": data["train"][0]}
 
     model = config.model
