@@ -72,7 +72,7 @@ def test_enumeration_detects_mutants(name, seed):
         assert_close(gradient, implicit_gradient(problem), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["random", "random_priced", "four_rooms_warm"])
+@pytest.mark.parametrize("name", ["random_cmdp", "random_cmdp_priced", "four_rooms_warm"])
 def test_sampled_policy_response_is_unbiased(name):
     assert_unbiased(PROBLEMS[name](1), PolicyResponse(ExactCritic()), paths=512)
 
@@ -116,7 +116,7 @@ def test_entropy_counts_in_the_goal():
 
 
 def test_validate_reports_every_route():
-    rows = validate(["layered", "random"], repetitions=10, paths=256)
+    rows = validate(["layered", "random_cmdp"], repetitions=10, paths=256)
     assert len(rows) == 10
     assert all(row.passed for row in rows)
     assert {row.route for row in rows} == {

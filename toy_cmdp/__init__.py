@@ -2,7 +2,13 @@
 
 from toy_cmdp import exact
 from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
-from toy_cmdp.exact import ExactCritic, enumerate_paths, expected_policy_response, leader_value
+from toy_cmdp.exact import (
+    ExactCritic,
+    ImplicitHypergradient,
+    enumerate_paths,
+    expected_policy_response,
+    leader_value,
+)
 from toy_cmdp.follower import ExactFollower
 from toy_cmdp.four_rooms import four_rooms, four_rooms_map
 from toy_cmdp.random_cmdp import random_cmdp
@@ -12,6 +18,7 @@ __all__ = [
     "ContextualMDP",
     "ExactCritic",
     "ExactFollower",
+    "ImplicitHypergradient",
     "SoftSolution",
     "Tables",
     "TabularLeader",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
+from align_cbrl.hypergradient import Hypergradient
 from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Critic, Critique, Objective, Problem
 from align_cbrl.rollouts import Rollouts
@@ -74,6 +75,28 @@ def leader_value(problem: Problem) -> Tensor:
     q_leader = utility + go_on_leader * expected_next(tables.transition, leader_fixed)
     leader_values = _fixed_point((policy * q_leader).sum(-1), leader_fixed, leader_factors)
     return (cmdp.context_probabilities.to(utility.dtype)[:, None] * tables.initial * leader_values).sum()
+
+
+class ImplicitHypergradient(Hypergradient):
+    """The referee on the estimators' interface: the exact dJ/dx, whatever the rollouts.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> sorted(ImplicitHypergradient().backward(problem))
+        ['gradient_norm', 'objective']
+    """
+
+    def backward(self, problem: Problem, rollouts: Rollouts | None = None) -> dict[str, float]:
+        """Add the exact gradient to `.grad`; `objective` is the exact J, and the rollouts are not looked at."""
+        value = leader_value(problem)
+        gradients = torch.autograd.grad(value, problem.parameters, allow_unused=True)
+        squares = 0.0
+        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                squares += gradient.pow(2).sum().item()
+        return {"objective": value.item(), "gradient_norm": squares**0.5}
 
 
 def context_values(problem: Problem) -> Tensor:

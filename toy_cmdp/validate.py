@@ -59,9 +59,9 @@ def spread_four_rooms(temperature: float = 0.001, price: float = 1.0, seed: int 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "four_rooms": lambda seed: spread_four_rooms(seed=seed),
     "four_rooms_warm": lambda seed: spread_four_rooms(temperature=0.005, price=3.0, seed=seed),
-    "random": lambda seed: random_cmdp(seed=seed),
-    "random_priced": lambda seed: random_cmdp(seed=seed + 100, price=0.3),
-    "random_cold": lambda seed: random_cmdp(seed=seed + 200, temperature=0.1, leader_discount=0.9),
+    "random_cmdp": lambda seed: random_cmdp(seed=seed),
+    "random_cmdp_priced": lambda seed: random_cmdp(seed=seed + 100, price=0.3),
+    "random_cmdp_cold": lambda seed: random_cmdp(seed=seed + 200, temperature=0.1, leader_discount=0.9),
     "layered": lambda seed: random_cmdp(seed=seed + 300, horizon=3),
 }
 """Builders seed -> Problem, by name; add a problem here to have it validated."""
