@@ -13,13 +13,7 @@ from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png,
 from recipes.docstrings.run_folder import write_json
 from recipes.docstrings.stages import Workbench
 
-FIGURES = {
-    "judge": "judge, 0 to 1",
-    "proxy": "proxy, sd",
-    "kl": "KL to reference, nats",
-    "gap": "gap to best response, nats",
-    "words": "words",
-}
+FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
 CURVES = (
     ("judge", "Judge", "score"),
     ("kl", "Divergence from the reference", "nats"),
@@ -68,9 +62,10 @@ def write_outputs(out: Path, bench: Workbench, rows: Mapping[str, Any], seconds:
                     Table(
                         ["policy", *FIGURES.values()],
                         [[LABELS[name], *(_figure(row[key]) for key in FIGURES)] for name, row in rows.items()],
-                        "Mean and standard error over test prompts. The proxy is in standard deviations of the base "
-                        "model's completions of one prompt. The gap is a lower bound, in expectation, of the "
-                        "divergence from the best response to the reward the policy was trained on.",
+                        "Mean and standard error over test prompts. The judge scores from 0 to 1. The proxy is in "
+                        "standard deviations of the base model's completions of one prompt. The gap is a lower bound, "
+                        "in expectation, of the divergence from the best response to the reward the policy was "
+                        "trained on.",
                         highlight=LABELS["hpgd"],
                     )
                 ],
