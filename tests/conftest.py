@@ -1,7 +1,11 @@
-"""No test may reach a hub: a name that is not a folder has to fail at once."""
+"""Settings that hold for every test, made before anything is imported."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence here
+# No test may reach a hub: a name that is not a folder has to fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The models here are so small that a second thread only waits, for minutes if the machine is busy elsewhere. The test
+# of batched solves sets its own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
