@@ -68,8 +68,8 @@ class HPGD:
     Attributes:
         step: leader steps taken.
         history: one dictionary of metrics a leader step: `step`, `objective`, `gradient_norm`, `leader_seconds`,
-            `follower_seconds`, `leader_share` (of wall time so far), the follower's own metrics and, for rollouts of
-            one step with log-probabilities, `gap` (nats to the best response, a lower bound in expectation) and
+            `follower_seconds`, `leader_share` (of wall time so far), the follower's own metrics and, for one-step
+            problems with log-probabilities, `gap` (nats to the best response, a lower bound in expectation) and
             `effective_sample_size` (of the importance weights that would close it, as a share of the group).
 
     Raises:
@@ -193,7 +193,8 @@ class HPGD:
         return row
 
     def _best_response_certificate(self, rollouts: Rollouts) -> dict[str, float]:
-        if rollouts.horizon != 1 or rollouts.log_policy is None or rollouts.log_prior is None:
+        one_step = rollouts.horizon == 1 and self.problem.follower.discount == 0
+        if not one_step or rollouts.log_policy is None or rollouts.log_prior is None:
             return {}
         with torch.no_grad():
             reward = self.problem.leader.reward(rollouts)[:, 0].double()
@@ -222,7 +223,7 @@ class HPGD:
                 "config": settings,
                 "leader": [type(leader).__name__, {n: list(p.shape) for n, p in leader.named_parameters()}],
                 "follower": [type(follower).__name__, follower.temperature, follower.discount],
-                "hypergradient": repr(type(self.hypergradient).__name__),
+                "hypergradient": type(self.hypergradient).__name__,
                 "leader_discount": self.problem.objective.discount,
             }
         )
