@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -163,6 +163,7 @@ def train_base(
         train_dataset=dataset.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)  # it prints a dictionary at the end
     trainer.train()
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

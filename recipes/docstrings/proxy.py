@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer
@@ -216,6 +217,7 @@ def train_proxy(
         disable_tqdm=True,
     )
     trainer = RewardTrainer(model=model, args=args, train_dataset=preferences, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # it prints a dictionary at the end
     trainer.train()
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
