@@ -9,7 +9,16 @@ from align_cbrl.critics import FittedCritic, GroupCritic
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.hpgd import HPGD, HPGDConfig
 from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
-from align_cbrl.objectives import ExpectedUtility, KLPriced
+from align_cbrl.objectives import (
+    Constrained,
+    CVaR,
+    EntropicRisk,
+    ExpectedUtility,
+    KLPriced,
+    MeanVariance,
+    PreferenceLikelihood,
+    WorstContext,
+)
 from align_cbrl.problem import Critic, Critique, Evaluation, Follower, Leader, Objective, Problem
 from align_cbrl.rollouts import Rollouts
 
@@ -29,6 +38,12 @@ __all__ = [
     # what the leader wants
     "ExpectedUtility",
     "KLPriced",
+    "Constrained",
+    "MeanVariance",
+    "CVaR",
+    "EntropicRisk",
+    "WorstContext",
+    "PreferenceLikelihood",
     # how its gradient is estimated
     "Hypergradient",
     "PolicyResponse",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.functional import group_advantage, returns_to_go
-from align_cbrl.problem import Critic, Critique, Problem
+from align_cbrl.problem import Critic, Critique, Problem, per_path
 from align_cbrl.rollouts import Rollouts
 
 
@@ -70,7 +70,8 @@ class FittedCritic(Critic):
         ret = returns_to_go(credit, rollouts.mask, problem.objective.discount)
         soft = None
         if problem.leader.log_transition(rollouts) is not None:
-            soft = returns_to_go(_soft_reward(problem, rollouts), rollouts.mask, problem.follower.discount)
+            discount = per_path(problem.follower.discount, rollouts.contexts)
+            soft = returns_to_go(_soft_reward(problem, rollouts), rollouts.mask, discount)
 
         advantage = torch.zeros_like(credit)
         value = credit.new_zeros(alive.shape)
@@ -111,7 +112,10 @@ def _soft_reward(problem: Problem, rollouts: Rollouts) -> Tensor:
         raise InputError("FittedCritic: a leader that moves the transitions needs log_policy and log_prior in Rollouts")
     with torch.no_grad():
         reward = problem.leader.reward(rollouts)
-    return reward - problem.follower.temperature * (rollouts.log_policy - rollouts.log_prior)
+    temperature = per_path(problem.follower.temperature, rollouts.contexts)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(reward)[:, None]  # [B, 1]
+    return reward - temperature * (rollouts.log_policy - rollouts.log_prior)
 
 
 def _mean_by(value: Tensor, index: Tensor, count: int, fallback: Tensor) -> Tensor:

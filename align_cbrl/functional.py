@@ -17,8 +17,8 @@ def discount_powers(discount: float, steps: int, like: Tensor) -> Tensor:
     return torch.as_tensor(discount, dtype=like.dtype, device=like.device) ** exponents
 
 
-def returns_to_go(step_values: Tensor, mask: Tensor, discount: float) -> Tensor:
-    """Discounted sums to the end of the path, sum_{j >= t} g^{j-t} v_j: [B, T] to [B, T]."""
+def returns_to_go(step_values: Tensor, mask: Tensor, discount: float | Tensor) -> Tensor:
+    """Discounted sums to the end of the path, sum_{j >= t} g^{j-t} v_j: [B, T] to [B, T]; g a number or [B]."""
     values = torch.where(mask, step_values, torch.zeros_like(step_values))
     out = torch.empty_like(values)
     running = torch.zeros_like(values[:, 0])
@@ -28,7 +28,7 @@ def returns_to_go(step_values: Tensor, mask: Tensor, discount: float) -> Tensor:
     return out
 
 
-def eligibility_trace(advantage: Tensor, mask: Tensor, discount: float, leader_discount: float) -> Tensor:
+def eligibility_trace(advantage: Tensor, mask: Tensor, discount: float | Tensor, leader_discount: float) -> Tensor:
     """The trace w_k = gamma w_{k-1} + gammaF^k A_F(s_k, a_k) with w_{-1} = 0.
 
     A reward paid at step k moves the probability of every action that led to step k; w_k collects the leader's
@@ -37,7 +37,7 @@ def eligibility_trace(advantage: Tensor, mask: Tensor, discount: float, leader_d
     Args:
         advantage: [B, T], the leader's advantage A_F.
         mask: bool [B, T].
-        discount: the follower's gamma.
+        discount: the follower's gamma, a number or [B].
         leader_discount: the leader's gammaF.
 
     Returns:

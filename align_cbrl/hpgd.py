@@ -21,7 +21,7 @@ from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.functional import best_response_gap, effective_sample_size, tilt_weights
 from align_cbrl.hypergradient import Hypergradient, PolicyResponse
 from align_cbrl.metrics import MetricsLog
-from align_cbrl.problem import Problem
+from align_cbrl.problem import Problem, per_path
 from align_cbrl.rollouts import Rollouts
 
 
@@ -175,6 +175,7 @@ class HPGD:
         row.update(self._best_response_certificate(rollouts))
         if self.config.max_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
+        row.update(self.problem.objective.update(self.problem.leader, rollouts))
         self.optimizer.step()
         self.problem.leader.project()
         self.step += 1
@@ -193,13 +194,14 @@ class HPGD:
         return row
 
     def _best_response_certificate(self, rollouts: Rollouts) -> dict[str, float]:
-        one_step = rollouts.horizon == 1 and self.problem.follower.discount == 0
+        one_step = rollouts.horizon == 1 and bool(torch.as_tensor(self.problem.follower.discount).max() == 0)
         if not one_step or rollouts.log_policy is None or rollouts.log_prior is None:
             return {}
         with torch.no_grad():
             reward = self.problem.leader.reward(rollouts)[:, 0].double()
         log_policy, log_prior = (v[:, 0].to(reward) for v in (rollouts.log_policy, rollouts.log_prior))
-        log_ratio = reward / self.problem.follower.temperature - (log_policy - log_prior)
+        temperature = per_path(self.problem.follower.temperature, rollouts.contexts.to(reward.device))
+        log_ratio = reward / temperature - (log_policy - log_prior)
         group = rollouts.group[:, 0].to(reward.device)
         if rollouts.weight is None:
             weight = tilt_weights(log_ratio, group)
@@ -222,7 +224,11 @@ class HPGD:
             {
                 "config": settings,
                 "leader": [type(leader).__name__, {n: list(p.shape) for n, p in leader.named_parameters()}],
-                "follower": [type(follower).__name__, follower.temperature, follower.discount],
+                "follower": [
+                    type(follower).__name__,
+                    torch.as_tensor(follower.temperature, dtype=torch.float64).tolist(),
+                    torch.as_tensor(follower.discount, dtype=torch.float64).tolist(),
+                ],
                 "hypergradient": type(self.hypergradient).__name__,
                 "leader_discount": self.problem.objective.discount,
             }
@@ -235,6 +241,7 @@ class HPGD:
             "leader": self.problem.leader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "follower": self.problem.follower.state_dict(),
+            "objective": self.problem.objective.state_dict(),
             "history": self.history,
             "seconds": self._seconds,
         }
@@ -248,6 +255,7 @@ class HPGD:
         self.problem.leader.load_state_dict(state["leader"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.problem.follower.load_state_dict(state["follower"])
+        self.problem.objective.load_state_dict(state["objective"])
         self.history = state["history"]
         self._seconds = state["seconds"]
 

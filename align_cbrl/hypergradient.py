@@ -13,7 +13,7 @@ from torch import Tensor
 from align_cbrl.critics import GroupCritic
 from align_cbrl.errors import InputError
 from align_cbrl.functional import discount_powers, eligibility_trace
-from align_cbrl.problem import Critic, Critique, Leader, Problem
+from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
 from align_cbrl.rollouts import Rollouts, check_finite
 
 
@@ -96,17 +96,17 @@ class PolicyResponse(Hypergradient):
         return eligibility_trace(
             critique.advantage,
             rollouts.mask.to(critique.advantage.device),
-            problem.follower.discount,
+            per_path(problem.follower.discount, rollouts.contexts),
             problem.objective.discount,
         )
 
     def _surrogate(self, problem: Problem, piece: Rollouts, trace: Tensor, critique: Critique) -> Tensor:
         """The sum over a chunk's paths of everything but the direct term, differentiable in x."""
-        leader, temperature = problem.leader, problem.follower.temperature
-        leader_discount = problem.objective.discount
+        leader, leader_discount = problem.leader, problem.objective.discount
         reward = leader.reward(piece)
         _check_reward(leader, reward, piece)
         weight = piece.path_weight(reward.dtype).to(reward.device)[:, None]  # [B, 1]
+        temperature = _column(per_path(problem.follower.temperature, piece.contexts), reward)
         trace = trace.to(reward.device, reward.dtype)
         total = _masked(weight * trace / temperature * reward, piece).sum()
 
@@ -121,7 +121,8 @@ class PolicyResponse(Hypergradient):
             value = _required(critique.value, self.critic, "value")[:, 1:]
             soft_value = _required(critique.soft_value, self.critic, "soft_value")[:, 1:]
             powers = leader_discount * discount_powers(leader_discount, piece.horizon, trace)  # gammaF^{k+1}
-            credit = powers * value + problem.follower.discount / temperature * trace * soft_value
+            discount = _column(per_path(problem.follower.discount, piece.contexts), reward)
+            credit = powers * value + discount / temperature * trace * soft_value
             total = total + _masked(weight * credit * log_transition, piece).sum()
 
         log_initial = leader.log_initial(piece)
@@ -159,6 +160,10 @@ def _required(value: Tensor | None, critic: Critic, name: str) -> Tensor:
 
 def _masked(value: Tensor, rollouts: Rollouts) -> Tensor:
     return torch.where(rollouts.mask.to(value.device), value, torch.zeros_like(value))
+
+
+def _column(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like)[:, None] if isinstance(value, Tensor) else value
 
 
 def _rows(critique: Critique, here: slice) -> Critique:

@@ -1,9 +1,15 @@
-"""Objectives: what the leader wants of the best response."""
+"""Objectives: what the leader wants of the best response.
+
+`ExpectedUtility` is the plain one. The others wrap an objective and may be combined: a price on divergence, a
+constraint, and risk over nature's draw. `PreferenceLikelihood` is for rollouts of one step.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,18 +56,72 @@ class ExpectedUtility(Objective):
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
         """The weighted mean of the discounted sums; the credit is the utility itself."""
         mask = rollouts.mask.to(utility.device)
-        powers = discount_powers(self.discount, rollouts.horizon, utility)  # [T]
-        totals = torch.where(mask, utility * powers, torch.zeros_like(utility)).sum(1)  # [B]
+        totals = _discounted(utility, mask, self.discount)  # [B]
         value = (rollouts.path_weight(utility.dtype).to(utility.device) * totals).mean()
         return Evaluation(value=value, credit=utility.detach())
 
 
+class _Wrapping(Objective):
+    """An objective made of another one, to which it leaves whatever it does not override.
+
+    Raises:
+        InputError: what is wrapped is not worth the mean of something over paths.
+    """
+
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, PreferenceLikelihood):
+            raise InputError(
+                f"{type(self).__name__}.objective: expected one that is the mean of a utility, "
+                f"got {type(self.objective).__name__}, which is made of pairs"
+            )
+
+    @property
+    def discount(self) -> float:  # type: ignore[override]  # a field of the base class, here that of what is wrapped
+        """The wrapped objective's gammaF."""
+        return self.objective.discount
+
+    @property
+    def depends_on_leader(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the wrapped objective's utility depends on the leader."""
+        return self.objective.depends_on_leader
+
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The wrapped objective's utility [B, T]."""
+        return self.objective.utility(leader, rollouts)
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The wrapped objective's own."""
+        return self.objective.direct_term(leader, rollouts, weight)
+
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """As the wrapped objective summarizes."""
+        return self.objective.summarize(utility, rollouts)
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """As the wrapped objective aggregates."""
+        return self.objective.aggregate(values, probabilities)
+
+    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+        """The wrapped objective's."""
+        return self.objective.update(leader, rollouts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped objective's."""
+        return self.objective.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the wrapped objective's."""
+        self.objective.load_state_dict(state)
+
+
 @dataclasses.dataclass(frozen=True)
-class KLPriced(Objective):
+class KLPriced(_Wrapping):
     """Another objective less a price for leaving the prior: u - kappa log(pi / prior), per step.
 
     It is a budget for leaders whose power has none: without one, a leader buys utility with unlimited divergence
-    (theory: trap 4).
+    (docs/derivation.md).
 
     Attributes:
         objective: the objective to price.
@@ -72,18 +132,8 @@ class KLPriced(Objective):
     price: float
 
     def __post_init__(self) -> None:
-        if not (0 <= self.price < float("inf")):
-            raise InputError(f"KLPriced.price: expected a finite number >= 0, got {self.price}")
-
-    @property
-    def discount(self) -> float:  # type: ignore[override]  # a field of the base class, inherited from what is priced
-        """The priced objective's gammaF."""
-        return self.objective.discount
-
-    @property
-    def depends_on_leader(self) -> bool:  # type: ignore[override]  # as above
-        """Whether the priced objective's utility depends on the leader; a prior that does is seen to by direct_term."""
-        return self.objective.depends_on_leader
+        super().__post_init__()
+        _check_number("KLPriced.price", self.price, low=0, low_included=True)
 
     def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
         """The priced objective's own, plus kappa log prior where the leader moves the prior."""
@@ -109,6 +159,347 @@ class KLPriced(Objective):
             rollouts.mask.to(divergence.device), divergence, torch.zeros_like(divergence)
         )
 
+
+@dataclasses.dataclass
+class Constrained(_Wrapping):
+    """Maximise an objective subject to E sum_t gammaF^t c(s_t, a_t) <= bound, by ascent in the dual.
+
+    The leader climbs the Lagrangian J_u - mu (J_c - bound). After every leader step the multiplier follows the
+    constraint, mu <- max(0, mu + rate (J_c - bound)), J_c estimated from the step's own rollouts. The cost is asked
+    for twice a step: once in the Lagrangian, once for the multiplier.
+
+    Attributes:
+        objective: an expectation, J_u.
+        cost: what is bounded: utility c, with the same discount as the objective.
+        bound: the largest expected cost allowed.
+        rate: of the multiplier, in units of utility per unit of cost squared and step.
+        multiplier: mu >= 0, the price of a unit of cost; where it starts, and where it is.
+
+    Example:
+        >>> from align_cbrl import Rollouts
+        >>> scores = {"score": torch.tensor([1.0, 3.0]), "length": torch.tensor([4.0, 8.0])}
+        >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0]), steps=scores)
+        >>> score = ExpectedUtility(lambda leader, rollouts: rollouts.steps["score"][:, None])
+        >>> length = ExpectedUtility(lambda leader, rollouts: rollouts.steps["length"][:, None])
+        >>> objective = Constrained(score, cost=length, bound=5.0, rate=0.5)
+        >>> objective.update(None, rollouts)
+        {'constraint': 6.0, 'multiplier': 0.5}
+        >>> objective.evaluate(None, rollouts).value.item()  # 2 - 0.5 (6 - 5)
+        1.5
+    """
+
+    objective: Objective
+    cost: Objective
+    bound: float
+    rate: float
+    multiplier: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("Constrained.bound", self.bound)
+        _check_number("Constrained.rate", self.rate, low=0)
+        _check_number("Constrained.multiplier", self.multiplier, low=0, low_included=True)
+        if self.cost.discount != self.objective.discount:
+            raise InputError(
+                f"Constrained.cost: expected the objective's discount {self.objective.discount}, "
+                f"got {self.cost.discount}; both are sums over the same paths"
+            )
+
+    @property
+    def depends_on_leader(self) -> bool:  # type: ignore[override]  # as in the class it wraps
+        """Whether the utility or the cost depends on the leader."""
+        return self.objective.depends_on_leader or self.cost.depends_on_leader
+
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """u - mu c, [B, T]."""
+        return self.objective.utility(leader, rollouts) - self.multiplier * self.cost.utility(leader, rollouts)
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The objective's own, less mu times the cost's."""
+        terms = [
+            self.objective.direct_term(leader, rollouts, weight),
+            self.cost.direct_term(leader, rollouts, -self.multiplier * weight),
+        ]
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], given[0]) if given else None
+
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
-        """As the priced objective summarizes."""
-        return self.objective.summarize(utility, rollouts)
+        """The Lagrangian's value; the credit is u - mu c."""
+        evaluation = self.objective.summarize(utility, rollouts)
+        return dataclasses.replace(evaluation, value=evaluation.value + self.multiplier * self.bound)
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The Lagrangian: the expectation of u - mu c, plus mu times the bound."""
+        return self.objective.aggregate(values, probabilities) + self.multiplier * self.bound
+
+    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+        """One step of dual ascent. Metrics: `constraint`, the estimated cost, and `multiplier`."""
+        metrics = self.objective.update(leader, rollouts)
+        with torch.no_grad():
+            cost = self.cost.evaluate(leader, rollouts).value.item()
+        if cost != cost:
+            raise InputError("Constrained.cost: expected a finite cost, got NaN; the multiplier was left as it is")
+        self.multiplier = max(0.0, self.multiplier + self.rate * (cost - self.bound))
+        return {**metrics, "constraint": cost, "multiplier": self.multiplier}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The multiplier, and what the wrapped objective keeps."""
+        return {"multiplier": self.multiplier, "objective": self.objective.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.multiplier = state["multiplier"]
+        self.objective.load_state_dict(state["objective"])
+
+
+class _OverContexts(_Wrapping):
+    """A function of what the wrapped objective is worth in each context, instead of its mean.
+
+    The credit of a step is its utility times the derivative of the function with respect to its context's value,
+    divided by the context's probability: the same path counts for more where the function is steeper. On samples a
+    context's value is the mean over its paths, and its probability their share; both are consistent, and biased by
+    O(1 / paths of the context), since one sample makes the weight and what is weighted.
+    """
+
+    @abc.abstractmethod
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The objective from the contexts' values [K] and probabilities [K]."""
+
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """Value, and credit [B, T]: the wrapped objective's credit, weighted by context."""
+        mask = rollouts.mask.to(utility.device)
+        weight = rollouts.path_weight(utility.dtype).to(utility.device)  # [B]
+        totals = _discounted(utility, mask, self.discount)  # [B]
+        contexts, place = torch.unique(rollouts.contexts.to(utility.device), return_inverse=True)
+
+        def by_context(value: Tensor) -> Tensor:  # [B] -> [K]
+            return torch.zeros(len(contexts), dtype=value.dtype, device=value.device).index_add(0, place, value)
+
+        mass = by_context(weight)
+        if bool((mass == 0).any()):
+            raise InputError(
+                f"{type(self).__name__}: every path of context {int(contexts[mass == 0][0])} has weight zero, so that "
+                "its value is unknown"
+            )
+        probabilities = mass / mass.sum()
+        with torch.enable_grad():
+            values = by_context(weight * totals) / mass
+            value = self.aggregate(values, probabilities)
+            if not values.requires_grad:
+                leaf = values.detach().requires_grad_(True)
+                (slope,) = torch.autograd.grad(self.aggregate(leaf, probabilities), leaf)
+            else:
+                (slope,) = torch.autograd.grad(value, values, retain_graph=True)
+        importance = slope.detach() / probabilities
+        return Evaluation(value=value, credit=utility.detach() * importance[place][:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanVariance(_OverContexts):
+    """The mean over contexts less `aversion` times their variance: E f - kappa Var f, f_c the value in context c.
+
+    Attributes:
+        objective: an expectation in every context.
+        aversion: kappa >= 0, per unit of utility.
+
+    Example:
+        >>> objective = MeanVariance(ExpectedUtility(lambda leader, rollouts: None), aversion=0.5)
+        >>> objective.aggregate(torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])).item()
+        1.5
+    """
+
+    objective: Objective
+    aversion: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("MeanVariance.aversion", self.aversion, low=0, low_included=True)
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """E f - kappa Var f."""
+        mean = (probabilities * values).sum()
+        return mean - self.aversion * (probabilities * (values - mean) ** 2).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class CVaR(_OverContexts):
+    """The mean over the worst `share` of nature's draw: the conditional value at risk of f_c (Rockafellar and Uryasev).
+
+    Attributes:
+        objective: an expectation in every context.
+        share: alpha in (0, 1]; 1 is the mean, and towards 0 it becomes the worst context.
+
+    Example:
+        >>> objective = CVaR(ExpectedUtility(lambda leader, rollouts: None), share=0.5)
+        >>> objective.aggregate(torch.tensor([4.0, 1.0, 3.0, 2.0]), torch.full((4,), 0.25)).item()
+        1.5
+    """
+
+    objective: Objective
+    share: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.share <= 1):
+            raise InputError(f"CVaR.share: expected a share in (0, 1], got {self.share}")
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The mean of the worst contexts, the last of them counted as far as it reaches into the share."""
+        order = torch.argsort(values.detach())
+        mass = probabilities[order]
+        weight = (self.share - (mass.cumsum(0) - mass)).clamp(min=0).minimum(mass) / self.share
+        return (weight * values[order]).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropicRisk(_OverContexts):
+    """The entropic certainty equivalent over nature's draw, -(1 / theta) log E exp(-theta f).
+
+    Attributes:
+        objective: an expectation in every context.
+        aversion: theta > 0, per unit of utility: towards 0 the mean, towards infinity the worst context.
+
+    Example:
+        >>> objective = EntropicRisk(ExpectedUtility(lambda leader, rollouts: None), aversion=2.0)
+        >>> round(objective.aggregate(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])).item(), 4)
+        0.2831
+    """
+
+    objective: Objective
+    aversion: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("EntropicRisk.aversion", self.aversion, low=0)
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """-(1 / theta) log E exp(-theta f)."""
+        # Normalised again: what the probabilities miss of one by rounding would be divided by theta.
+        log_law = torch.log_softmax(probabilities.log(), 0)
+        return -torch.logsumexp(log_law - self.aversion * values, 0) / self.aversion
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstContext(_OverContexts):
+    """The worst context's value, however rare it is; or a soft minimum.
+
+    Attributes:
+        objective: an expectation in every context.
+        temperature: tau >= 0, in units of utility. 0 is the minimum, which is not differentiable where two contexts
+            are worst; above 0 it is -tau log mean_c exp(-f_c / tau), every context counted once.
+
+    Example:
+        >>> objective = WorstContext(ExpectedUtility(lambda leader, rollouts: None))
+        >>> objective.aggregate(torch.tensor([4.0, 1.0]), torch.tensor([0.9, 0.1])).item()
+        1.0
+    """
+
+    objective: Objective
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("WorstContext.temperature", self.temperature, low=0, low_included=True)
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The minimum, or the soft one, over contexts that nature may draw."""
+        values = values[probabilities > 0]
+        if self.temperature == 0:
+            return values.min()
+        count = torch.tensor(float(len(values)), dtype=values.dtype, device=values.device)
+        return -self.temperature * (torch.logsumexp(-values / self.temperature, 0) - count.log())
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLikelihood(Objective):
+    """How well the leader's reward explains preferences on pairs of the follower's own answers (PARL's objective).
+
+    For rollouts of one step,
+
+        J = E_c E_{y, y' ~ pi*} l(y, y'),    l = p log sigma(r - r') + (1 - p) log sigma(r' - r),
+
+    where p = sigma((score - score') / scale) is the probability that y is preferred (Bradley and Terry). x enters
+    twice: in the likelihood, the direct term, and in what pairs there are, the response. Pairs are those within a
+    group. J is quadratic in the policy, so that the credit of y is twice its mean over partners. A group's mean,
+    which `GroupCritic` compares with, holds the partners as well; that shrinks the covariance by (G - 2) / (G - 1),
+    which the credit makes up for: groups of at least 3 are needed, and the estimate is then unbiased.
+
+    Attributes:
+        score: maps (leader, rollouts) to scores [B, 1] that do not depend on x: a judge, or a table.
+        scale: of the score, > 0: smaller means surer preferences.
+
+    Example:
+        >>> objective = PreferenceLikelihood(lambda leader, rollouts: rollouts.steps["score"][:, None])
+        >>> objective.pair(torch.tensor(0.0), torch.tensor(0.0)).item() == torch.tensor(0.5).log().item()
+        True
+    """
+
+    score: Callable[[Leader, Rollouts], Tensor]
+    scale: float = 1.0
+    discount: float = 0.0
+    depends_on_leader: bool = True
+
+    def __post_init__(self) -> None:
+        _check_number("PreferenceLikelihood.scale", self.scale, low=0)
+        if self.discount != 0 or not self.depends_on_leader:
+            raise InputError("PreferenceLikelihood: expected discount 0 and depends_on_leader True; they are not free")
+
+    def pair(self, reward_difference: Tensor, score_difference: Tensor) -> Tensor:
+        """The expected log-likelihood l of a pair, from r - r' and score - score', of any shape."""
+        preferred = torch.sigmoid(score_difference / self.scale)
+        forward = torch.nn.functional.logsigmoid(reward_difference)
+        backward = torch.nn.functional.logsigmoid(-reward_difference)
+        return preferred * forward + (1 - preferred) * backward
+
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The reward r_x and the score side by side, [B, 2]: what pairs are made of."""
+        score = self.score(leader, rollouts)
+        if tuple(score.shape) != tuple(rollouts.mask.shape) or rollouts.horizon != 1:
+            raise InputError(
+                f"PreferenceLikelihood.score: expected shape ({rollouts.size}, 1), rollouts of one step, got "
+                f"{tuple(score.shape)} for a horizon of {rollouts.horizon}"
+            )
+        reward = leader.reward(rollouts)
+        return torch.cat([reward, score.detach().to(reward)], 1)
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The sum of weight * r_x: the score does not move."""
+        return (weight[:, :1] * leader.reward(rollouts)).sum()
+
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """Mean over groups of the mean over their pairs. Raises InputError for groups of fewer than 3."""
+        group = rollouts.group[:, 0].to(utility.device)
+        path_weight = rollouts.path_weight(utility.dtype).to(utility.device)
+        _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+        if int(sizes.min()) < 3:
+            raise InputError(
+                f"PreferenceLikelihood: expected groups of at least 3 answers, got one of {int(sizes.min())}; two make "
+                "the pair and a third is what it is compared with"
+            )
+        value, credit = utility.new_zeros(()), utility.new_zeros(rollouts.size)
+        for size in sizes.unique().tolist():  # groups of one size at a time: [N G] -> [N, G]
+            rows = (sizes[place] == size).nonzero()[:, 0]
+            rows = rows[torch.argsort(place[rows], stable=True)].view(-1, size)
+            reward, score, weight = utility[rows, 0], utility[rows, 1], path_weight[rows]
+            likelihood = self.pair(
+                reward[:, :, None] - reward[:, None, :], score[:, :, None] - score[:, None, :]
+            )  # [N, G, G]
+            partner = weight[:, None, :] * (1 - torch.eye(size, dtype=weight.dtype, device=weight.device))
+            mean = (partner * likelihood).sum(2) / partner.sum(2).clamp(min=torch.finfo(weight.dtype).tiny)  # [N, G]
+            of_group = weight * partner.sum(2)
+            total = of_group.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+            value = value + (of_group / total * mean).sum()
+            credit[rows] = (2 * (size - 1) / (size - 2) * mean).detach()
+        return Evaluation(value=value / len(sizes), credit=credit[:, None])
+
+
+def _discounted(utility: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """The discounted sum of every path, [B, T] to [B]."""
+    powers = discount_powers(discount, utility.shape[1], utility)  # [T]
+    return torch.where(mask, utility * powers, torch.zeros_like(utility)).sum(1)
+
+
+def _check_number(name: str, value: float, *, low: float = -float("inf"), low_included: bool = False) -> None:
+    if not (low < value < float("inf") or (low_included and value == low)):
+        bound = "" if low == -float("inf") else f" {'>=' if low_included else '>'} {low:g}"
+        raise InputError(f"{name}: expected a finite number{bound}, got {value}")

@@ -96,6 +96,37 @@ class Objective(abc.ABC):
         """Value, differentiable in x, and credit [B, T] of a batch of rollouts."""
         return self.summarize(self.utility(leader, rollouts), rollouts)
 
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The objective of a whole problem from what it is worth in each context: the expectation, by default.
+
+        Args:
+            values: [K], the expected discounted utility in each context.
+            probabilities: [K], nature's law over them.
+
+        Returns:
+            Scalar, differentiable in the values.
+        """
+        return (probabilities * values).sum()
+
+    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+        """Adapt what the objective itself keeps, such as a multiplier; called once a leader step, after the gradient.
+
+        Args:
+            leader: as it was when the gradient was taken.
+            rollouts: those that the gradient was taken on.
+
+        Returns:
+            Metrics. Default: nothing to adapt, none.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of `update`; the same types as `Follower.state_dict`. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Critique:
@@ -137,10 +168,13 @@ class Follower(abc.ABC):
     Attributes:
         temperature: lambda > 0, the weight of KL(policy || prior) in what the follower maximises.
         discount: the follower's gamma in [0, 1). A language model takes one step: 0.
+
+    Either may be a tensor [C] with one number for each context: contexts carry the follower's identity, so that a
+    population of followers with different temperatures, discounts and rewards is one `Follower`.
     """
 
-    temperature: float
-    discount: float
+    temperature: float | Tensor
+    discount: float | Tensor
 
     @abc.abstractmethod
     def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
@@ -216,19 +250,45 @@ class Problem:
         return [p for p in self.leader.parameters() if p.requires_grad]
 
 
-def check_temperature(name: str, value: float) -> None:
-    """Raise `InputError` unless `value` is a positive, finite temperature."""
-    if not (0 < value < float("inf")):
-        raise InputError(
-            f"{name}: expected a positive temperature lambda, got {value}; without it the best response is not "
-            "Boltzmann and the hypergradient is undefined"
-        )
+def check_temperature(name: str, value: float | Tensor, contexts: int | None = None) -> None:
+    """Raise `InputError` unless `value` is a positive, finite temperature, or one for each of the contexts."""
+    for number in _numbers(name, value, contexts):
+        if not (0 < number < float("inf")):
+            raise InputError(
+                f"{name}: expected a positive temperature lambda, got {number}; without it the best response is not "
+                "Boltzmann and the hypergradient is undefined"
+            )
 
 
-def check_discount(name: str, value: float) -> None:
-    """Raise `InputError` unless `value` lies in [0, 1)."""
-    if not (0 <= value < 1):
-        raise InputError(f"{name}: expected a discount in [0, 1), got {value}")
+def check_discount(name: str, value: float | Tensor, contexts: int | None = None) -> None:
+    """Raise `InputError` unless `value` lies in [0, 1), or each of its numbers where there is one a context."""
+    for number in _numbers(name, value, contexts):
+        if not (0 <= number < 1):
+            raise InputError(f"{name}: expected a discount in [0, 1), got {number}")
+
+
+def per_path(value: float | Tensor, contexts: Tensor) -> float | Tensor:
+    """A follower's temperature or discount along paths: the number, or [B] where there is one for each context.
+
+    Args:
+        value: a number, or [C].
+        contexts: long [B], the context of each path.
+
+    Example:
+        >>> per_path(torch.tensor([0.25, 0.5]), torch.tensor([1, 1, 0])).tolist()
+        [0.5, 0.5, 0.25]
+    """
+    return value.to(contexts.device)[contexts] if isinstance(value, Tensor) else value
+
+
+def _numbers(name: str, value: float | Tensor, contexts: int | None) -> list[float]:
+    if not isinstance(value, Tensor):
+        return [value]
+    if value.ndim != 1 or len(value) == 0 or (contexts is not None and len(value) != contexts):
+        expected = "[C], one a context" if contexts is None else f"[{contexts}], one a context"
+        raise InputError(f"{name}: expected a number or a tensor {expected}, got shape {tuple(value.shape)}")
+    numbers: list[float] = value.detach().unique().tolist()  # NaN, if there is one, stays
+    return numbers
 
 
 def step_seed(seed: int, step: int) -> int:

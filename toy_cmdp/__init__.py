@@ -11,8 +11,10 @@ from toy_cmdp.exact import (
 )
 from toy_cmdp.follower import ExactFollower
 from toy_cmdp.four_rooms import four_rooms, four_rooms_map
+from toy_cmdp.parallel import parallel
 from toy_cmdp.random_cmdp import random_cmdp
 from toy_cmdp.solve import SoftSolution, soft_policy_iteration, soft_value_iteration
+from toy_cmdp.sparse import SparseTransition
 
 __all__ = [
     "ContextualMDP",
@@ -20,6 +22,7 @@ __all__ = [
     "ExactFollower",
     "ImplicitHypergradient",
     "SoftSolution",
+    "SparseTransition",
     "Tables",
     "TabularLeader",
     "TabularUtility",
@@ -29,6 +32,7 @@ __all__ = [
     "four_rooms",
     "four_rooms_map",
     "leader_value",
+    "parallel",
     "random_cmdp",
     "soft_policy_iteration",
     "soft_value_iteration",

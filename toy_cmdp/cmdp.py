@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
+from toy_cmdp.sparse import SparseTransition
+from toy_cmdp.transition import Transition, between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Tables:
 
     Attributes:
         reward: [C, S, A], r_x(s, a).
-        transition: [C, S, A, S], P_x(s' | s, a). Rows of terminal states must be laws too, but are not used.
+        transition: [C, S, A, S], P_x(s' | s, a), or [1, S, A, S] where all contexts share it, or a `SparseTransition`.
+            Rows of terminal states must be laws too, but are not used.
         initial: [C, S], rho_x(s).
         log_prior: [C, S, A], log prior_x(a | s), each law with full support. None stands for *entropy
             regularisation*, the constant measure 1: the follower maximises E[sum_t gamma^t (r + lambda H(pi))] and
@@ -40,21 +44,17 @@ class Tables:
     """
 
     reward: Tensor
-    transition: Tensor
+    transition: Transition
     initial: Tensor
     log_prior: Tensor | None = None
 
     def detach(self) -> Tables:
         """The same numbers without a graph. Tables that have none keep their identity."""
-
-        def cut(table: Tensor) -> Tensor:
-            return table.detach() if table.requires_grad else table
-
         return Tables(
-            cut(self.reward),
-            cut(self.transition),
-            cut(self.initial),
-            None if self.log_prior is None else cut(self.log_prior),
+            _cut(self.reward),
+            _cut(self.transition),
+            _cut(self.initial),
+            None if self.log_prior is None else _cut(self.log_prior),
         )
 
 
@@ -79,35 +79,33 @@ class TabularLeader(Leader):
         """r_x(s_t, a_t), [B, T]; zero after the end of a path."""
         return gather_steps(self.tables().reward, rollouts)
 
-    def _moved(self, name: str) -> Tensor | None:
-        """A table, or None if it is constant; gradients are on, so that the answer holds under no_grad as well."""
+    def _moved(self) -> Tables:
+        """The tables; gradients are on, so that `requires_grad` tells what the leader moves under no_grad as well."""
         with torch.enable_grad():
-            table: Tensor | None = getattr(self.tables(), name)
-        return table if table is not None and table.requires_grad else None
+            return self.tables()
 
     def log_transition(self, rollouts: Rollouts) -> Tensor | None:
         """The log-probability of s_{t+1}, [B, T]; zero for the last step of an episode. None if P is constant."""
-        table = self._moved("transition")
-        if table is None:
+        transition = self._moved().transition
+        if not transition.requires_grad:
             return None
-        count_s, count_a = table.shape[1], table.shape[2]
-        state, action = rollouts.steps["state"], rollouts.steps["action"]
+        state = rollouts.steps["state"]
         valid = rollouts.mask & (state[:, 1:] >= 0)
-        row = (rollouts.contexts[:, None] * count_s + state[:, :-1].clamp(min=0)) * count_a + action
-        flat = row * count_s + state[:, 1:].clamp(min=0)
-        return _log_where(valid, _take(table, flat))
+        contexts = rollouts.contexts[:, None].expand(valid.shape)
+        here, following = state[:, :-1].clamp(min=0), state[:, 1:].clamp(min=0)
+        return _log_where(valid, between(transition, contexts, here, rollouts.steps["action"], following))
 
     def log_initial(self, rollouts: Rollouts) -> Tensor | None:
         """The log-probability of s_0, [B], or None if rho is constant."""
-        table = self._moved("initial")
-        if table is None:
+        table = self._moved().initial
+        if not table.requires_grad:
             return None
         return _take(table, rollouts.contexts * table.shape[1] + rollouts.steps["state"][:, 0]).log()
 
     def log_prior(self, rollouts: Rollouts) -> Tensor | None:
         """The log-prior of a_t in s_t, [B, T]; zero after the end of a path. None if the prior is constant."""
-        table = self._moved("log_prior")
-        return None if table is None else gather_steps(table, rollouts)
+        table = self._moved().log_prior
+        return None if table is None or not table.requires_grad else gather_steps(table, rollouts)
 
 
 class TabularUtility:
@@ -157,7 +155,7 @@ class ContextualMDP:
     context_names: Sequence[str] = ()
     state_names: Sequence[str] = ()
     action_names: Sequence[str] = ()
-    _checked: dict[str, tuple[weakref.ref[Tensor], int]] = dataclasses.field(
+    _checked: dict[str, tuple[weakref.ref[Tensor | SparseTransition], int]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -207,35 +205,40 @@ class ContextualMDP:
         a = tables.reward.shape[-1]
         expected = {"reward": (c, s, a), "transition": (c, s, a, s), "initial": (c, s), "log_prior": (c, s, a)}
         for name, shape in expected.items():
-            table: Tensor | None = getattr(tables, name)
+            table: Tensor | SparseTransition | None = getattr(tables, name)
             if table is None:
                 self._checked.pop(name, None)
                 continue
-            if tuple(table.shape) != shape:
+            shared = name == "transition" and tuple(table.shape) == (1, *shape[1:])
+            if tuple(table.shape) != shape and not shared:
                 raise InputError(f"{name}: expected shape {shape} (C, S, A = {c}, {s}, {a}), got {tuple(table.shape)}")
             if table.dtype != tables.reward.dtype or not table.dtype.is_floating_point:
                 raise InputError(
                     f"{name}: expected all tables in one floating-point dtype, got {table.dtype} and "
                     f"{tables.reward.dtype} for the reward"
                 )
+            version = (table.probability if isinstance(table, SparseTransition) else table)._version
             known = self._checked.get(name)
-            if known is not None and known[0]() is table and known[1] == table._version:
+            if known is not None and known[0]() is table and known[1] == version:
                 continue
-            if name == "reward":
+            if isinstance(table, SparseTransition):
+                table.check(self.place)
+            elif name == "reward":
                 self.check_finite("reward", table)
             else:
                 self._check_law(name, table)
             if table.requires_grad:
                 self._checked.pop(name, None)
             else:
-                self._checked[name] = (weakref.ref(table), table._version)
+                self._checked[name] = (weakref.ref(table), version)
         if self.action_names and len(self.action_names) != a:
             raise InputError(f"action_names: expected {a} names, got {len(self.action_names)}")
 
     def check_finite(self, name: str, table: Tensor) -> None:
         """Raise `InputError` naming the first context, state and action where `table` [C, S, A] is NaN or infinite."""
         table = table.detach()
-        if not torch.isfinite(table).all():
+        # The sum is finite if all numbers are, and needs no mask of their size; it may overflow, so look again.
+        if not torch.isfinite(table.sum()) and not torch.isfinite(table).all():
             index = (~torch.isfinite(table)).nonzero()[0].tolist()
             raise InputError(
                 f"{name}: expected finite numbers, got {table[tuple(index)].item()} in {self.place(index)}"
@@ -309,6 +312,10 @@ def require_tabular(leader: Leader) -> TabularLeader:
     if not isinstance(leader, TabularLeader):
         raise InputError(f"leader: expected a TabularLeader, got {type(leader).__name__}")
     return leader
+
+
+def _cut(table: Any) -> Any:
+    return table.detach() if table.requires_grad else table
 
 
 def _take(table: Tensor, flat: Tensor) -> Tensor:

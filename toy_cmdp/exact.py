@@ -10,23 +10,19 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.hypergradient import Hypergradient
-from align_cbrl.objectives import ExpectedUtility, KLPriced
+from align_cbrl.objectives import Constrained, ExpectedUtility, KLPriced, PreferenceLikelihood
 from align_cbrl.problem import Critic, Critique, Objective, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, gather_steps, require_tabular
 from toy_cmdp.follower import ExactFollower, make_rollouts
-from toy_cmdp.solve import (
-    Factorization,
-    SoftSolution,
-    continuation,
-    expected_next,
-    soft_logits,
-    state_transition,
-)
+from toy_cmdp.solve import SoftSolution, by_context, continuation, per_state, soft_logits
+from toy_cmdp.sparse import SparseTransition
+from toy_cmdp.transition import PolicySystem, expected_next, policy_system, pushed
 
 
 def leader_value(problem: Problem) -> Tensor:
-    """J(x) = sum_c Xi(c) sum_s rho_x(s) V_F(c, s), exact, a scalar whose `backward` is the implicit hypergradient.
+    """J(x), exact, a scalar whose `backward` is the implicit hypergradient: sum_c Xi(c) sum_s rho_x(s) V_F(c, s) for an
+    expectation, and what the objective makes of the contexts' values otherwise.
 
     Both fixed points, the follower's V = T_x(V) and the leader's V_F = T^F_{x, pi}(V_F), are solved without a graph;
     what is differentiated is V + (I - dT/dV)^{-1} (T_x(V) - V), whose backward pass is one solve with the transpose
@@ -35,7 +31,8 @@ def leader_value(problem: Problem) -> Tensor:
 
     Args:
         problem: its leader a `TabularLeader`, its follower an `ExactFollower`, its objective an `ExpectedUtility` of a
-            `TabularUtility`, or `KLPriced` of such.
+            `TabularUtility`, or what wraps such (a KL price, a constraint, risk over contexts); or a
+            `PreferenceLikelihood` of a `TabularUtility` where every state is terminal.
 
     Returns:
         Scalar; first derivatives only.
@@ -50,6 +47,13 @@ def leader_value(problem: Problem) -> Tensor:
         >>> problem.leader.x.grad.shape
         torch.Size([5])
     """
+    values = _values(problem)
+    probabilities = problem.follower.cmdp.context_probabilities.to(values.dtype)  # type: ignore[attr-defined]
+    return problem.objective.aggregate(values, probabilities)
+
+
+def _values(problem: Problem) -> Tensor:
+    """f(x, pi*, c) of every context, [C], with graph."""
     leader, follower = _tabular(problem)
     cmdp, temperature = follower.cmdp, follower.temperature
     tables, solution = follower.solve(leader)
@@ -57,24 +61,24 @@ def leader_value(problem: Problem) -> Tensor:
     go_on_leader = continuation(cmdp, problem.objective.discount, tables.reward)
 
     with torch.no_grad():
-        moves = state_transition(tables.transition, solution.log_policy.exp())
-        factors = Factorization(go_on * moves)
-        same = follower.discount == problem.objective.discount
-        leader_factors = factors if same else Factorization(go_on_leader * moves)
+        law = tables.detach().transition
+        policy = solution.log_policy.exp()
+        factors = policy_system(law, go_on * policy)
+        leader_factors = factors if _same(follower.discount, problem) else policy_system(law, go_on_leader * policy)
 
     q = tables.reward + go_on * expected_next(tables.transition, solution.value)
-    image = temperature * torch.logsumexp(soft_logits(q, tables.log_prior, temperature), -1)
+    image = torch.logsumexp(soft_logits(q, tables.log_prior, temperature), -1) * per_state(temperature, q)
     value = _fixed_point(image, solution.value, factors)
     q = tables.reward + go_on * expected_next(tables.transition, value)
     log_policy = torch.log_softmax(soft_logits(q, tables.log_prior, temperature), -1)
 
     policy = log_policy.exp()
-    utility = _utility(problem.objective, leader, cmdp, log_policy, tables.log_prior)
+    utility, _ = _utility(problem.objective, leader, cmdp, log_policy, tables)
     with torch.no_grad():
         leader_fixed = leader_factors.solve((policy * utility).sum(-1))
     q_leader = utility + go_on_leader * expected_next(tables.transition, leader_fixed)
     leader_values = _fixed_point((policy * q_leader).sum(-1), leader_fixed, leader_factors)
-    return (cmdp.context_probabilities.to(utility.dtype)[:, None] * tables.initial * leader_values).sum()
+    return (tables.initial * leader_values).sum(-1)
 
 
 class ImplicitHypergradient(Hypergradient):
@@ -100,9 +104,9 @@ class ImplicitHypergradient(Hypergradient):
 
 
 def context_values(problem: Problem) -> Tensor:
-    """f(x, pi*, c) of every context, [C], without graph; `leader_value` is their mean under nature's law."""
-    world = exact_world(problem)
-    return (world.tables.initial * world.value).sum(-1).detach()
+    """f(x, pi*, c) of every context, [C], without graph; `leader_value` is what the objective makes of them."""
+    with torch.no_grad():
+        return _values(problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,13 @@ class ExactWorld:
     Attributes:
         tables: the leader's.
         solution: the follower's best response.
-        utility: [C, S, A], the leader's, less any KL price (with the policy held constant).
-        advantage, q: [C, S, A], the leader's A_F = Q_F - V_F, and Q_F.
+        utility: [C, S, A], the leader's, less any prices (with the policy held constant).
+        advantage, q: [C, S, A], A_F = Q_F - V_F and Q_F of the leader's credit, which is the utility unless the
+            objective is made of pairs.
         value: [C, S], the leader's V_F.
         policy: [C, S, A], pi*.
-        moves: [C, S, S], P_pi, zero rows in terminal states.
+        importance: [C], the derivative of J with respect to each context's value, divided by the context's
+            probability: 1 for an expectation. A context that nature never draws has importance 0.
     """
 
     tables: Tables
@@ -126,7 +132,7 @@ class ExactWorld:
     q: Tensor
     value: Tensor
     policy: Tensor
-    moves: Tensor
+    importance: Tensor
 
 
 def exact_world(problem: Problem) -> ExactWorld:
@@ -140,23 +146,28 @@ def exact_world(problem: Problem) -> ExactWorld:
     """
     leader, follower = _tabular(problem)
     tables, solution = follower.solve(leader)
-    utility = _utility(problem.objective, leader, follower.cmdp, solution.log_policy, tables.log_prior)
+    utility, credit = _utility(problem.objective, leader, follower.cmdp, solution.log_policy, tables)
     with torch.no_grad():
         policy = solution.log_policy.exp()
-        alive = continuation(follower.cmdp, 1.0, tables.reward)
-        moves = alive * state_transition(tables.transition, policy)
-        discount = problem.objective.discount
-        value = Factorization(discount * moves).solve((policy * utility).sum(-1))
-        q = utility + discount * alive * expected_next(tables.transition, value)
+        law = tables.detach().transition
+        go_on = continuation(follower.cmdp, problem.objective.discount, tables.reward)
+        value = policy_system(law, go_on * policy).solve((policy * utility).sum(-1))
+        q = credit + go_on * expected_next(law, value)
         advantage = q - (policy * q).sum(-1, keepdim=True)
-    return ExactWorld(tables, solution, utility, advantage, q, value, policy, moves)
+        values = (tables.initial * value).sum(-1)
+    probabilities = follower.cmdp.context_probabilities.to(values)
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(problem.objective.aggregate(leaf, probabilities), leaf)
+    importance = torch.where(probabilities > 0, slope / probabilities, 0.0)
+    return ExactWorld(tables, solution, utility, advantage, q, value, policy, importance)
 
 
 class ExactCritic(Critic):
     """A_F, V_F and V_lambda from the tables, at the leader's present parameters.
 
-    It ignores the sampled `credit`, which for the objectives that it supports (those of `leader_value`) is the
-    utility, less the KL price, that it computes itself.
+    It ignores the sampled `credit`, which for the objectives that it supports (those of `leader_value`) it computes
+    itself.
 
     Example:
         >>> from align_cbrl.hypergradient import PolicyResponse
@@ -178,9 +189,10 @@ class ExactCritic(Critic):
             def along(table: Tensor) -> Tensor:
                 return torch.where(state >= 0, table.reshape(-1)[flat], 0.0)
 
+            importance = world.importance[rollouts.contexts][:, None]  # [B, 1]
             return Critique(
-                advantage=gather_steps(world.advantage, rollouts),
-                value=along(world.value),
+                advantage=importance * gather_steps(world.advantage, rollouts),
+                value=importance * along(world.value),
                 soft_value=along(world.solution.value),
             )
 
@@ -214,25 +226,26 @@ def expected_policy_response(problem: Problem) -> list[Tensor]:
     tables, leader_discount = world.tables, problem.objective.discount
     discount, temperature = follower.discount, follower.temperature
     with torch.no_grad():
-        alive = continuation(follower.cmdp, 1.0, tables.reward)  # [C, S, 1]
-        occupancy = Factorization(leader_discount * world.moves).solve(tables.initial, transpose=True)
+        law = tables.detach().transition
+        go_on = continuation(follower.cmdp, discount, tables.reward)  # [C, S, 1]
+        go_on_leader = continuation(follower.cmdp, leader_discount, tables.reward)
+        occupancy = policy_system(law, go_on_leader * world.policy).solve(tables.initial, transpose=True)
         mu = occupancy[..., None] * world.policy  # [C, S, A]
-        c, s, a, _ = tables.transition.shape
-        pushed = alive * mu * world.advantage
-        source = discount * (pushed.reshape(c, 1, s * a) @ tables.transition.reshape(c, s * a, s))[:, 0]
-        marginal = Factorization(discount * world.moves).solve(source, transpose=True)
+        source = pushed(law, go_on * mu * world.advantage)
+        marginal = policy_system(law, go_on * world.policy).solve(source, transpose=True)
         eta = world.policy * marginal[..., None] + mu * world.advantage
+        weight = eta / by_context(temperature, eta)
     next_leader = expected_next(tables.transition, world.value)
     next_soft = expected_next(tables.transition, world.solution.value)
     per_context = (
         (tables.initial * world.value).sum(-1)
         + (mu * world.utility).sum((-1, -2))
-        + (eta / temperature * tables.reward).sum((-1, -2))
-        + (alive * (leader_discount * mu * next_leader + discount / temperature * eta * next_soft)).sum((-1, -2))
+        + (weight * tables.reward).sum((-1, -2))
+        + (go_on_leader * mu * next_leader + go_on * weight * next_soft).sum((-1, -2))
     )
     if tables.log_prior is not None:
         per_context = per_context + (eta * tables.log_prior).sum((-1, -2))
-    surrogate = (follower.cmdp.context_probabilities.to(per_context.dtype) * per_context).sum()
+    surrogate = (world.importance * follower.cmdp.context_probabilities.to(per_context) * per_context).sum()
     gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(problem.parameters, gradients, strict=True)]
 
@@ -248,7 +261,8 @@ def enumerate_paths(problem: Problem, horizon: int, *, max_paths: int = 1_000_00
         max_paths: a guard of the memory.
 
     Raises:
-        InputError: an episode that is not over after `horizon` steps, or more than `max_paths` paths.
+        InputError: an episode that is not over after `horizon` steps, more than `max_paths` paths, or sparse
+            transitions.
 
     Example:
         >>> from toy_cmdp import random_cmdp
@@ -261,6 +275,9 @@ def enumerate_paths(problem: Problem, horizon: int, *, max_paths: int = 1_000_00
     with torch.no_grad():
         tables, solution = follower.solve(leader)
         policy = solution.log_policy.exp()
+        if isinstance(tables.transition, SparseTransition):
+            raise InputError("enumerate_paths: expected a dense transition table, got a SparseTransition")
+        transition = tables.transition.expand(cmdp.contexts, -1, -1, -1)
         start = cmdp.context_probabilities.to(policy.dtype)[:, None] * tables.initial
         contexts, first = start.nonzero(as_tuple=True)
         probability = start[contexts, first]
@@ -274,9 +291,7 @@ def enumerate_paths(problem: Problem, horizon: int, *, max_paths: int = 1_000_00
             contexts, state, action = contexts[rows], state[rows], torch.cat([action[rows], chosen[:, None]], 1)
             probability, alive, here = probability[rows] * choice[rows, chosen], alive[rows], here[rows]
             goes_on = alive & ~cmdp.terminal[contexts, here]
-            outcome = torch.where(
-                goes_on[:, None], tables.transition[contexts, here, chosen], _one_hot(cmdp.states, policy)
-            )
+            outcome = torch.where(goes_on[:, None], transition[contexts, here, chosen], _one_hot(cmdp.states, policy))
             rows, following = outcome.nonzero(as_tuple=True)
             if len(rows) > max_paths:
                 raise InputError(f"enumerate_paths: more than {max_paths} paths; use a smaller problem or horizon")
@@ -303,7 +318,7 @@ class _FixedPoint(torch.autograd.Function):
     """The value of a fixed point V = T(V), differentiated as (I - dT/dV)^{-1} T_x."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, fixed_point: Tensor, factors: Factorization) -> Tensor:
+    def forward(ctx: Any, image: Tensor, fixed_point: Tensor, factors: PolicySystem) -> Tensor:
         ctx.factors = factors
         return fixed_point.clone()
 
@@ -312,28 +327,64 @@ class _FixedPoint(torch.autograd.Function):
         return ctx.factors.solve(gradients[0], transpose=True), None, None
 
 
-def _fixed_point(image: Tensor, fixed_point: Tensor, factors: Factorization) -> Tensor:
+def _fixed_point(image: Tensor, fixed_point: Tensor, factors: PolicySystem) -> Tensor:
     out: Tensor = _FixedPoint.apply(image, fixed_point, factors)
     return out
 
 
 def _utility(
-    objective: Objective, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, log_prior: Tensor | None
-) -> Tensor:
-    """The utility table [C, S, A] of a supported objective, less its KL prices, through which log_policy may flow."""
-    if isinstance(objective, KLPriced):
-        divergence = log_policy if log_prior is None else log_policy - log_prior
-        return _utility(objective.objective, leader, cmdp, log_policy, log_prior) - objective.price * divergence
+    objective: Objective, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, tables: Tables
+) -> tuple[Tensor, Tensor]:
+    """Utility and credit of a supported objective, [C, S, A], through which log_policy may flow.
+
+    The credit, df / dpi at fixed policy, is the utility unless the objective is made of pairs.
+    """
+    if isinstance(objective, PreferenceLikelihood):
+        return _pairs(objective, leader, cmdp, log_policy, tables)
+    inner = getattr(objective, "objective", None)
+    if isinstance(inner, Objective):
+        utility, credit = _utility(inner, leader, cmdp, log_policy, tables)
+        if isinstance(objective, KLPriced):
+            price = objective.price * (log_policy if tables.log_prior is None else log_policy - tables.log_prior)
+            return utility - price, credit - price
+        if isinstance(objective, Constrained):
+            cost, _ = _utility(objective.cost, leader, cmdp, log_policy, tables)
+            return utility - objective.multiplier * cost, credit - objective.multiplier * cost
+        return utility, credit
     if isinstance(objective, ExpectedUtility) and isinstance(objective.utility_function, TabularUtility):
-        table = objective.utility_function.table(leader)
-        if table.shape != log_policy.shape:
-            raise InputError(f"utility: expected shape {tuple(log_policy.shape)} (C, S, A), got {tuple(table.shape)}")
-        cmdp.check_finite("utility", table)
-        return table
+        table = _table(objective.utility_function, "utility", leader, cmdp, log_policy)
+        return table, table
     raise InputError(
-        "objective: the exact route takes ExpectedUtility(TabularUtility(...)), or KLPriced of it, "
-        f"got {type(objective).__name__}"
+        "objective: the exact route takes ExpectedUtility(TabularUtility(...)), what wraps such, or "
+        f"PreferenceLikelihood(TabularUtility(...)); got {type(objective).__name__}"
     )
+
+
+def _pairs(
+    objective: PreferenceLikelihood, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, tables: Tables
+) -> tuple[Tensor, Tensor]:
+    if not bool(cmdp.terminal.all()):
+        raise InputError("PreferenceLikelihood: expected a problem of one step, in which every state is terminal")
+    if not isinstance(objective.score, TabularUtility):
+        raise InputError("PreferenceLikelihood.score: the exact route takes a TabularUtility")
+    score = _table(objective.score, "score", leader, cmdp, log_policy).detach()
+    likelihood = objective.pair(
+        tables.reward[..., :, None] - tables.reward[..., None, :], score[..., :, None] - score[..., None, :]
+    )  # [C, S, A, A]
+    against_policy = (likelihood @ log_policy.exp()[..., None])[..., 0]  # [C, S, A]
+    return against_policy, 2 * against_policy
+
+
+def _table(utility: TabularUtility, name: str, leader: TabularLeader, cmdp: ContextualMDP, like: Tensor) -> Tensor:
+    table = utility.table(leader)
+    if table.shape != like.shape:
+        raise InputError(f"{name}: expected shape {tuple(like.shape)} (C, S, A), got {tuple(table.shape)}")
+    cmdp.check_finite(name, table)
+    return table
+
+
+def _same(discount: float | Tensor, problem: Problem) -> bool:
+    return bool((torch.as_tensor(discount) == problem.objective.discount).all())
 
 
 def _tabular(problem: Problem) -> tuple[TabularLeader, ExactFollower]:

@@ -13,6 +13,7 @@ from align_cbrl.problem import Follower, Leader, check_discount, check_temperatu
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.solve import SoftSolution, soft_policy_iteration
+from toy_cmdp.sparse import SparseTransition
 
 _NEGLIGIBLE = 1e-3
 
@@ -22,8 +23,8 @@ class ExactFollower(Follower):
 
     Args:
         cmdp: nature and the ends of episodes.
-        temperature: lambda > 0.
-        discount: gamma in [0, 1).
+        temperature: lambda > 0; a tensor [C] where it depends on the context.
+        discount: gamma in [0, 1); likewise.
         horizon: longest path that `rollout` samples; by default the smallest T with discount^T <= 1e-3, which needs
             the larger of the two discounts when `leader_discount` is given.
         leader_discount: gammaF, used for the default horizon only.
@@ -43,23 +44,24 @@ class ExactFollower(Follower):
     def __init__(
         self,
         cmdp: ContextualMDP,
-        temperature: float,
-        discount: float,
+        temperature: float | Tensor,
+        discount: float | Tensor,
         *,
         horizon: int | None = None,
         leader_discount: float = 0.0,
     ) -> None:
-        check_temperature("temperature", temperature)
-        check_discount("discount", discount)
+        check_temperature("temperature", temperature, cmdp.contexts)
+        check_discount("discount", discount, cmdp.contexts)
         check_discount("leader_discount", leader_discount)
         if horizon is not None and horizon < 1:
             raise InputError(f"horizon: expected at least one step, got {horizon}")
         self.cmdp = cmdp
         self.temperature = temperature
         self.discount = discount
-        self.horizon = default_horizon(max(discount, leader_discount)) if horizon is None else horizon
+        longest = max(float(torch.as_tensor(discount).max()), leader_discount)
+        self.horizon = default_horizon(longest) if horizon is None else horizon
         self._value: Tensor | None = None  # the last response's V, which the next one starts from
-        self._sampler: _Sampler | None = None
+        self._sampler: PathSampler | None = None
         self._latest: Tensor | None = None  # the same for `solve`: evaluating J must not change what a run repeats
 
     def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
@@ -72,7 +74,7 @@ class ExactFollower(Follower):
             tables = require_tabular(leader).tables()
             solution = self._solve(tables, self._value)
         self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
-        self._sampler = _Sampler(tables, solution)
+        self._sampler = PathSampler(tables, solution.log_policy)
         return {"iterations": float(solution.iterations), "residual": solution.residual}
 
     def solve(self, leader: Leader) -> tuple[Tables, SoftSolution]:
@@ -121,40 +123,59 @@ class ExactFollower(Follower):
         )
 
 
-class _Sampler:
-    """Path sampling by inversion: each law is a stretch (row, row + 1] of one sorted array, searched all at once."""
+class PathSampler:
+    """Samples paths by inversion: each law is a stretch (row, row + 1] of one sorted array, searched all at once.
 
-    def __init__(self, tables: Tables, solution: SoftSolution) -> None:
-        self._log_policy = solution.log_policy
+    Args:
+        tables: the leader's, of which P and rho are used.
+        log_policy: [C, S, A].
+    """
+
+    def __init__(self, tables: Tables, log_policy: Tensor) -> None:
+        self._log_policy = log_policy
         self._log_prior = tables.log_prior
         self._actions = tables.reward.shape[-1]
-        self._action_law = _stretches(solution.log_policy.exp())
-        self._next_law = _stretches(tables.transition)
+        self._action_law = _stretches(log_policy.exp())
         self._first_law = _stretches(tables.initial)
+        transition = tables.transition
+        self._successor = transition.successor.reshape(-1) if isinstance(transition, SparseTransition) else None
+        law = transition.probability if isinstance(transition, SparseTransition) else transition
+        self._shared = law.shape[0] == 1
+        self._width = law.shape[-1]
+        self._next_law = _stretches(law)
 
     def sample(self, contexts: Tensor, horizon: int, cmdp: ContextualMDP, generator: torch.Generator) -> Rollouts:
+        """One path in each of `contexts`, long [B], of at most `horizon` steps."""
         size, states, actions = len(contexts), cmdp.states, self._actions
         terminal = cmdp.terminal.reshape(-1)  # [C S]
+        ends = bool(terminal.any())
+        offset = contexts * states
         state = _draw(self._first_law, contexts, states, _uniform(size, generator))  # [B]
         alive = torch.ones(size, dtype=torch.bool)
         visited, taken, mask = [state], [], []
         for _ in range(horizon):
-            row = contexts * states + state.clamp(min=0)
+            row = offset + state.clamp(min=0)
             uniform = _uniform(2 * size, generator)
             action = _draw(self._action_law, row, actions, uniform[:size])
-            following = _draw(self._next_law, row * actions + action, states, uniform[size:])
             mask.append(alive)
-            taken.append(torch.where(alive, action, 0))
-            alive = alive & ~terminal[row]
-            state = torch.where(alive, following, -1)
+            taken.append(torch.where(alive, action, 0) if ends else action)
+            state = self._following(row, action, actions, row - offset, uniform[size:])
+            if ends:
+                alive = alive & ~terminal[row]
+                state = torch.where(alive, state, -1)
             visited.append(state)
-            if not alive.any():
+            if ends and not alive.any():
                 break
         states_seen = torch.stack(visited, 1)  # [B, T + 1]
         chosen, running = torch.stack(taken, 1), torch.stack(mask, 1)  # [B, T]
         return make_rollouts(
             contexts, states_seen, chosen, running, ended=~alive, log_policy=self._log_policy, log_prior=self._log_prior
         )
+
+    def _following(self, row: Tensor, action: Tensor, actions: int, state: Tensor, uniform: Tensor) -> Tensor:
+        pair = state * actions + action  # a place in [S, A]
+        place = _draw(self._next_law, pair if self._shared else row * actions + action, self._width, uniform)
+        return place if self._successor is None else self._successor[pair * self._width + place]
 
 
 def make_rollouts(

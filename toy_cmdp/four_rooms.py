@@ -122,7 +122,7 @@ def four_rooms(
         return (target - price * spent * leader.goal)[..., None].expand(-1, -1, len(moves))
 
     weights = 0.01 * torch.randn(states + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    leader = FourRoomsLeader(goal, transition.expand(contexts, -1, -1, -1).contiguous(), initial, weights)
+    leader = FourRoomsLeader(goal, transition[None], initial, weights)
     cmdp = ContextualMDP(
         context_probabilities=torch.full((contexts,), 1 / contexts, dtype=torch.float64),
         terminal=goal.bool(),

@@ -14,6 +14,7 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 from align_cbrl.problem import check_discount, check_temperature
 from toy_cmdp.cmdp import ContextualMDP, Tables
+from toy_cmdp.transition import expected_next, policy_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,69 +36,33 @@ class SoftSolution:
     residual: float
 
 
-class Factorization:
-    """LU factors of I - M, M [C, S, S], reused for solves with it and with its transpose.
-
-    On CPU the contexts are factored one by one: batched LU fails there with two or more threads from n of about 150
-    (pytorch #142815).
-
-    Example:
-        >>> half = Factorization(0.5 * torch.eye(2, dtype=torch.float64)[None])
-        >>> half.solve(torch.ones(1, 2, dtype=torch.float64)).tolist()
-        [[2.0, 2.0]]
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        system = matrix.neg()
-        system.diagonal(dim1=-2, dim2=-1).add_(1)
-        if matrix.is_cuda:
-            self._factors = [torch.linalg.lu_factor(system)]
-        else:
-            self._factors = [torch.linalg.lu_factor(one) for one in system]
-        self._batched = matrix.is_cuda
-
-    def solve(self, right: Tensor, *, transpose: bool = False) -> Tensor:
-        """(I - M)^{-1} b, or (I - M)^{-T} b, for b [C, S]."""
-        if self._batched:
-            lu, pivots = self._factors[0]
-            return torch.linalg.lu_solve(lu, pivots, right[..., None], adjoint=transpose)[..., 0]
-        columns = right[..., None]  # [C, S, 1]
-        return torch.stack(
-            [
-                torch.linalg.lu_solve(lu, pivots, column, adjoint=transpose)
-                for (lu, pivots), column in zip(self._factors, columns, strict=True)
-            ]
-        )[..., 0]
+def by_context(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number, or one for each context [C] as [C, 1, 1]: what a table [C, S, A] can be multiplied with."""
+    return value.to(like)[:, None, None] if isinstance(value, Tensor) else value
 
 
-def expected_next(transition: Tensor, value: Tensor) -> Tensor:
-    """E[V(s') | s, a]: [C, S, A, S] and [C, S] to [C, S, A]."""
-    c, s, a, _ = transition.shape
-    return (transition.reshape(c, s * a, s) @ value[..., None]).view(c, s, a)
+def per_state(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number, or one for each context [C] as [C, 1]: what a table [C, S] can be multiplied with."""
+    return value.to(like)[:, None] if isinstance(value, Tensor) else value
 
 
-def state_transition(transition: Tensor, policy: Tensor) -> Tensor:
-    """sum_a policy(s, a) P(s' | s, a), [C, S, S]; the policy may carry a discount or be zero in terminal states."""
-    c, s, a, _ = transition.shape
-    return (policy.reshape(c * s, 1, a) @ transition.reshape(c * s, a, s)).view(c, s, s)
-
-
-def continuation(cmdp: ContextualMDP, discount: float, like: Tensor) -> Tensor:
+def continuation(cmdp: ContextualMDP, discount: float | Tensor, like: Tensor) -> Tensor:
     """The discount where the episode goes on and zero in terminal states, [C, S, 1]."""
-    return (~cmdp.terminal)[..., None].to(dtype=like.dtype) * discount
+    return (~cmdp.terminal)[..., None].to(dtype=like.dtype) * by_context(discount, like)
 
 
-def soft_logits(q: Tensor, log_prior: Tensor | None, temperature: float) -> Tensor:
+def soft_logits(q: Tensor, log_prior: Tensor | None, temperature: float | Tensor) -> Tensor:
     """The sum log prior + Q / lambda, [C, S, A]; its logsumexp is V / lambda, its log_softmax the policy."""
-    return q / temperature if log_prior is None else log_prior + q / temperature
+    scaled = q / by_context(temperature, q)
+    return scaled if log_prior is None else log_prior + scaled
 
 
 def soft_value_iteration(
     cmdp: ContextualMDP,
     tables: Tables,
     *,
-    temperature: float,
-    discount: float,
+    temperature: float | Tensor,
+    discount: float | Tensor,
     start: Tensor | None = None,
     tolerance: float = 1e-10,
     max_iterations: int = 100_000,
@@ -107,8 +72,8 @@ def soft_value_iteration(
     Args:
         cmdp: nature and the ends of episodes.
         tables: the MDPs; gradients are not tracked.
-        temperature: the follower's lambda.
-        discount: the follower's gamma.
+        temperature: the follower's lambda; a tensor [C] where it depends on the context.
+        discount: the follower's gamma; likewise.
         start: [C, S], an initial V.
         max_iterations: sweeps before giving up.
         tolerance: of the error in V, relative to the largest |Q| + lambda.
@@ -128,14 +93,16 @@ def soft_value_iteration(
     go_on = continuation(cmdp, discount, tables.reward)
     value = tables.reward.new_zeros(cmdp.contexts, cmdp.states) if start is None else start.detach()
     residual = float("inf")
+    warmth = per_state(temperature, value)
+    farsight, hottest = float(torch.as_tensor(discount).max()), float(torch.as_tensor(temperature).max())
     with torch.no_grad():
         for iteration in range(1, max_iterations + 1):
             q = tables.reward + go_on * expected_next(tables.transition, value)
             logits = soft_logits(q, tables.log_prior, temperature)
-            image = temperature * torch.logsumexp(logits, -1)
-            residual, scale = float((image - value).abs().max()), float(q.abs().max()) + temperature
+            image = warmth * torch.logsumexp(logits, -1)
+            residual, scale = float((image - value).abs().max()), float(q.abs().max()) + hottest
             value = image
-            if discount / (1 - discount) * residual <= tolerance * scale:
+            if farsight / (1 - farsight) * residual <= tolerance * scale:
                 return SoftSolution(torch.log_softmax(logits, -1), q, value, iteration, residual)
     raise _not_converged("soft_value_iteration", max_iterations, residual, tolerance)
 
@@ -144,8 +111,8 @@ def soft_policy_iteration(
     cmdp: ContextualMDP,
     tables: Tables,
     *,
-    temperature: float,
-    discount: float,
+    temperature: float | Tensor,
+    discount: float | Tensor,
     start: Tensor | None = None,
     tolerance: float = 1e-15,
     max_iterations: int = 1_000,
@@ -158,8 +125,8 @@ def soft_policy_iteration(
     Args:
         cmdp: nature and the ends of episodes.
         tables: the MDPs; gradients are not tracked.
-        temperature: the follower's lambda.
-        discount: the follower's gamma.
+        temperature: the follower's lambda; a tensor [C] where it depends on the context.
+        discount: the follower's gamma; likewise.
         start: [C, S], an initial V.
         max_iterations: solves before giving up.
         tolerance: of |T(V) - V|, relative to the largest |Q| + lambda. Less than the dtype can resolve is replaced by
@@ -181,27 +148,33 @@ def soft_policy_iteration(
     value = tables.reward.new_zeros(cmdp.contexts, cmdp.states) if start is None else start.detach()
     resolvable = torch.finfo(value.dtype).eps ** 0.5
     previous = residual = float("inf")
+    warmth, hottest = per_state(temperature, value), float(torch.as_tensor(temperature).max())
     with torch.no_grad():
         for iteration in range(1, max_iterations + 1):
             q = tables.reward + go_on * expected_next(tables.transition, value)
             logits = soft_logits(q, tables.log_prior, temperature)
             log_policy = torch.log_softmax(logits, -1)
             # V = lambda (logits - log_policy) for every action; logsumexp again would cost more than a gather.
-            image = temperature * (logits - log_policy)[..., 0]
+            image = warmth * (logits - log_policy)[..., 0]
             step = image - value
-            residual, scale = float(step.abs().max()), float(q.abs().max()) + temperature
+            residual, scale = float(step.abs().max()), float(q.abs().max()) + hottest
             settled = residual <= resolvable * scale and residual >= previous
             if residual <= tolerance * scale or settled:
                 return SoftSolution(log_policy, q, image, iteration, residual)
             previous = residual
-            factors = Factorization(state_transition(tables.transition, go_on * log_policy.exp()))
-            value = value + factors.solve(step)
+            value = value + policy_system(tables.transition, go_on * log_policy.exp()).solve(step)
     raise _not_converged("soft_policy_iteration", max_iterations, residual, tolerance)
 
 
-def _prepare(cmdp: ContextualMDP, tables: Tables, temperature: float, discount: float, start: Tensor | None) -> Tables:
-    check_temperature("temperature", temperature)
-    check_discount("discount", discount)
+def _prepare(
+    cmdp: ContextualMDP,
+    tables: Tables,
+    temperature: float | Tensor,
+    discount: float | Tensor,
+    start: Tensor | None,
+) -> Tables:
+    check_temperature("temperature", temperature, cmdp.contexts)
+    check_discount("discount", discount, cmdp.contexts)
     cmdp.check(tables)
     if start is not None and tuple(start.shape) != (cmdp.contexts, cmdp.states):
         raise InputError(f"start: expected shape {(cmdp.contexts, cmdp.states)}, got {tuple(start.shape)}")

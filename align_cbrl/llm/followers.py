@@ -45,7 +45,8 @@ class LanguageFollower(Follower):
             prompt column, a temperature that is not positive.
     """
 
-    discount = 0.0  # one step: nothing follows a completion
+    temperature: float
+    discount: float = 0.0  # one step: nothing follows a completion
 
     def __init__(
         self, model: str | Path, prompts: Dataset, temperature: float, *, max_completion_length: int = 64
