@@ -14,8 +14,10 @@ from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.solve import SoftSolution, soft_policy_iteration
 from toy_cmdp.sparse import SparseTransition
+from toy_cmdp.transition import Transition
 
 _NEGLIGIBLE = 1e-3
+_BLOCK = 16  # steps between two looks at whether all paths are over
 
 
 class ExactFollower(Follower):
@@ -74,7 +76,7 @@ class ExactFollower(Follower):
             tables = require_tabular(leader).tables()
             solution = self._solve(tables, self._value)
         self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
-        self._sampler = PathSampler(tables, solution.log_policy)
+        self._sampler = PathSampler(tables, solution.log_policy, self.cmdp.terminal)
         return {"iterations": float(solution.iterations), "residual": solution.residual}
 
     def solve(self, leader: Leader) -> tuple[Tables, SoftSolution]:
@@ -100,7 +102,7 @@ class ExactFollower(Follower):
             raise InputError(f"group_size: expected at least 1, got {group_size}")
         if contexts.numel() == 0 or not bool(((contexts >= 0) & (contexts < self.cmdp.contexts)).all()):
             raise InputError(f"contexts: expected numbers in [0, {self.cmdp.contexts}), got {contexts.tolist()}")
-        return self._sampler.sample(contexts.repeat_interleave(group_size), self.horizon, self.cmdp, generator)
+        return self._sampler.sample(contexts.repeat_interleave(group_size), self.horizon, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """The last response's V_lambda, [C, S]: where the next response starts, hence all that a resumed run needs."""
@@ -124,58 +126,69 @@ class ExactFollower(Follower):
 
 
 class PathSampler:
-    """Samples paths by inversion: each law is a stretch (row, row + 1] of one sorted array, searched all at once.
+    """Samples paths by inversion, one search a step.
+
+    In every state of every context, the pairs (action, next state) that have any probability share the stretch
+    (row, row + 1] of one sorted array: a uniform number, added to the row, finds the pair. A terminal state's pairs
+    lead to one more row, that of paths which are over.
 
     Args:
         tables: the leader's, of which P and rho are used.
         log_policy: [C, S, A].
+        terminal: bool [C, S].
     """
 
-    def __init__(self, tables: Tables, log_policy: Tensor) -> None:
-        self._log_policy = log_policy
-        self._log_prior = tables.log_prior
-        self._actions = tables.reward.shape[-1]
-        self._action_law = _stretches(log_policy.exp())
-        self._first_law = _stretches(tables.initial)
-        transition = tables.transition
-        self._successor = transition.successor.reshape(-1) if isinstance(transition, SparseTransition) else None
-        law = transition.probability if isinstance(transition, SparseTransition) else transition
-        self._shared = law.shape[0] == 1
-        self._width = law.shape[-1]
-        self._next_law = _stretches(law)
+    def __init__(self, tables: Tables, log_policy: Tensor, terminal: Tensor) -> None:
+        contexts, states, actions = log_policy.shape
+        self._log_policy, self._log_prior, self._states = log_policy, tables.log_prior, states
+        self._first = _stretches(tables.initial)
+        place, following, probability = _entries(tables.transition, states, actions)  # [N], [N], [C or 1, N]
+        state, action = place // actions, place % actions
+        self._over = contexts * states
+        row = (torch.arange(contexts)[:, None] * states + state).reshape(-1)  # [C N], ascending
+        joint = log_policy.detach().exp().double().reshape(contexts, -1)[:, place] * probability  # [C, N]
+        total = joint.reshape(-1).cumsum(0)
+        ends = torch.searchsorted(row, torch.arange(self._over), right=True) - 1  # each row's last entry
+        upto = torch.cat([total.new_zeros(1), total[ends]])
+        within = (total - upto[row]) / (upto[row + 1] - upto[row])
+        # The row of paths that are over is one entry, which leads to itself.
+        self._law = torch.cat([row + within.clamp(max=1.0), total.new_full((1,), self._over + 1.0)])
+        self._law[ends] = (row[ends] + 1).double()
+        offset = torch.arange(contexts)[:, None] * states
+        onward = torch.where(terminal[:, state], self._over, offset + following).reshape(-1)
+        self._onward = torch.cat([onward, torch.tensor([self._over])])
+        self._action = torch.cat([action.expand(contexts, -1).reshape(-1), torch.zeros(1, dtype=torch.long)])
+        self._ends = bool(terminal.any())
 
-    def sample(self, contexts: Tensor, horizon: int, cmdp: ContextualMDP, generator: torch.Generator) -> Rollouts:
+    def sample(self, contexts: Tensor, horizon: int, generator: torch.Generator) -> Rollouts:
         """One path in each of `contexts`, long [B], of at most `horizon` steps."""
-        size, states, actions = len(contexts), cmdp.states, self._actions
-        terminal = cmdp.terminal.reshape(-1)  # [C S]
-        ends = bool(terminal.any())
-        offset = contexts * states
-        state = _draw(self._first_law, contexts, states, _uniform(size, generator))  # [B]
-        alive = torch.ones(size, dtype=torch.bool)
-        visited, taken, mask = [state], [], []
-        for _ in range(horizon):
-            row = offset + state.clamp(min=0)
-            uniform = _uniform(2 * size, generator)
-            action = _draw(self._action_law, row, actions, uniform[:size])
-            mask.append(alive)
-            taken.append(torch.where(alive, action, 0) if ends else action)
-            state = self._following(row, action, actions, row - offset, uniform[size:])
-            if ends:
-                alive = alive & ~terminal[row]
-                state = torch.where(alive, state, -1)
-            visited.append(state)
-            if ends and not alive.any():
+        size = len(contexts)
+        below_one = 1 - 4 * (self._over + 1) * torch.finfo(torch.float64).eps  # row + uniform must not round up
+        row = torch.searchsorted(self._first, contexts + _uniform(size, generator).clamp_(max=below_one), right=True)
+        rows, entries = [row], list[Tensor]()
+        while len(entries) < horizon:
+            uniform = _uniform((min(_BLOCK, horizon - len(entries)), size), generator).clamp_(max=below_one)
+            for step in uniform:
+                entry = torch.searchsorted(self._law, row + step, right=True)
+                row = self._onward[entry]
+                rows.append(row)
+                entries.append(entry)
+            if self._ends and bool((row == self._over).all()):
                 break
-        states_seen = torch.stack(visited, 1)  # [B, T + 1]
-        chosen, running = torch.stack(taken, 1), torch.stack(mask, 1)  # [B, T]
+        place, entry = torch.stack(rows, 1), torch.stack(entries, 1)  # [B, T + 1], [B, T]
+        if self._ends:  # nothing beyond the longest path
+            longest = int((place[:, :-1] != self._over).any(0).sum())
+            place, entry = place[:, : longest + 1], entry[:, :longest]
+        alive = place != self._over
         return make_rollouts(
-            contexts, states_seen, chosen, running, ended=~alive, log_policy=self._log_policy, log_prior=self._log_prior
+            contexts,
+            torch.where(alive, place - contexts[:, None] * self._states, -1),
+            self._action[entry],
+            alive[:, :-1],
+            ended=~alive[:, -1],
+            log_policy=self._log_policy,
+            log_prior=self._log_prior,
         )
-
-    def _following(self, row: Tensor, action: Tensor, actions: int, state: Tensor, uniform: Tensor) -> Tensor:
-        pair = state * actions + action  # a place in [S, A]
-        place = _draw(self._next_law, pair if self._shared else row * actions + action, self._width, uniform)
-        return place if self._successor is None else self._successor[pair * self._width + place]
 
 
 def make_rollouts(
@@ -224,8 +237,19 @@ def default_horizon(discount: float) -> int:
     return 1 if discount == 0 else max(1, math.ceil(math.log(_NEGLIGIBLE) / math.log(discount)))
 
 
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+def _entries(transition: Transition, states: int, actions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs and successors that may have probability: place s A + a [N], ascending, s' [N], and P [C or 1, N]."""
+    if isinstance(transition, SparseTransition):
+        place = torch.arange(states * actions).repeat_interleave(transition.successor.shape[-1])
+        law = transition.probability.detach().double()
+        return place, transition.successor.reshape(-1), law.reshape(len(law), -1)
+    law = transition.detach().double().reshape(len(transition), -1)
+    kept = (law[0] if len(law) == 1 else law.amax(0)).nonzero()[:, 0]
+    return kept // states, kept % states, law[:, kept]
+
+
+def _uniform(shape: int | tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def _stretches(law: Tensor) -> Tensor:
@@ -233,9 +257,3 @@ def _stretches(law: Tensor) -> Tensor:
     cumulative = law.detach().double().reshape(-1, law.shape[-1]).cumsum(-1)
     cumulative = cumulative / cumulative[:, -1:]
     return (cumulative + torch.arange(len(cumulative), dtype=torch.float64)[:, None]).reshape(-1)
-
-
-def _draw(stretches: Tensor, row: Tensor, width: int, uniform: Tensor) -> Tensor:
-    """One outcome in [0, width) from each of the given rows."""
-    found = torch.searchsorted(stretches, row + uniform, right=True) - row * width
-    return found.clamp(0, width - 1)  # row + uniform may round up to row + 1
