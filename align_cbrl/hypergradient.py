@@ -16,6 +16,8 @@ from align_cbrl.functional import discount_powers, eligibility_trace
 from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
 from align_cbrl.rollouts import Rollouts, check_finite
 
+_PIECE = 2**18  # entries of a gradient that are squared at once
+
 
 class Hypergradient(abc.ABC):
     """Fills the leader's `.grad` with an estimate of dJ/dx, the direction of *ascent*."""
@@ -179,6 +181,10 @@ def _norm_of_change(problem: Problem, before: list[Tensor | None]) -> float:
     squares = 0.0
     for parameter, old in itertools.zip_longest(problem.parameters, before):
         if parameter.grad is not None:
-            change = parameter.grad if old is None else parameter.grad - old
-            squares += float(change.double().pow(2).sum())
+            # Piece by piece: a whole matrix in double precision would take more memory than the step itself.
+            for start in range(0, parameter.grad.numel(), _PIECE):
+                change = parameter.grad.reshape(-1)[start : start + _PIECE].double()
+                if old is not None:
+                    change = change - old.reshape(-1)[start : start + _PIECE]
+                squares += float(change.dot(change))
     return math.sqrt(squares)

@@ -19,8 +19,8 @@ Transition = Tensor | SparseTransition
 class PolicySystem(Protocol):
     """I - M, ready to be solved with."""
 
-    def solve(self, right: Tensor, *, transpose: bool = False) -> Tensor:
-        """(I - M)^{-1} b, or (I - M)^{-T} b, for b [C, S]."""
+    def solve(self, right: Tensor, *, transpose: bool = False, tolerance: float = 1e-14) -> Tensor:
+        """(I - M)^{-1} b, or (I - M)^{-T} b, for b [C, S], to a relative residual where solved by iterations."""
 
 
 class Factorization:
@@ -44,8 +44,8 @@ class Factorization:
             self._factors = [torch.linalg.lu_factor(one) for one in system]
         self._batched = matrix.is_cuda
 
-    def solve(self, right: Tensor, *, transpose: bool = False) -> Tensor:
-        """(I - M)^{-1} b, or (I - M)^{-T} b, for b [C, S]."""
+    def solve(self, right: Tensor, *, transpose: bool = False, tolerance: float = 0.0) -> Tensor:
+        """(I - M)^{-1} b, or (I - M)^{-T} b, for b [C, S]; exact, whatever the tolerance."""
         if self._batched:
             lu, pivots = self._factors[0]
             return torch.linalg.lu_solve(lu, pivots, right[..., None], adjoint=transpose)[..., 0]
