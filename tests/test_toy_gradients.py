@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -20,7 +21,7 @@ from oracles import (
 from align_cbrl.critics import FittedCritic
 from align_cbrl.hypergradient import PolicyResponse
 from toy_cmdp import ExactCritic, expected_policy_response, four_rooms, leader_value, random_cmdp
-from toy_cmdp.validate import PROBLEMS, validate
+from toy_cmdp.validate import PROBLEMS, SAMPLED, validate
 
 
 def expected(problem):
@@ -116,13 +117,54 @@ def test_entropy_counts_in_the_goal():
 
 
 def test_validate_reports_every_route():
-    rows = validate(["layered", "random_cmdp"], repetitions=10, paths=256)
-    assert len(rows) == 10
-    assert all(row.passed for row in rows)
-    assert {row.route for row in rows} == {
+    rows = validate(["layered", "random_cmdp_priced", "gridworld"], repetitions=10, paths=256)
+    assert not [row for row in rows if row.passed is False]
+    routes = {name: {row.route for row in rows if row.problem == name} for name in ("layered", "random_cmdp_priced")}
+    always = {
         "implicit",
         "finite_differences",
         "expected_policy_response",
         "sampled_exact_critic",
         "sampled_fitted_critic",
+        "sampled_plug_in",
+        "zeroth_order",
+        "rival_myopic",
+        "rival_direct_only",
     }
+    assert routes["random_cmdp_priced"] == always
+    assert routes["layered"] == always | {"amd", "sampled_geometric"}  # two discounts: no penalty; P moves: no BC-HG
+    sparse = {row.route for row in rows if row.problem == "gridworld"}
+    assert {"rival_value_penalty", "rival_visit_averaged", "rival_bc_hg"} <= sparse
+    assert "sampled_plug_in" not in sparse
+    assert all(row.passed is None for row in rows if row.route.startswith("rival"))
+
+
+def test_validate_fails_a_wrong_route(monkeypatch):
+    broken = dataclasses.replace(SAMPLED[0], estimator=lambda problem: MUTANTS["no_response_term"])
+    monkeypatch.setattr("toy_cmdp.validate.SAMPLED", (broken,))
+    rows = validate(["layered"], repetitions=10, paths=256)
+    assert [row.route for row in rows if row.passed is False] == ["sampled_exact_critic"]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_builds_and_its_exact_routes_agree(name):
+    problem = PROBLEMS[name](3)
+    referee = implicit_gradient(problem)
+    assert referee.norm() > 0
+    assert_close(expected(problem), referee, 1e-9)
+    directions = torch.linalg.qr(torch.randn(len(referee), 3, generator=torch.Generator().manual_seed(0)).double()).Q
+    for direction in directions.T:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, piece in zip(
+                    problem.parameters, direction.split([p.numel() for p in problem.parameters]), strict=True
+                ):
+                    parameter.add_(sign * 1e-5 * piece.view(parameter.shape))
+                values.append(leader_value(problem).item())
+                for parameter, piece in zip(
+                    problem.parameters, direction.split([p.numel() for p in problem.parameters]), strict=True
+                ):
+                    parameter.sub_(sign * 1e-5 * piece.view(parameter.shape))
+        difference = (values[0] - values[1]) / 2e-5
+        assert abs(difference - float(direction @ referee)) <= 1e-6 * float(referee.norm())

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from align_cbrl.critics import FittedCritic
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient, PolicyResponse
+from align_cbrl.geometric import GradientEstimator
+from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
+from align_cbrl.myopic import Myopic
+from align_cbrl.objectives import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
 from align_cbrl.problem import Problem, step_seed
+from align_cbrl.rollouts import Rollouts
+from align_cbrl.zeroth_order import ZerothOrder
+from toy_cmdp.cmdp import ContextualMDP, require_tabular
 from toy_cmdp.exact import ExactCritic, expected_policy_response, leader_value
 from toy_cmdp.follower import ExactFollower
 from toy_cmdp.four_rooms import four_rooms
+from toy_cmdp.free_rewards import free_rewards
+from toy_cmdp.gridworld import gridworld
+from toy_cmdp.mechanism import mechanism
+from toy_cmdp.meta_rl import meta_rl
+from toy_cmdp.plug_in import PlugIn
+from toy_cmdp.preferences import preferences
+from toy_cmdp.principal_agent import principal_agent
 from toy_cmdp.random_cmdp import random_cmdp
+from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, ValuePenalty, VisitAveraged
+from toy_cmdp.sparse import SparseTransition
+from toy_cmdp.stackelberg_game import stackelberg_game
+from toy_cmdp.tax_design import tax_design
 
 REFEREE = "implicit"
 _Z_LIMIT = 4.0
 _DIRECTIONS = 8
+_SWEEPS = 3_000  # gamma^3000 = 8e-14 at 0.99
+_RADIUS = 1e-4  # of the smoothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +53,11 @@ class ValidationRow:
         relative_error: |g - referee| / |referee|, Euclidean norms; g is the mean over repetitions of a sampled route.
         standard_error: of that mean, as a share of |referee|; 0 for exact routes.
         z: largest deviation in standard errors (see `deviations`), less `allowance`; 0 for exact routes.
-        passed: relative_error <= tolerance of an exact route, |z| <= 4 of a sampled one.
+        passed: relative_error <= tolerance of an exact route, |z| <= 4 of a sampled one; None for a rival, which is
+            not expected to be right: its error is there to be seen.
         seconds: wall time.
-        allowance: bias that is forgiven before z is formed, as a share of |referee|: zero but for fitted critics,
-            whose averages are biased where they have seen too little.
+        allowance: bias that is forgiven before z is formed, as a share of |referee|: zero but for fitted critics and
+            models, whose averages are biased where they have seen too little.
     """
 
     problem: str
@@ -43,7 +65,7 @@ class ValidationRow:
     relative_error: float
     standard_error: float
     z: float
-    passed: bool
+    passed: bool | None
     seconds: float
     allowance: float = 0.0
 
@@ -56,38 +78,131 @@ def spread_four_rooms(temperature: float = 0.001, price: float = 1.0, seed: int 
     return problem
 
 
+def _scattered(problem: Problem, seed: int, scale: float = 0.5) -> Problem:
+    """The problem at parameters moved by N(0, scale^2): at a builder's symmetric start some gradients vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in problem.parameters:
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    problem.leader.project()
+    return problem
+
+
+def population(seed: int = 0) -> Problem:
+    """A random problem in which every context has a follower of its own: temperature, discount and rewards differ."""
+    base = random_cmdp(seed=seed, contexts=3)
+    assert isinstance(base.follower, ExactFollower)
+    generator = torch.Generator().manual_seed(seed)
+    temperature = 0.1 + torch.rand(3, generator=generator, dtype=torch.float64)
+    discount = 0.9 * torch.rand(3, generator=generator, dtype=torch.float64)
+    follower = ExactFollower(base.follower.cmdp, temperature, discount, leader_discount=base.objective.discount)
+    return Problem(base.leader, base.objective, follower)
+
+
+def _worst_contexts(seed: int) -> Problem:
+    base = random_cmdp(seed=seed + 400, contexts=4)
+    return Problem(base.leader, CVaR(KLPriced(base.objective, 0.2), share=0.4), base.follower)
+
+
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "four_rooms": lambda seed: spread_four_rooms(seed=seed),
     "four_rooms_warm": lambda seed: spread_four_rooms(temperature=0.005, price=3.0, seed=seed),
+    "tax_design": lambda seed: _scattered(tax_design(grid=21, temperature=0.3), seed, 0.1),
+    "principal_agent": lambda seed: _scattered(principal_agent(seed=seed, periods=2), seed),
+    "mechanism": lambda seed: _scattered(mechanism(seed=seed, discount=0.8), seed),
+    "meta_rl": lambda seed: _scattered(meta_rl(seed=seed), seed),
+    "preferences": lambda seed: _scattered(
+        preferences(seed=seed, temperature=1.0, objective=PreferenceLikelihood), seed
+    ),
+    "free_rewards": lambda seed: _scattered(free_rewards(seed=seed), seed, 0.1),
+    "stackelberg_game": lambda seed: _scattered(stackelberg_game(seed=seed), seed),
+    "gridworld": lambda seed: _scattered(gridworld(6, 6, seed=seed, discount=0.9), seed),
+    "population": population,
     "random_cmdp": lambda seed: random_cmdp(seed=seed),
     "random_cmdp_priced": lambda seed: random_cmdp(seed=seed + 100, price=0.3),
     "random_cmdp_cold": lambda seed: random_cmdp(seed=seed + 200, temperature=0.1, leader_discount=0.9),
+    "random_cmdp_risk": _worst_contexts,
     "layered": lambda seed: random_cmdp(seed=seed + 300, horizon=3),
 }
 """Builders seed -> Problem, by name; add a problem here to have it validated."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A way to the gradient from paths.
+
+    Attributes:
+        name: shown in the table.
+        estimator: made for a problem.
+        allowance: bias that is forgiven, as a share of the referee's norm; None for a rival that is not judged.
+        applies: whether the estimator is defined for a problem.
+    """
+
+    name: str
+    estimator: Callable[[Problem], Hypergradient]
+    allowance: float | None
+    applies: Callable[[Problem], bool] = lambda problem: True
+
+
+def _cmdp(problem: Problem) -> ContextualMDP:
+    assert isinstance(problem.follower, ExactFollower)
+    return problem.follower.cmdp
+
+
+def _is_dense(problem: Problem) -> bool:
+    return not isinstance(require_tabular(problem.leader).tables().transition, SparseTransition)
+
+
+def _is_expectation(problem: Problem) -> bool:
+    return isinstance(problem.objective, ExpectedUtility)
+
+
+def _moves_rewards_only(problem: Problem) -> bool:
+    tables = require_tabular(problem.leader).tables()
+    others = (tables.transition, tables.initial, tables.log_prior)
+    return _is_expectation(problem) and not any(table is not None and table.requires_grad for table in others)
+
+
+SAMPLED: tuple[Route, ...] = (
+    Route("sampled_exact_critic", lambda problem: PolicyResponse(ExactCritic()), 0.0),
+    Route("sampled_geometric", lambda problem: GradientEstimator(ExactCritic()), 0.0, _is_expectation),
+    Route("sampled_fitted_critic", lambda problem: PolicyResponse(FittedCritic(_cmdp(problem).cell)), 0.05),
+    Route("sampled_plug_in", lambda problem: PlugIn(_cmdp(problem)), 0.05, _is_dense),
+    Route("rival_visit_averaged", lambda problem: VisitAveraged(_cmdp(problem).cell), None, _moves_rewards_only),
+    Route(
+        "rival_bc_hg",
+        lambda problem: BCHG(SarsaCritic(_cmdp(problem).cell), _cmdp(problem).cell),
+        None,
+        _moves_rewards_only,
+    ),
+    Route("zeroth_order", lambda problem: ZerothOrder(_RADIUS, directions=_DIRECTIONS, value=leader_value), 0.01),
+    Route("rival_myopic", lambda problem: Myopic(ExactCritic()), None),
+    Route("rival_direct_only", lambda problem: DirectOnly(ExactCritic()), None),
+)
+"""Estimators from paths, all judged on the same batches."""
+
+
 def validate(
-    names: Sequence[str] | None = None, *, seed: int = 0, repetitions: int = 40, paths: int = 2048
+    names: Sequence[str] | None = None, *, seed: int = 0, repetitions: int = 40, paths: int = 1024
 ) -> list[ValidationRow]:
-    """Compare finite differences, the expectation of PolicyResponse, and PolicyResponse on samples with the referee.
+    """Compare every route to dJ/dx with the referee: differences, expectations, model-based and sampled estimators.
 
     Args:
         names: of `PROBLEMS`; all by default.
         seed: of the problems and of the samples.
-        repetitions: independent batches of a sampled route, at least 2.
+        repetitions: independent batches of the sampled routes, at least 2.
         paths: in a batch.
 
     Returns:
-        A row for each problem and route: `finite_differences`, `expected_policy_response`, `sampled_exact_critic`,
-        `sampled_fitted_critic`; the referee's own row, `implicit`, tells its time.
+        A row for each problem and route that applies to it: `finite_differences`, `expected_policy_response`, `amd`,
+        `rival_value_penalty`, and those of `SAMPLED`. The referee's own row, `implicit`, tells its time.
 
     Raises:
         InputError: an unknown name, fewer than 2 repetitions or paths.
 
     Example:
         >>> rows = validate(["layered"], repetitions=10, paths=64)
-        >>> [row.route for row in rows][:2], all(row.passed for row in rows)
+        >>> [row.route for row in rows][:2], all(row.passed is not False for row in rows)
         (['implicit', 'finite_differences'], True)
     """
     names = list(PROBLEMS) if names is None else list(names)
@@ -104,28 +219,30 @@ def _validate_one(name: str, problem: Problem, seed: int, repetitions: int, path
     referee = implicit_gradient(problem)
     rows = [ValidationRow(name, REFEREE, 0.0, 0.0, 0.0, True, time.perf_counter() - started)]
 
-    exact: dict[str, tuple[Callable[[Problem], Tensor], float]] = {
+    exact: dict[str, tuple[Callable[[Problem], Tensor], float | None]] = {
         "finite_differences": (finite_differences, 1e-6),
         "expected_policy_response": (lambda p: _flat(expected_policy_response(p)), 1e-9),
     }
-    for route, (gradient, tolerance) in exact.items():
+    if _is_expectation(problem):
+        exact["amd"] = (lambda p: _gradient(p, AMD(_SWEEPS)), 1e-6)
+        if bool((torch.as_tensor(problem.follower.discount) == problem.objective.discount).all()):
+            exact["rival_value_penalty"] = (lambda p: _gradient(p, ValuePenalty()), None)
+    for title, (gradient, tolerance) in exact.items():
         started = time.perf_counter()
         error = _relative(gradient(problem), referee)
-        rows.append(ValidationRow(name, route, error, 0.0, 0.0, error <= tolerance, time.perf_counter() - started))
+        passed = None if tolerance is None else error <= tolerance
+        rows.append(ValidationRow(name, title, error, 0.0, 0.0, passed, time.perf_counter() - started))
 
-    assert isinstance(problem.follower, ExactFollower)
-    sampled: dict[str, tuple[Hypergradient, float]] = {
-        "sampled_exact_critic": (PolicyResponse(ExactCritic()), 0.0),
-        "sampled_fitted_critic": (PolicyResponse(FittedCritic(problem.follower.cmdp.cell)), 0.05),
-    }
-    for route, (estimator, allowance) in sampled.items():
-        started = time.perf_counter()
-        estimates = sample_gradients(problem, estimator, repetitions=repetitions, paths=paths, seed=seed)
-        error = _relative(estimates.mean(0), referee)
-        share = float(estimates.var(0).sum().div(repetitions).sqrt() / referee.norm())
-        z = float(deviations(estimates, referee, allowance=allowance).abs().max())
-        seconds = time.perf_counter() - started
-        rows.append(ValidationRow(name, route, error, share, z, z <= _Z_LIMIT, seconds, allowance))
+    judged = [route for route in SAMPLED if route.applies(problem)]
+    estimates, seconds = _on_the_same_paths(problem, judged, repetitions=repetitions, paths=paths, seed=seed)
+    for route, estimate, spent in zip(judged, estimates, seconds, strict=True):
+        error = _relative(estimate.mean(0), referee)
+        share = float(estimate.var(0).sum().div(repetitions).sqrt() / referee.norm())
+        if route.allowance is None:
+            rows.append(ValidationRow(name, route.name, error, share, math.nan, None, spent))
+            continue
+        z = float(deviations(estimate, referee, allowance=route.allowance).abs().max())
+        rows.append(ValidationRow(name, route.name, error, share, z, z <= _Z_LIMIT, spent, route.allowance))
     return rows
 
 
@@ -155,19 +272,41 @@ def finite_differences(problem: Problem, step: float = 1e-5) -> Tensor:
 
 def sample_gradients(problem: Problem, estimator: Hypergradient, *, repetitions: int, paths: int, seed: int) -> Tensor:
     """Independent estimates of dJ/dx from `paths` paths each, [repetitions, n]; `.grad` is overwritten with None."""
-    problem.follower.respond(problem.leader, torch.arange(1))
-    estimates = []
+    route = Route("", lambda problem: estimator, 0.0)
+    estimates, _ = _on_the_same_paths(problem, [route], repetitions=repetitions, paths=paths, seed=seed)
+    return estimates[0]
+
+
+def _on_the_same_paths(
+    problem: Problem, routes: Sequence[Route], *, repetitions: int, paths: int, seed: int
+) -> tuple[list[Tensor], list[float]]:
+    """Estimates [repetitions, n] of each route, and the seconds each took beyond the sampling."""
+    estimators = [route.estimator(problem) for route in routes]
+    estimates: list[list[Tensor]] = [[] for _ in routes]
+    seconds = [0.0 for _ in routes]
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(step_seed(seed, repetition))
         contexts = problem.follower.sample_contexts(paths, generator)
+        problem.follower.respond(
+            problem.leader, contexts
+        )  # each time: zeroth-order estimators make it respond to others
         rollouts = problem.follower.rollout(contexts, 1, generator)
-        for parameter in problem.parameters:
-            parameter.grad = None
-        estimator.backward(problem, rollouts)
-        estimates.append(_flat([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in problem.parameters]))
+        for i, estimator in enumerate(estimators):
+            started = time.perf_counter()
+            estimates[i].append(_gradient(problem, estimator, rollouts))
+            seconds[i] += time.perf_counter() - started
+    return [torch.stack(one) for one in estimates], seconds
+
+
+def _gradient(problem: Problem, estimator: Any, rollouts: Rollouts | None = None) -> Tensor:
+    """What an estimator adds to `.grad`, [n]; `.grad` is None afterwards. Those with a full model need no rollouts."""
     for parameter in problem.parameters:
         parameter.grad = None
-    return torch.stack(estimates)
+    estimator.backward(problem, rollouts)
+    gradient = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in problem.parameters])
+    for parameter in problem.parameters:
+        parameter.grad = None
+    return gradient
 
 
 def deviations(estimates: Tensor, referee: Tensor, *, allowance: float = 0.0) -> Tensor:
@@ -189,7 +328,8 @@ def deviations(estimates: Tensor, referee: Tensor, *, allowance: float = 0.0) ->
     along = (estimates - referee) @ directions  # [R, count]
     mean = along.mean(0)
     excess = mean.sign() * (mean.abs() - allowance * referee.norm()).clamp(min=0)
-    return excess / (along.std(0) / len(estimates) ** 0.5)
+    error = along.std(0) / len(estimates) ** 0.5
+    return torch.where(excess == 0, 0.0, excess / error)  # an estimator may be exact: 0 / 0
 
 
 def _relative(gradient: Tensor, referee: Tensor) -> float:
