@@ -242,6 +242,7 @@ class HPGD:
             "optimizer": self.optimizer.state_dict(),
             "follower": self.problem.follower.state_dict(),
             "objective": self.problem.objective.state_dict(),
+            "hypergradient": self.hypergradient.state_dict(),
             "history": self.history,
             "seconds": self._seconds,
         }
@@ -256,6 +257,7 @@ class HPGD:
         self.optimizer.load_state_dict(state["optimizer"])
         self.problem.follower.load_state_dict(state["follower"])
         self.problem.objective.load_state_dict(state["objective"])
+        self.hypergradient.load_state_dict(state["hypergradient"])
         self.history = state["history"]
         self._seconds = state["seconds"]
 

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class Hypergradient(abc.ABC):
 
         Metrics: `objective` (the estimated J), `gradient_norm` (of all parameters together).
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of earlier steps; the same types as `Follower.state_dict`. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
 
 
 @dataclasses.dataclass(frozen=True)

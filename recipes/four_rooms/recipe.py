@@ -1,11 +1,15 @@
-"""HPGD on Four Rooms, with the exact hypergradient or from sampled paths."""
+"""Four Rooms: one cell of the published table, exactly or from sampled paths; or the whole, a search in each cell."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +18,22 @@ from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyRespon
 from align_cbrl.config import fingerprint, to_dict
 from align_cbrl.metrics import MetricsLog
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
+from recipes.four_rooms.figures import before_and_after_png, fines_png
+from recipes.four_rooms.table import TableConfig, rows, run_units
+
+_MAP_CAPTION = (
+    "Fines on the map, and the follower's discounted occupancy without and with them, for each of its two goals. "
+    "S start, T the leader's target, G goal."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """See config.yaml. Raises InputError for a number of paths that is not positive."""
+    """See config.yaml and table.yaml. With a `table`, of the other values only `slip` is used.
+
+    Raises:
+        InputError: a number of paths that is not positive.
+    """
 
     seed: int = 0
     temperature: float = 0.001
@@ -28,6 +43,7 @@ class Config:
     steps: int = 400
     learning_rate: float = 0.1
     paths: int = 50
+    table: TableConfig | None = None
 
     def __post_init__(self) -> None:
         if self.paths < 1:
@@ -35,11 +51,21 @@ class Config:
 
 
 def run(config: Config, out: Path, resume: bool) -> None:
-    """Ascend the leader's value; write metrics.jsonl, summary.json, weights.json, curves.png and report.html.
+    """Ascend the leader's value, in one cell or in all of a table.
+
+    Writes metrics.jsonl, summary.json, curves.png, figures and report.html; one cell also weights.json, a table
+    units/, the searches one by one.
 
     Raises:
         CheckpointError: `out` holds a run of another configuration.
     """
+    if config.table is None:
+        _run_cell(config, out, resume)
+    else:
+        _run_table(config, config.table, out, resume)
+
+
+def _run_cell(config: Config, out: Path, resume: bool) -> None:
     began = time.perf_counter()
     problem = toy_cmdp.four_rooms(
         temperature=config.temperature,
@@ -62,7 +88,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
         checkpoint_every=20,
     )
     settings = {
-        name: value for name, value in to_dict(config).items() if name != "steps"
+        name: value for name, value in to_dict(config).items() if name not in ("steps", "table")
     }  # a resumed run may be longer
     HPGD(problem, optimizer, hypergradient, loop, out, fingerprint=fingerprint(settings)).run(resume=resume)
 
@@ -77,16 +103,17 @@ def run(config: Config, out: Path, resume: bool) -> None:
         "config": to_dict(config),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, row)
+    _report(out, config, row, weights)
     print(f"exact leader value: {start:.4f} at the start, {value:.4f} after {config.steps} steps")
     print(f"report: {out / 'report.html'}")
 
 
-def _report(out: Path, config: Config, row: dict[str, float]) -> None:
+def _report(out: Path, config: Config, row: dict[str, float], weights: Sequence[float]) -> None:
     log = MetricsLog.read(out / "metrics.jsonl")
     label = "exact" if config.exact else f"estimate from {config.paths} paths"
     values = ([r["step"] for r in log], [r["objective"] for r in log])
     curves_png(out / "curves.png", [Panel("Leader's value before each step", "leader step", "J", {label: values})])
+    before_and_after_png(out / "map.png", weights, temperature=config.temperature, price=config.price, slip=config.slip)
     write_report(
         out / "report.html",
         title="Four Rooms",
@@ -98,7 +125,113 @@ def _report(out: Path, config: Config, row: dict[str, float]) -> None:
                 [
                     Table(list(row), [[f"{v:.4g}" for v in row.values()]]),
                     Figure(out / "curves.png", "Leader's value against leader steps."),
+                    Figure(out / "map.png", _MAP_CAPTION),
                 ],
             )
         ],
     )
+
+
+def _run_table(config: Config, table: TableConfig, out: Path, resume: bool) -> None:
+    began = time.perf_counter()
+    records = run_units(table, config.slip, out, resume)
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    with MetricsLog(out / "metrics.jsonl") as log:  # one row a search, in the table's order
+        for step, record in enumerate(records):
+            log.append({"step": step, **{k: v for k, v in record.items() if k not in ("weights", "fingerprint")}})
+    result = rows(records)
+    summary = {
+        "recipe": "four_rooms",
+        "rows": [{name: _or_none(value) for name, value in row.items()} for row in result],
+        "seconds": time.perf_counter() - began,
+        "processor_seconds": sum(record["seconds"] for record in records),
+        "environment_steps": max((record["environment_steps"] or 0 for record in records), default=0),
+        "config": to_dict(config),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _table_report(out, config, table, records, result)
+    for row in result:
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    print(f"report: {out / 'report.html'}")
+
+
+def _table_report(
+    out: Path, config: Config, table: TableConfig, records: Sequence[dict[str, Any]], result: Sequence[dict[str, float]]
+) -> None:
+    kind = "exact values" if table.environment_steps is None else "sampled returns"
+    panels, overview, details = [], [], []
+    for row in result:
+        here = [r for r in records if (r["temperature"], r["price"]) == (row["temperature"], row["price"])]
+        title = f"lambda {row['temperature']:g}, price {row['price']:g}"
+        steps = [point[0] for point in here[0]["curve"]]
+        bests = [[r["curve"][i][1] for r in here] for i in range(len(steps))]
+        middles = [[r["curve"][i][2] for r in here] for i in range(len(steps))]
+        panels.append(
+            Panel(title, "leader step", "J", {"best start": _band(steps, bests), "median start": _band(steps, middles)})
+        )
+        finest = max(here, key=lambda r: r["value"])
+        overview.append((f"{title}: J = {finest['value']:.2f}", finest["weights"]))
+        png = out / "maps" / f"temperature-{row['temperature']:g}-price-{row['price']:g}.png"
+        before_and_after_png(
+            png, finest["weights"], temperature=row["temperature"], price=row["price"], slip=config.slip
+        )
+        details.append(Figure(png, f"{title}, best seed ({finest['seed']}). {_MAP_CAPTION}"))
+    curves_png(out / "curves.png", panels)
+    fines_png(out / "fines.png", overview, columns=min(3, len(table.prices)))
+    budget = (
+        "Exact gradients."
+        if table.environment_steps is None
+        else f"Sampled followers only: about {table.environment_steps:,} environment steps a leader step, all starts "
+        "together; no exact value decides anything."
+    )
+    write_report(
+        out / "report.html",
+        title="Four Rooms: the table",
+        subtitle=f"{len(table.seeds)} seeds a cell, {table.starts} starts a seed, slip {config.slip}. {budget}",
+        sections=[
+            Section(
+                "Leader's value",
+                "Exact expected discounted return of the leader that each search ends with; standard error over seeds.",
+                [
+                    Table(
+                        ["lambda", "price", "mean", "minimum", "median", "maximum"],
+                        [
+                            [
+                                f"{row['temperature']:g}",
+                                f"{row['price']:g}",
+                                f"{row['mean']:.3f}" + (f" ± {row['se']:.3f}" if math.isfinite(row["se"]) else ""),
+                                row["min"],
+                                row["median"],
+                                row["max"],
+                            ]
+                            for row in result
+                        ],
+                    )
+                ],
+            ),
+            Section(
+                "Searches",
+                f"Values of the starts still climbing ({kind}): mean over seeds, with a band of one standard error. "
+                "Where starts are dropped, the median jumps.",
+                [Figure(out / "curves.png", "Best and median value of the starts against leader steps.")],
+            ),
+            Section(
+                "Fines",
+                "",
+                [
+                    Figure(out / "fines.png", "Fines of the best seed of each cell. S start, T target, G goals."),
+                    *details,
+                ],
+            ),
+        ],
+    )
+
+
+def _band(steps: Sequence[float], values: Sequence[Sequence[float]]) -> tuple[Sequence[float], ...]:
+    """x, mean over seeds, and its standard error."""
+    error = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values]
+    return steps, [statistics.fmean(v) for v in values], error
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

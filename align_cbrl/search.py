@@ -1,0 +1,169 @@
+"""Good leaders, not only stationary ones: many scattered starts, and successive halving among them.
+
+The leader's value has poor local optima, and an ascent ends in the one whose basin it starts in. Restarts find better
+ones, and most of their cost can be saved: after a share of the steps the value already tells which ones to drop
+(successive halving: Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.problem import Problem, step_seed
+
+
+class Climb(abc.ABC):
+    """Leaders that climb side by side, each on its own, and are compared by their values from time to time."""
+
+    @abc.abstractmethod
+    def advance(self, steps: int) -> Tensor:
+        """Take `steps` leader steps with each of the n leaders; returns what is known of their values, [n]."""
+
+    @abc.abstractmethod
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with these leaders only: long [m], places in the present order, ascending."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving:
+    """When to look at the values, and how many leaders go on.
+
+    Attributes:
+        steps: leader steps of the winner.
+        cuts: (step, keep): after `step` leader steps the best `keep` go on. Both numbers are monotone: later cuts
+            keep fewer.
+
+    Raises:
+        InputError: a number of steps or survivors that is not positive, cuts out of order or not before the end.
+
+    Example:
+        >>> Halving(steps=300, cuts=((25, 16), (50, 8), (100, 4), (150, 1))).cost(32)
+        1950
+    """
+
+    steps: int = 300
+    cuts: tuple[tuple[int, int], ...] = ((25, 16), (50, 8), (100, 4), (150, 1))
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"Halving.steps: expected a positive number, got {self.steps}")
+        at = [step for step, _ in self.cuts]
+        left = [keep for _, keep in self.cuts]
+        if any(keep < 1 for keep in left):
+            raise InputError(f"Halving.cuts: expected at least one survivor of each cut, got {list(self.cuts)}")
+        ordered = all(a < b for a, b in zip([0, *at], [*at, self.steps], strict=True))
+        if not ordered or any(a <= b for a, b in itertools.pairwise(left)):
+            raise InputError(
+                f"Halving.cuts: expected (step, keep) with growing steps, from 1 to below {self.steps}, and falling "
+                f"numbers of survivors, got {list(self.cuts)}"
+            )
+
+    def cost(self, starts: int) -> int:
+        """Leader steps of all leaders together."""
+        total, previous = 0, 0
+        for step, keep in (*self.cuts, (self.steps, 1)):
+            total += starts * (step - previous)
+            previous, starts = step, min(starts, keep)
+        return total
+
+
+OnValues = Callable[[int, Tensor], None]
+"""Called with the number of leader steps taken and the values [n] of those still climbing."""
+
+
+def successive_halving(
+    climb: Climb, starts: int, halving: Halving, *, every: int = 10, on_values: OnValues | None = None
+) -> int:
+    """Run the climb to its end and return the winner: its place among the `starts` leaders that began.
+
+    Args:
+        climb: `starts` leaders at their first step.
+        starts: how many there are.
+        halving: the cuts.
+        every: leader steps between calls of `on_values`.
+        on_values: is shown values on the way; they decide at the cuts and at the end only.
+
+    Raises:
+        InputError: values that are not one finite number a leader, or `starts` or `every` not positive.
+
+    Example:
+        >>> class Fixed(Climb):
+        ...     values = torch.tensor([0.1, 0.7, 0.3])
+        ...     def advance(self, steps):
+        ...         return self.values
+        ...     def keep(self, chosen):
+        ...         self.values = self.values[chosen]
+        >>> successive_halving(Fixed(), 3, Halving(steps=4, cuts=((2, 2),)))
+        1
+    """
+    for name, number in (("starts", starts), ("every", every)):
+        if number < 1:
+            raise InputError(f"successive_halving: expected {name} to be positive, got {number}")
+    alive = torch.arange(starts)
+    values = torch.zeros(starts)
+    taken = 0
+    for step, keep in (*halving.cuts, (halving.steps, 1)):
+        while taken < step:
+            block = min(every - taken % every, step - taken)
+            values = climb.advance(block)
+            taken += block
+            if tuple(values.shape) != (len(alive),) or not bool(torch.isfinite(values).all()):
+                raise InputError(
+                    f"values: expected {len(alive)} finite numbers, one a leader, after {taken} leader steps, got "
+                    f"{values.tolist()}"
+                )
+            if on_values is not None:
+                on_values(taken, values)
+        if keep < len(alive) and taken < halving.steps:
+            chosen = best(values, keep)
+            climb.keep(chosen)
+            alive, values = alive[chosen], values[chosen]
+    return int(alive[best(values, 1)])
+
+
+def best(values: Tensor, keep: int) -> Tensor:
+    """Places of the `keep` largest of `values` [n], ascending: long [keep]. Of equal ones the first stay.
+
+    Example:
+        >>> best(torch.tensor([3.0, 1.0, 2.0]), 2).tolist()
+        [0, 2]
+    """
+    return torch.sort(values, descending=True, stable=True).indices[:keep].sort().values
+
+
+def scatter(problem: Problem, scale: float, *, seed: int, start: int) -> None:
+    """Put the leader at a random start: all parameters drawn afresh from N(0, scale^2).
+
+    Small scales land all starts in one basin; large ones start with the incentives on few parameters, and reach
+    others.
+
+    Args:
+        problem: whose leader is moved.
+        scale: standard deviation, > 0.
+        seed: of the search.
+        start: number of the start; each has random numbers of its own.
+
+    Raises:
+        InputError: a scale that is not positive and finite.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> scatter(problem, 5.0, seed=0, start=3)
+        >>> bool(problem.parameters[0].abs().max() > 1)
+        True
+    """
+    if not 0 < scale < float("inf"):
+        raise InputError(f"scatter: expected a positive, finite scale, got {scale}")
+    generator = torch.Generator().manual_seed(step_seed(seed, start))
+    with torch.no_grad():
+        for parameter in problem.parameters:
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(scale * drawn)

@@ -1,0 +1,238 @@
+"""The published table: every temperature and price, several seeds each, a search of its own for every one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import toy_cmdp
+from align_cbrl.config import fingerprint, to_dict
+from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.problem import Problem
+from align_cbrl.search import Halving, scatter, successive_halving
+from toy_cmdp.plug_in import PlugIn, TransitionMemory
+from toy_cmdp.search import ExactClimb, SampledClimb
+
+_HORIZON = 200  # longest sampled path; one that is cut loses what is worth 0.99^200 of its return
+
+
+@dataclasses.dataclass(frozen=True)
+class TableConfig:
+    """The cells of the table and the search in each. See table.yaml.
+
+    Raises:
+        InputError: an empty list, or a number that is not positive.
+    """
+
+    temperatures: tuple[float, ...] = (0.001, 0.003, 0.005)
+    prices: tuple[float, ...] = (1.0, 3.0, 5.0)
+    seeds: tuple[int, ...] = tuple(range(10))
+    starts: int = 32
+    scale: float = 5.0
+    learning_rate: float = 0.2
+    halving: Halving = dataclasses.field(default_factory=Halving)
+    environment_steps: int | None = None
+    processes: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("temperatures", "prices", "seeds"):
+            if not getattr(self, name):
+                raise InputError(f"{name}: expected at least one")
+        for name in ("starts", "processes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One search: a cell of the table and a seed."""
+
+    temperature: float
+    price: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"temperature-{self.temperature:g}-price-{self.price:g}-seed-{self.seed}"
+
+
+def units(config: TableConfig) -> list[Unit]:
+    """Every cell with every seed, cell by cell."""
+    return [Unit(t, p, s) for t in config.temperatures for p in config.prices for s in config.seeds]
+
+
+def search(unit: Unit, config: TableConfig, slip: float) -> dict[str, Any]:
+    """One search from scattered starts; the winner's exact value is looked at when all is decided.
+
+    Returns:
+        `temperature`, `price`, `seed`, `value` (exact, of the winner), `best_start` (its number), `weights` [105],
+        `curve` (one [leader step, best, median] for every ten leader steps, over the leaders still climbing; exact or
+        sampled values, whichever the search decides by), `leader_steps` (of all leaders together),
+        `environment_steps` (mean of a leader step; None with exact gradients) and `seconds` (of the processor).
+    """
+    began = time.process_time()
+    sampled = config.environment_steps is not None
+    problems = []
+    for start in range(config.starts):
+        problem = toy_cmdp.four_rooms(
+            temperature=unit.temperature, price=unit.price, slip=slip, horizon=_HORIZON if sampled else 1
+        )
+        scatter(problem, config.scale, seed=unit.seed, start=start)
+        problems.append(problem)
+    steps, rate = config.halving.steps, config.learning_rate
+    if config.environment_steps is None:
+        climb: ExactClimb | SampledClimb = ExactClimb(problems, steps=steps, learning_rate=rate)
+    else:
+        memory = TransitionMemory()  # the fines do not move the transitions: those of all leaders and steps count
+
+        def estimator(joint: Problem) -> PlugIn:
+            cmdp = joint.follower.cmdp  # type: ignore[attr-defined]
+            # Undamped: one factor for all leaders would tell Adam nothing, and with the memory there is little noise.
+            return PlugIn(cmdp, shrinkage=0.0, damping=0.0, memory=memory)
+
+        climb = SampledClimb(
+            problems,
+            steps=steps,
+            learning_rate=rate,
+            estimator=estimator,
+            environment_steps=config.environment_steps,
+            seed=unit.seed,
+        )
+    curve: list[list[float]] = []
+
+    def on_values(step: int, values: Tensor) -> None:
+        if step % 10 == 0:
+            curve.append([step, float(values.max()), float(values.median())])
+
+    winner = successive_halving(climb, config.starts, config.halving, on_values=on_values)
+    found = problems[winner]
+    return {
+        **dataclasses.asdict(unit),
+        "value": toy_cmdp.leader_value(found).item(),
+        "best_start": winner,
+        "weights": found.parameters[0].tolist(),
+        "curve": curve,
+        "leader_steps": config.halving.cost(config.starts),
+        "environment_steps": statistics.fmean(climb.used) if isinstance(climb, SampledClimb) else None,
+        "seconds": time.process_time() - began,
+    }
+
+
+def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list[dict[str, Any]]:
+    """All searches, each in a file of its own under `out`/units; with `resume` those that are there are kept.
+
+    What a search finds does not depend on the number of processes, nor on who else runs.
+
+    Raises:
+        CheckpointError: `out` holds searches of another configuration.
+    """
+    folder = out / "units"
+    folder.mkdir(parents=True, exist_ok=True)
+    every = units(config)
+    settings = to_dict(config)
+    for name in ("temperatures", "prices", "seeds", "processes"):  # a resumed table may be larger, or faster
+        del settings[name]
+    mark = fingerprint({**settings, "slip": slip})
+    done: dict[Unit, dict[str, Any]] = {}
+    for unit in every:
+        record = _read(folder / f"{unit.name}.json") if resume else None
+        if record is None:
+            continue
+        if record["fingerprint"] != mark:
+            raise CheckpointError(
+                f"{folder / unit.name}.json belongs to another configuration: resume with the one it was made with, "
+                "or choose another --out"
+            )
+        done[unit] = record
+    missing = [unit for unit in every if unit not in done]
+    with tqdm(total=len(every), initial=len(done), desc="searches") as bar:
+        for unit, record in _results(missing, config, slip):
+            done[unit] = {**record, "fingerprint": mark}
+            _write(folder / f"{unit.name}.json", done[unit])
+            bar.update()
+            bar.set_postfix(value=f"{record['value']:.3f}", refresh=False)
+    return [done[unit] for unit in every]
+
+
+def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Mean, standard error, minimum, median and maximum of the exact value over seeds, one row a cell.
+
+    Example:
+        >>> two = [{"temperature": 0.001, "price": 1.0, "value": v} for v in (1.0, 3.0)]
+        >>> rows(two)[0]["mean"], rows(two)[0]["se"]
+        (2.0, 1.0)
+    """
+    cells: dict[tuple[float, float], list[float]] = {}
+    for record in records:
+        cells.setdefault((record["temperature"], record["price"]), []).append(record["value"])
+    return [
+        {
+            "temperature": temperature,
+            "price": price,
+            "mean": statistics.fmean(values),
+            "se": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan,
+            "min": min(values),
+            "median": statistics.median(values),
+            "max": max(values),
+        }
+        for (temperature, price), values in cells.items()
+    ]
+
+
+def _results(missing: Sequence[Unit], config: TableConfig, slip: float) -> Iterator[tuple[Unit, dict[str, Any]]]:
+    if config.processes == 1 or len(missing) < 2:
+        for unit in missing:
+            yield unit, search(unit, config, slip)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit threads of torch's
+    with ProcessPoolExecutor(config.processes, mp_context=context, initializer=_begin_worker) as pool:
+        jobs = {pool.submit(search, unit, config, slip): unit for unit in missing}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    """One thread a process; and no process outlives the one that started it, which may be killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there; a file that is there is whole, since it was renamed into place
+        return None
+    return record
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    temporary.replace(path)
