@@ -7,8 +7,10 @@ tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing 
 
 from align_cbrl.critics import FittedCritic, GroupCritic
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
+from align_cbrl.geometric import GradientEstimator
 from align_cbrl.hpgd import HPGD, HPGDConfig
 from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
+from align_cbrl.myopic import Myopic
 from align_cbrl.objectives import (
     Constrained,
     CVaR,
@@ -20,7 +22,10 @@ from align_cbrl.objectives import (
     WorstContext,
 )
 from align_cbrl.problem import Critic, Critique, Evaluation, Follower, Leader, Objective, Problem
+from align_cbrl.randomly_truncated import IterativeFollower, RandomlyTruncated, Truncated
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.search import Climb, Halving, successive_halving
+from align_cbrl.zeroth_order import ZerothOrder
 
 __version__ = "0.1.0"
 
@@ -32,6 +37,7 @@ __all__ = [
     "Objective",
     "Evaluation",
     "Follower",
+    "IterativeFollower",
     "Critic",
     "Critique",
     "Problem",
@@ -47,12 +53,21 @@ __all__ = [
     # how its gradient is estimated
     "Hypergradient",
     "PolicyResponse",
+    "GradientEstimator",
+    "RandomlyTruncated",
+    "Truncated",
+    "ZerothOrder",
+    "Myopic",
     "DirectOnly",
     "GroupCritic",
     "FittedCritic",
     # the loop
     "HPGD",
     "HPGDConfig",
+    # many starts
+    "Climb",
+    "Halving",
+    "successive_halving",
     # what can go wrong
     "InputError",
     "RunStopped",

@@ -1,0 +1,1 @@
+"""The recipe `estimators`: error and cost of each estimator of the hypergradient at equal environment steps."""

@@ -1,0 +1,190 @@
+"""What is measured: every estimator on the same batches of paths, against the exact hypergradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cbrl import Critic, Critique, DirectOnly, FittedCritic, Hypergradient, InputError, PolicyResponse, Problem
+from align_cbrl.geometric import GradientEstimator
+from align_cbrl.myopic import Myopic
+from align_cbrl.problem import step_seed
+from align_cbrl.rollouts import Rollouts
+from toy_cmdp import ContextualMDP, ExactCritic, ExactFollower, four_rooms
+from toy_cmdp.plug_in import PlugIn
+from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, ValuePenalty, VisitAveraged
+from toy_cmdp.validate import PROBLEMS, implicit_gradient
+
+ORACLES = ("exact critic", "AMD, 100 sweeps", "value penalty 1e4")
+"""They know what the follower's world is: no competitors, shown for comparison."""
+
+_PILOT = 500  # paths that the mean length of an episode is measured on
+
+
+class SharedCritic(Critic):
+    """Asks a critic once for each batch, so that estimators with the same critic do not fit it again."""
+
+    def __init__(self, critic: Critic) -> None:
+        self._critic = critic
+        self._last: tuple[Rollouts, Critique] | None = None
+
+    def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:
+        """What the critic says."""
+        if self._last is None or self._last[0] is not rollouts:
+            self._last = rollouts, self._critic.evaluate(problem, rollouts, credit)
+        return self._last[1]
+
+
+def sampled_estimators(cmdp: ContextualMDP) -> dict[str, Hypergradient]:
+    """Estimators from paths, by name. Those that share the fitted critic follow the one that is charged for it."""
+    fitted = SharedCritic(FittedCritic(cmdp.cell))
+    return {
+        "plug-in": PlugIn(cmdp),
+        "visit-averaged": VisitAveraged(cmdp.cell),
+        "BC-HG": BCHG(SarsaCritic(cmdp.cell), cmdp.cell),
+        "policy response": PolicyResponse(fitted),
+        "geometric": GradientEstimator(fitted),
+        "myopic": Myopic(fitted),
+        "direct only": DirectOnly(fitted),
+        "exact critic": PolicyResponse(ExactCritic()),
+    }
+
+
+def model_based() -> dict[str, Hypergradient]:
+    """Rivals that need no paths but the whole model."""
+    return {"AMD, 100 sweeps": AMD(100), "value penalty 1e4": ValuePenalty(1e4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One leader, one budget.
+
+    Attributes:
+        problem: `four_rooms`, or a name in `toy_cmdp.validate.PROBLEMS`.
+        seed: of the leader; the batches have seeds of their own.
+        steps: environment steps of a batch, in expectation.
+        repetitions: independent batches.
+        temperature, price: of Four Rooms; None elsewhere.
+    """
+
+    problem: str
+    seed: int
+    steps: int
+    repetitions: int
+    temperature: float | None = None
+    price: float | None = None
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        temperature = "" if self.temperature is None else f"-{self.temperature:g}"
+        return f"{self.problem}{temperature}-leader{self.seed}-{self.steps}"
+
+    def build(self) -> Problem:
+        """The problem; Four Rooms at weights N(0, 1), drawn from the seed."""
+        if self.temperature is None or self.price is None:
+            return PROBLEMS[self.problem](self.seed)
+        problem = four_rooms(temperature=self.temperature, price=self.price)
+        with torch.no_grad():
+            problem.parameters[0].normal_(generator=torch.Generator().manual_seed(self.seed))
+        return problem
+
+
+def measure(cell: Cell, directions: int) -> dict[str, Any]:
+    """Errors of all estimators in one cell, on common batches.
+
+    Returns:
+        `steps`, the mean number of environment steps of a batch; `sampling_seconds`; `estimators`, by name a dictionary
+        with `mse`, `mse_se`, `bias2` (unbiased, hence at times below zero) and `variance` relative to the squared norm
+        of the exact gradient, and `seconds`, processor time of a call; or `refused`, why an estimator does not apply.
+        `coverage`: of the plug-in's 95 % intervals, `given` (the share of batches with intervals), `inside` and
+        `outside`, numbers of intervals over the gradient's own direction and `directions` random ones.
+    """
+    problem = cell.build()
+    follower = problem.follower
+    assert isinstance(follower, ExactFollower)
+    follower.respond(problem.leader, torch.arange(1))
+    truth = implicit_gradient(problem)
+    scale = float(truth.pow(2).sum())
+
+    pilot = torch.Generator().manual_seed(step_seed(cell.seed, -1))
+    lengths = follower.rollout(follower.sample_contexts(_PILOT, pilot), 1, pilot).mask.sum(1)
+    paths = max(2, round(cell.steps / float(lengths.double().mean())))
+
+    axes = torch.randn(directions, len(truth), generator=torch.Generator().manual_seed(cell.seed), dtype=truth.dtype)
+    axes = torch.cat([truth[None], axes])
+    axes = axes / axes.norm(dim=1, keepdim=True)
+    estimators = sampled_estimators(follower.cmdp)
+    errors: dict[str, list[Tensor]] = {name: [] for name in estimators}
+    seconds = dict.fromkeys(estimators, 0.0)
+    refused: dict[str, str] = {}
+    sampling, steps, given, inside, outside = 0.0, 0, 0, 0, 0
+    for repetition in range(cell.repetitions):
+        generator = torch.Generator().manual_seed(step_seed(step_seed(cell.seed, cell.steps), repetition))
+        began = time.process_time()
+        rollouts = follower.rollout(follower.sample_contexts(paths, generator), 1, generator)
+        sampling += time.process_time() - began
+        steps += int(rollouts.mask.sum())
+        for name, estimator in estimators.items():
+            if name in refused:
+                continue
+            began = time.process_time()
+            try:
+                estimate = _gradient(problem, estimator, rollouts)
+            except InputError as error:
+                if repetition > 0:  # it applied so far: this is no matter of the problem
+                    raise
+                refused[name] = str(error)
+                continue
+            seconds[name] += time.process_time() - began
+            errors[name].append(estimate - truth)
+        projected = PlugIn(follower.cmdp).project(problem, rollouts, axes)
+        if bool(projected.standard_error.isfinite().all()):
+            target = axes @ truth
+            hits = int(((projected.lower <= target) & (target <= projected.upper)).sum())
+            given, inside, outside = given + 1, inside + hits, outside + len(axes) - hits
+
+    results: dict[str, dict[str, Any]] = {name: {"refused": reason} for name, reason in refused.items()}
+    for name, found in errors.items():
+        if found:
+            results[name] = _moments(torch.stack(found), scale) | {"seconds": seconds[name] / len(found)}
+    for name, estimator in model_based().items():
+        began = time.process_time()
+        try:
+            distance = _gradient(problem, estimator, None) - truth
+        except InputError as error:
+            results[name] = {"refused": str(error)}
+            continue
+        share = float(distance.pow(2).sum()) / scale
+        spent = time.process_time() - began
+        results[name] = {"mse": share, "mse_se": 0.0, "bias2": share, "variance": 0.0, "seconds": spent}
+    return {
+        **dataclasses.asdict(cell),
+        "batch_steps": steps / cell.repetitions,
+        "sampling_seconds": sampling / cell.repetitions,
+        "estimators": results,
+        "coverage": {"given": given / cell.repetitions, "inside": inside, "outside": outside},
+    }
+
+
+def _moments(errors: Tensor, scale: float) -> dict[str, float]:
+    count = len(errors)
+    squares = errors.pow(2).sum(1) / scale  # [R]
+    variance = float(errors.var(0).sum()) / scale
+    mse = float(squares.mean())
+    bias2 = float(errors.mean(0).pow(2).sum()) / scale - variance / count
+    return {"mse": mse, "mse_se": float(squares.std()) / count**0.5, "bias2": bias2, "variance": variance}
+
+
+def _gradient(problem: Problem, estimator: Hypergradient, rollouts: Rollouts | None) -> Tensor:
+    for parameter in problem.parameters:
+        parameter.grad = None
+    estimator.backward(problem, rollouts)  # type: ignore[arg-type]  # rivals with the whole model look at no paths
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in problem.parameters]
+    for parameter in problem.parameters:
+        parameter.grad = None
+    return torch.cat([gradient.reshape(-1) for gradient in found])
