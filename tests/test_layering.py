@@ -20,7 +20,9 @@ LAYERS = (
     {"errors", "config", "imports", "functional", "checkpoints", "metrics", "report"},
     {"rollouts"},
     {"problem"},
-    {"critics", "objectives", "hypergradient"},
+    {"random_numbers", "search", "critics", "objectives"},
+    {"hypergradient"},
+    {"geometric", "myopic", "randomly_truncated", "zeroth_order"},
     {"hpgd"},
 )
 

@@ -225,7 +225,7 @@ def test_bad_builders_and_validation():
         random_cmdp(price=-1.0)
     with pytest.raises(InputError, match="unknown problem 'nowhere'; known are four_rooms"):
         validate(["nowhere"])
-    with pytest.raises(InputError, match="at least 2 repetitions and paths, got 1 and 2048"):
+    with pytest.raises(InputError, match="at least 2 repetitions and paths, got 1 and 1024"):
         validate(["layered"], repetitions=1)
     with pytest.raises(InputError, match=r"FittedCritic.folds"):
         FittedCritic(random_cmdp().follower.cmdp.cell, folds=1)

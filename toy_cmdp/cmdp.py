@@ -217,7 +217,7 @@ class ContextualMDP:
                     f"{name}: expected all tables in one floating-point dtype, got {table.dtype} and "
                     f"{tables.reward.dtype} for the reward"
                 )
-            version = (table.probability if isinstance(table, SparseTransition) else table)._version
+            version = table._version
             known = self._checked.get(name)
             if known is not None and known[0]() is table and known[1] == version:
                 continue

@@ -63,7 +63,8 @@ class ExactFollower(Follower):
         longest = max(float(torch.as_tensor(discount).max()), leader_discount)
         self.horizon = default_horizon(longest) if horizon is None else horizon
         self._value: Tensor | None = None  # the last response's V, which the next one starts from
-        self._sampler: PathSampler | None = None
+        self._sampler: PathSampler | None = None  # of the last response; made when paths are first asked for
+        self._unsampled: tuple[Tables, Tensor] | None = None
         self._latest: Tensor | None = None  # the same for `solve`: evaluating J must not change what a run repeats
 
     def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
@@ -76,7 +77,7 @@ class ExactFollower(Follower):
             tables = require_tabular(leader).tables()
             solution = self._solve(tables, self._value)
         self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
-        self._sampler = PathSampler(tables, solution.log_policy, self.cmdp.terminal)
+        self._sampler, self._unsampled = None, (tables, solution.log_policy)
         return {"iterations": float(solution.iterations), "residual": solution.residual}
 
     def solve(self, leader: Leader) -> tuple[Tables, SoftSolution]:
@@ -96,12 +97,14 @@ class ExactFollower(Follower):
         Raises:
             InputError: contexts out of range, a group size below one, or no response yet.
         """
-        if self._sampler is None:
+        if self._unsampled is None:
             raise InputError("rollout: the follower has no policy yet; call respond(leader, contexts) first")
         if group_size < 1:
             raise InputError(f"group_size: expected at least 1, got {group_size}")
         if contexts.numel() == 0 or not bool(((contexts >= 0) & (contexts < self.cmdp.contexts)).all()):
             raise InputError(f"contexts: expected numbers in [0, {self.cmdp.contexts}), got {contexts.tolist()}")
+        if self._sampler is None:
+            self._sampler = PathSampler(*self._unsampled, self.cmdp.terminal)
         return self._sampler.sample(contexts.repeat_interleave(group_size), self.horizon, generator)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class ExactFollower(Follower):
                 "the state belongs to another problem"
             )
         self._value = None if value is None else value.clone()
-        self._sampler = None
+        self._sampler = self._unsampled = None
 
     def _solve(self, tables: Tables, start: Tensor | None) -> SoftSolution:
         return soft_policy_iteration(

@@ -89,6 +89,11 @@ class SparseTransition:
         """Whether the leader moves the probabilities."""
         return self.probability.requires_grad
 
+    @property
+    def _version(self) -> int:
+        """Grows when the tensors are changed in place, as a tensor's own does."""
+        return self.successor._version + self.probability._version
+
     def detach(self) -> SparseTransition:
         """The same numbers without a graph."""
         return self.with_probability(self.probability.detach()) if self.requires_grad else self
