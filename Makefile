@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help rlhf study test lint clean
+.PHONY: help rlhf study laboratory test lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /#/' | awk -F'#' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /#/' | awk -F'#' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,19 @@ rlhf: $(READY)  ## the main job: tune reward weights around a trl follower; run 
 
 study: $(READY)  ## the main job and its baselines over five seeds
 	$(BIN)/python -m recipes.docstrings.study
+
+laboratory: $(READY)  ## every tabular table and figure, the slow tests and benchmarks; about two hours, continues where it stopped
+	$(BIN)/align-cbrl run four_rooms --config table.yaml --out runs/four_rooms-table --resume
+	$(BIN)/align-cbrl run four_rooms --config sampled.yaml --out runs/four_rooms-sampled --resume
+	$(BIN)/align-cbrl run tax_design --out runs/tax_design --resume
+	$(BIN)/align-cbrl run tax_design --config neural.yaml --out runs/tax_design-neural --resume
+	$(BIN)/align-cbrl run principal_agent --out runs/principal_agent --resume
+	$(BIN)/align-cbrl run estimators --out runs/estimators --resume
+	$(BIN)/align-cbrl run rtq --out runs/rtq --resume
+	$(BIN)/align-cbrl run convergence --out runs/convergence --resume
+	$(BIN)/align-cbrl validate
+	for benchmark in exact_step sampled_step gridworld leader_memory; do $(BIN)/python -m recipes.benchmarks.$$benchmark; done
+	$(BIN)/python -m pytest -m slow
 
 test: lint  ## linter, type checker, and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"

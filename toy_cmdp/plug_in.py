@@ -163,6 +163,26 @@ class PlugIn(Hypergradient):
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """Add the estimate to `.grad`; `objective` is the model's J."""
+        return self.backward_with_values(problem, rollouts)[0]
+
+    def backward_with_values(self, problem: Problem, rollouts: Rollouts) -> tuple[dict[str, float], Tensor]:
+        """As `backward`, and what the leader gets from each context in the model, [C], without graph.
+
+        The contexts' values are f_c = rho . V_F of the observed policy; `objective` is what the problem's objective
+        makes of them. They cost nothing beyond the gradient. All of them come from one model, whose errors they share,
+        so that they compare leaders of a `parallel` problem far better than as many sampled returns do. A context that
+        was not drawn has the value 0, unless the leader knows where its paths start.
+
+        Example:
+            >>> from toy_cmdp import context_values, random_cmdp
+            >>> problem = random_cmdp()  # its leader moves all tables, and knows them: the model is the world
+            >>> contexts = torch.tensor([0, 1])
+            >>> _ = problem.follower.respond(problem.leader, contexts)
+            >>> rollouts = problem.follower.rollout(contexts, 8, torch.Generator().manual_seed(0))
+            >>> _, values = PlugIn(problem.follower.cmdp).backward_with_values(problem, rollouts)
+            >>> torch.allclose(values, context_values(problem))
+            True
+        """
         tables = _dense(problem)
         transition, counts = tables.transition, self._counts(tables, rollouts)
         assert isinstance(transition, Tensor)
@@ -203,7 +223,7 @@ class PlugIn(Hypergradient):
                 squares += gradient.double().pow(2).sum().item()
         if self.memory is not None:
             self.memory.counts = counts
-        return {"objective": objective.item(), "gradient_norm": math.sqrt(squares)}
+        return {"objective": objective.item(), "gradient_norm": math.sqrt(squares)}, values.detach()
 
     def project(self, problem: Problem, rollouts: Rollouts, directions: Tensor) -> Projection:
         """The estimate, without shrinkage and damping, along `directions` [D, n], with standard errors.

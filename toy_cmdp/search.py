@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.functional import discount_powers
-from align_cbrl.hypergradient import Hypergradient
 from align_cbrl.problem import Problem, step_seed
-from align_cbrl.rollouts import Rollouts
 from align_cbrl.search import Climb
 from toy_cmdp.exact import context_values, leader_value
 from toy_cmdp.parallel import parallel
+from toy_cmdp.plug_in import PlugIn
 
-_WINDOW = 10  # leader steps over which sampled returns are averaged: leaders move little in so few
+_WINDOW = 10  # leader steps over which values are averaged: a leader at a cliff of its value is now above, now below it
 
 
 class ParallelClimb(Climb):
@@ -69,10 +67,12 @@ class ParallelClimb(Climb):
     def _backward(self) -> None:
         """Fill `.grad` with the gradient of the joint value."""
 
-    def _leader_of(self) -> Tensor:
-        """The leader that each context of the joint problem belongs to, long [C]."""
+    def _leaders_values(self, values: Tensor) -> Tensor:
+        """Each leader's expectation [n] of what it gets in the contexts of the joint problem, `values` [C]."""
         counts = torch.tensor([p.follower.cmdp.contexts for p in self.problems])  # type: ignore[attr-defined]
-        return torch.arange(len(counts)).repeat_interleave(counts)
+        leader = torch.arange(len(counts)).repeat_interleave(counts)  # [C], which one a context belongs to
+        share = self._joint.follower.cmdp.context_probabilities * len(counts)  # type: ignore[attr-defined]
+        return values.new_zeros(len(counts)).index_add(0, leader, share * values)
 
 
 class ExactClimb(ParallelClimb):
@@ -90,25 +90,25 @@ class ExactClimb(ParallelClimb):
         """See `Climb.advance`: the exact values at the present parameters, [n]."""
         for _ in range(steps):
             self._ascend()
-        share = self._joint.follower.cmdp.context_probabilities * len(self.problems)  # type: ignore[attr-defined]
-        values = share * context_values(self._joint)  # [C]
-        return values.new_zeros(len(self.problems)).index_add(0, self._leader_of(), values)
+        return self._leaders_values(context_values(self._joint))
 
     def _backward(self) -> None:
         leader_value(self._joint).backward()
 
 
 class SampledClimb(ParallelClimb):
-    """Follows an estimate from the followers' paths, and compares leaders by the returns along these paths.
+    """Follows `PlugIn`, and compares leaders by their values in the model that it fits.
 
     No exact gradient and no exact value is looked at. All leaders together use `environment_steps` in a leader step,
-    so that each has the more of them the fewer are left.
+    so that each has the more of them the fewer are left. The model's values are far less noisy than the few paths'
+    returns: all leaders' transitions make one model where they share P, with a memory those of earlier steps too, and
+    its errors are then common to the leaders that are compared.
 
     Args:
         problems: as for `ParallelClimb`.
         steps: likewise.
         learning_rate: likewise.
-        estimator: makes a hypergradient for the joint problem; called again after every cut.
+        estimator: makes the estimator for the joint problem; called again after every cut.
         environment_steps: transitions sampled in a leader step, all leaders together.
         seed: of the paths.
 
@@ -120,7 +120,6 @@ class SampledClimb(ParallelClimb):
 
     Example:
         >>> from toy_cmdp import random_cmdp
-        >>> from toy_cmdp.plug_in import PlugIn
         >>> problems = [random_cmdp(seed=0), random_cmdp(seed=1)]
         >>> climb = SampledClimb(
         ...     problems, steps=5, learning_rate=0.1, environment_steps=200, seed=0,
@@ -136,7 +135,7 @@ class SampledClimb(ParallelClimb):
         *,
         steps: int,
         learning_rate: float,
-        estimator: Callable[[Problem], Hypergradient],
+        estimator: Callable[[Problem], PlugIn],
         environment_steps: int,
         seed: int,
     ) -> None:
@@ -150,23 +149,19 @@ class SampledClimb(ParallelClimb):
         self._budget, self._seed = environment_steps, seed
         self._make, self._estimator = estimator, estimator(self._joint)
         self._length = float(self._joint.follower.horizon)  # type: ignore[attr-defined]  # of a path; corrected at once
-        self._returns: deque[tuple[Tensor, Tensor]] = deque(maxlen=_WINDOW)
+        self._values: deque[Tensor] = deque(maxlen=_WINDOW)  # [n] each, of the latest leader steps
 
     def advance(self, steps: int) -> Tensor:
-        """See `Climb.advance`: mean sampled returns of the last ten leader steps, [n]."""
+        """See `Climb.advance`: values in the fitted models, means of the last ten leader steps, [n]."""
         for _ in range(steps):
             self._ascend()
-        totals = torch.stack([total for total, _ in self._returns]).sum(0)
-        counts = torch.stack([count for _, count in self._returns]).sum(0)
-        return totals / counts
+        return torch.stack(list(self._values)).mean(0)
 
     def keep(self, chosen: Tensor) -> None:
         """See `Climb.keep`."""
         super().keep(chosen)
         self._estimator = self._make(self._joint)
-        kept = [(total[chosen], count[chosen]) for total, count in self._returns]
-        self._returns.clear()
-        self._returns.extend(kept)
+        self._values = deque([values[chosen] for values in self._values], maxlen=_WINDOW)
 
     def _backward(self) -> None:
         generator = torch.Generator().manual_seed(step_seed(self._seed, self.step))
@@ -178,15 +173,5 @@ class SampledClimb(ParallelClimb):
         transitions = int(rollouts.mask.sum())
         self.used.append(transitions)
         self._length = transitions / rollouts.size
-        self._returns.append(self._returns_of(rollouts))
-        self._estimator.backward(self._joint, rollouts)
-
-    def _returns_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Sum of the paths' discounted utilities and number of paths, by leader, [n] each."""
-        with torch.no_grad():
-            utility = self._joint.objective.utility(self._joint.leader, rollouts)  # [B, T]
-        powers = discount_powers(self._joint.objective.discount, rollouts.horizon, utility)
-        returns = torch.where(rollouts.mask, utility * powers, 0.0).sum(1)
-        leader = self._leader_of()[rollouts.contexts]
-        zero = returns.new_zeros(len(self.problems))
-        return zero.index_add(0, leader, returns), zero.index_add(0, leader, torch.ones_like(returns))
+        _, values = self._estimator.backward_with_values(self._joint, rollouts)
+        self._values.append(self._leaders_values(values))
