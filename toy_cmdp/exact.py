@@ -197,7 +197,7 @@ class ExactCritic(Critic):
             )
 
 
-def expected_policy_response(problem: Problem) -> list[Tensor]:
+def expected_policy_response(problem: Problem, world: ExactWorld | None = None) -> list[Tensor]:
     """The exact expectation of `PolicyResponse` with an exact critic over all infinite paths, one tensor a parameter.
 
     With mu(s, a) = sum_t gammaF^t Pr(s_t = s, a_t = a) and eta(s, a) = E sum_k w_k 1{s_k = s, a_k = a}, w the
@@ -211,6 +211,10 @@ def expected_policy_response(problem: Problem) -> list[Tensor]:
 
     Requirements and errors as for `leader_value`.
 
+    Args:
+        problem: as for `leader_value`.
+        world: `exact_world(problem)`, if it has been solved already.
+
     Returns:
         dJ / dx, a tensor for each of `problem.parameters`; their `.grad` is left alone.
 
@@ -222,7 +226,7 @@ def expected_policy_response(problem: Problem) -> list[Tensor]:
         True
     """
     _, follower = _tabular(problem)
-    world = exact_world(problem)
+    world = exact_world(problem) if world is None else world
     tables, leader_discount = world.tables, problem.objective.discount
     discount, temperature = follower.discount, follower.temperature
     with torch.no_grad():

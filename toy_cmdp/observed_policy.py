@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.hypergradient import Hypergradient
-from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
-from toy_cmdp.cmdp import ContextualMDP, TabularUtility, require_tabular
-from toy_cmdp.solve import by_context, continuation
-from toy_cmdp.transition import expected_next, policy_system, pushed
+from toy_cmdp.cmdp import ContextualMDP
+from toy_cmdp.exact import exact_world, expected_policy_response
+from toy_cmdp.frozen_policy import FrozenPolicy
 
 
 class ObservedPolicyResponse(Hypergradient):
@@ -79,51 +80,20 @@ class ObservedPolicyResponse(Hypergradient):
         Contexts that were not drawn are left out, and the probabilities of the others scaled up.
 
         Raises:
-            InputError: an objective other than `ExpectedUtility` of a `TabularUtility`, or a leader without tables.
+            InputError: an objective or leader without tables (see `leader_value`).
         """
-        objective, follower, cmdp = problem.objective, problem.follower, self.cmdp
-        if not isinstance(objective, ExpectedUtility) or not isinstance(objective.utility_function, TabularUtility):
-            raise InputError(
-                "ObservedPolicyResponse: expected ExpectedUtility(TabularUtility(...)), whose utility is known in "
-                f"every state, got {type(objective).__name__}"
-            )
-        leader = require_tabular(problem.leader)
-        tables, utility = leader.tables(), objective.utility_function.table(leader)
-        cmdp.check(tables)
-        with torch.no_grad():
-            fixed, earned = tables.detach(), utility.detach()
-            log_policy = self.log_policy(rollouts).to(earned)
-            policy = log_policy.exp()
-            temperature = by_context(follower.temperature, earned)
-            go_on = continuation(cmdp, follower.discount, earned)
-            go_on_leader = continuation(cmdp, objective.discount, earned)
-            own = policy_system(fixed.transition, go_on * policy)
-            leaders = policy_system(fixed.transition, go_on_leader * policy)
-
-            value = leaders.solve((policy * earned).sum(-1))
-            q = earned + go_on_leader * expected_next(fixed.transition, value)
-            log_ratio = log_policy if fixed.log_prior is None else log_policy - fixed.log_prior
-            soft_value = own.solve((policy * (fixed.reward - temperature * log_ratio)).sum(-1))
-
-            mu = leaders.solve(fixed.initial, transpose=True)[..., None] * policy  # [C, S, A]
-            source = mu * (q - (policy * q).sum(-1, keepdim=True))
-            trace = own.solve(pushed(fixed.transition, go_on * source), transpose=True)
-            eta = policy * trace[..., None] + source
-            nature = cmdp.context_probabilities.to(earned)
-            nature = nature * torch.bincount(rollouts.contexts, minlength=cmdp.contexts).clamp(max=1)
-            nature = nature / nature.sum()
-        ahead = go_on_leader * mu * expected_next(tables.transition, value)
-        ahead = ahead + go_on / temperature * eta * expected_next(tables.transition, soft_value)
-        per_step = mu * utility + eta / temperature * tables.reward + ahead
-        if tables.log_prior is not None:
-            per_step = per_step + eta * tables.log_prior
-        surrogate = (nature * (per_step.sum((-1, -2)) + (tables.initial * value).sum(-1))).sum()
-        gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
+        drawn = torch.bincount(rollouts.contexts, minlength=self.cmdp.contexts) > 0
+        nature = torch.where(drawn, self.cmdp.context_probabilities, 0.0)
+        cmdp = dataclasses.replace(self.cmdp, context_probabilities=nature / nature.sum())
+        follower = problem.follower
+        frozen = FrozenPolicy(cmdp, follower.temperature, follower.discount, self.log_policy(rollouts))
+        observed = dataclasses.replace(problem, follower=frozen)
+        world = exact_world(observed)
         squares = 0.0
-        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                squares += gradient.pow(2).sum().item()
-        values = (fixed.initial * value).sum(-1)  # [C]
-        each = {f"objective_{c}": values[c].item() for c in range(cmdp.contexts) if nature[c] > 0}
-        return {"objective": (nature * values).sum().item(), "gradient_norm": squares**0.5, **each}
+        for parameter, gradient in zip(problem.parameters, expected_policy_response(observed, world), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            squares += gradient.pow(2).sum().item()
+        values = (world.tables.initial * world.value).sum(-1).detach()  # [C]
+        objective = problem.objective.aggregate(values, cmdp.context_probabilities.to(values))
+        each = {f"objective_{c}": values[c].item() for c in range(cmdp.contexts) if drawn[c]}
+        return {"objective": objective.item(), "gradient_norm": squares**0.5, **each}
