@@ -37,7 +37,7 @@ examples:
   align-cbrl run docstrings --set hpgd.steps=50 seed=1     change values of the configuration
   align-cbrl run docstrings --out runs/docstrings --resume
                                                            continue after a stop, or start
-  align-cbrl run four_rooms                                fines on a map: one cell of the published table
+  align-cbrl run four_rooms                                fines on a map: a cell of the table
   align-cbrl run four_rooms --config table.yaml            the whole table
   align-cbrl validate                                      every gradient route against the referee
   align-cbrl validate four_rooms --json
