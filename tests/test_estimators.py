@@ -17,6 +17,7 @@ from align_cbrl.geometric import GradientEstimator
 from align_cbrl.myopic import Myopic
 from align_cbrl.objectives import CVaR
 from toy_cmdp import ExactCritic, ExactFollower, Tables, TabularLeader, four_rooms, random_cmdp
+from toy_cmdp.exact import context_values
 from toy_cmdp.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, TemporalDifferenceCritic, ValuePenalty, VisitAveraged
 
@@ -100,6 +101,21 @@ def test_plug_in_is_exact_with_endless_data(shared):
     memory.counts = 1e12 * problem.leader.tables().transition
     estimate = gradient(problem, batch(problem, 50), PlugIn(problem.follower.cmdp, memory=memory))
     assert_close(estimate, implicit_gradient(problem), 1e-9)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_plug_in_tells_what_each_context_is_worth(shared):
+    problem = reward_only(3, shared=shared)
+    risky = Problem(problem.leader, CVaR(problem.objective, 0.5), problem.follower)
+    rollouts = batch(problem, 50)
+    memory = TransitionMemory()
+    memory.counts = 1e12 * problem.leader.tables().transition
+    metrics, values = PlugIn(problem.follower.cmdp, memory=memory).backward_with_values(risky, rollouts)
+    assert not values.requires_grad
+    assert_close(values, context_values(problem), 1e-9)
+    assert values[0] != values[1]
+    aggregated = risky.objective.aggregate(values, problem.follower.cmdp.context_probabilities)
+    assert metrics["objective"] == pytest.approx(aggregated.item(), rel=1e-12)
 
 
 def test_plug_in_differs_by_context_of_followers():

@@ -174,7 +174,8 @@ class PlugIn(Hypergradient):
         was not drawn has the value 0, unless the leader knows where its paths start.
 
         Example:
-            >>> from toy_cmdp import context_values, random_cmdp
+            >>> from toy_cmdp import random_cmdp
+            >>> from toy_cmdp.exact import context_values
             >>> problem = random_cmdp()  # its leader moves all tables, and knows them: the model is the world
             >>> contexts = torch.tensor([0, 1])
             >>> _ = problem.follower.respond(problem.leader, contexts)

@@ -16,7 +16,7 @@ from toy_cmdp.exact import context_values, leader_value
 from toy_cmdp.parallel import parallel
 from toy_cmdp.plug_in import PlugIn
 
-_WINDOW = 10  # leader steps over which values are averaged: a leader at a cliff of its value is now above, now below it
+_WINDOW = 3  # leader steps averaged: many would hide a leader that rises, one is unlucky at a cliff of the value
 
 
 class ParallelClimb(Climb):
@@ -152,7 +152,7 @@ class SampledClimb(ParallelClimb):
         self._values: deque[Tensor] = deque(maxlen=_WINDOW)  # [n] each, of the latest leader steps
 
     def advance(self, steps: int) -> Tensor:
-        """See `Climb.advance`: values in the fitted models, means of the last ten leader steps, [n]."""
+        """See `Climb.advance`: values in the fitted models, means of the last three leader steps, [n]."""
         for _ in range(steps):
             self._ascend()
         return torch.stack(list(self._values)).mean(0)

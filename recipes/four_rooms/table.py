@@ -82,8 +82,8 @@ def search(unit: Unit, config: TableConfig, slip: float) -> dict[str, Any]:
 
     Returns:
         `temperature`, `price`, `seed`, `value` (exact, of the winner), `best_start` (its number), `weights` [105],
-        `curve` (one [leader step, best, median] for every ten leader steps, over the leaders still climbing; exact or
-        sampled values, whichever the search decides by), `leader_steps` (of all leaders together),
+        `curve` (one [leader step, best, median] for every ten leader steps, over the leaders still climbing; values are
+        exact or those in the fitted model, whichever the search decides by), `leader_steps` (of all leaders together),
         `environment_steps` (mean of a leader step; None with exact gradients) and `seconds` (of the processor).
     """
     began = time.process_time()
