@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracles import MUTANTS, assert_close, assert_unbiased, enumerated_gradient, implicit_gradient, relative_error
 
-from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem
+from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, PolicyResponse, Problem
 from align_cbrl.cli import main
 from align_cbrl.functional import returns_to_go
 from align_cbrl.geometric import GradientEstimator
@@ -510,3 +510,19 @@ def test_the_recipe_resumes_and_refuses_another_configuration(tmp_path):
     assert [row["given"] is not None for row in first["coverage"]] == [True] * 4
     assert (tmp_path / "run" / "report.html").exists()
     assert main([*run, "--resume", "--set", "seed=1"]) != 0
+
+
+def test_a_resumed_run_remembers_its_transitions(tmp_path):
+    def run(folder, steps):
+        problem = reward_only(seed=1)
+        estimator = PlugIn(problem.follower.cmdp, memory=TransitionMemory())
+        optimizer = torch.optim.Adam(problem.parameters, lr=0.05, maximize=True)
+        config = HPGDConfig(steps=steps, contexts_per_step=16, group_size=1, progress=False, checkpoint_every=2)
+        HPGD(problem, optimizer, estimator, config, folder).run(resume=True)
+        return problem.parameters[0].detach(), estimator.memory.steps
+
+    whole, seen = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 4)
+    parts, seen_in_parts = run(tmp_path / "parts", 6)
+    assert seen_in_parts == seen > 0
+    assert torch.equal(parts, whole)

@@ -73,7 +73,7 @@ def _values(problem: Problem) -> Tensor:
     log_policy = torch.log_softmax(soft_logits(q, tables.log_prior, temperature), -1)
 
     policy = log_policy.exp()
-    utility, _ = _utility(problem.objective, leader, cmdp, log_policy, tables)
+    utility, _ = utility_and_credit(problem.objective, leader, cmdp, log_policy, tables)
     with torch.no_grad():
         leader_fixed = leader_factors.solve((policy * utility).sum(-1))
     q_leader = utility + go_on_leader * expected_next(tables.transition, leader_fixed)
@@ -146,7 +146,7 @@ def exact_world(problem: Problem) -> ExactWorld:
     """
     leader, follower = _tabular(problem)
     tables, solution = follower.solve(leader)
-    utility, credit = _utility(problem.objective, leader, follower.cmdp, solution.log_policy, tables)
+    utility, credit = utility_and_credit(problem.objective, leader, follower.cmdp, solution.log_policy, tables)
     with torch.no_grad():
         policy = solution.log_policy.exp()
         law = tables.detach().transition
@@ -336,7 +336,7 @@ def _fixed_point(image: Tensor, fixed_point: Tensor, factors: PolicySystem) -> T
     return out
 
 
-def _utility(
+def utility_and_credit(
     objective: Objective, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, tables: Tables
 ) -> tuple[Tensor, Tensor]:
     """Utility and credit of a supported objective, [C, S, A], through which log_policy may flow.
@@ -347,12 +347,12 @@ def _utility(
         return _pairs(objective, leader, cmdp, log_policy, tables)
     inner = getattr(objective, "objective", None)
     if isinstance(inner, Objective):
-        utility, credit = _utility(inner, leader, cmdp, log_policy, tables)
+        utility, credit = utility_and_credit(inner, leader, cmdp, log_policy, tables)
         if isinstance(objective, KLPriced):
             price = objective.price * (log_policy if tables.log_prior is None else log_policy - tables.log_prior)
             return utility - price, credit - price
         if isinstance(objective, Constrained):
-            cost, _ = _utility(objective.cost, leader, cmdp, log_policy, tables)
+            cost, _ = utility_and_credit(objective.cost, leader, cmdp, log_policy, tables)
             return utility - objective.multiplier * cost, credit - objective.multiplier * cost
         return utility, credit
     if isinstance(objective, ExpectedUtility) and isinstance(objective.utility_function, TabularUtility):

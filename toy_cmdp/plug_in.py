@@ -19,7 +19,7 @@ from align_cbrl.hypergradient import Hypergradient
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
-from toy_cmdp.exact import _utility
+from toy_cmdp.exact import utility_and_credit
 from toy_cmdp.solve import by_context, continuation, soft_logits
 from toy_cmdp.sparse import SparseTransition
 from toy_cmdp.transition import expected_next, policy_system, pushed
@@ -226,6 +226,15 @@ class PlugIn(Hypergradient):
             self.memory.counts = counts
         return {"objective": objective.item(), "gradient_norm": math.sqrt(squares)}, values.detach()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The memory's, if there is one: HPGD keeps it in its checkpoints."""
+        return {} if self.memory is None else self.memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        if self.memory is not None:
+            self.memory.load_state_dict(state)
+
     def project(self, problem: Problem, rollouts: Rollouts, directions: Tensor) -> Projection:
         """The estimate, without shrinkage and damping, along `directions` [D, n], with standard errors.
 
@@ -348,7 +357,7 @@ class PlugIn(Hypergradient):
         with torch.no_grad():
             model = self._fit(problem, tables, rollouts, counts)
         leader = require_tabular(problem.leader)
-        utility, credit = _utility(problem.objective, leader, self.cmdp, model.log_policy, tables)
+        utility, credit = utility_and_credit(problem.objective, leader, self.cmdp, model.log_policy, tables)
         with torch.no_grad():
             noise = shrinkage / (model.visits + self.strength)
             world = _World(self.cmdp, problem, model, tables.detach(), utility.detach(), credit.detach(), noise)
