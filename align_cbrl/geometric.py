@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import struct
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from align_cbrl.critics import GroupCritic
 from align_cbrl.errors import InputError
 from align_cbrl.functional import returns_to_go
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Critic, Problem, check_discount, per_path, step_seed
 from align_cbrl.rollouts import Rollouts, check_finite
 
@@ -110,12 +109,8 @@ class GradientEstimator(Hypergradient):
             surrogate = surrogate + (weight[:, 0] * self._value(critique.value)[:, 0] * log_initial).sum()
 
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                squares += float(gradient.double().pow(2).sum())
-        return {"objective": float((direct * utility).sum()), "gradient_norm": math.sqrt(squares)}
+        norm = accumulate(problem, gradients)
+        return {"objective": float((direct * utility).sum()), "gradient_norm": norm}
 
     def _value(self, value: Tensor | None) -> Tensor:
         if value is None:

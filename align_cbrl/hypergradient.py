@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,23 @@ class Hypergradient(abc.ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def accumulate(problem: Problem, gradients: Sequence[Tensor | None]) -> float:
+    """Add gradients to `.grad`, one for each of `problem.parameters`, and return their norm; None stands for zero.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> accumulate(problem, [3 * torch.ones(5, dtype=torch.float64)]) == 45**0.5, problem.leader.x.grad.tolist()
+        (True, [3.0, 3.0, 3.0, 3.0, 3.0])
+    """
+    squares = 0.0
+    for parameter, gradient in zip(problem.parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            squares += float(gradient.double().pow(2).sum())
+    return math.sqrt(squares)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Follower, Leader, Problem
 from align_cbrl.random_numbers import generator_for
 from align_cbrl.rollouts import Rollouts
@@ -77,7 +77,7 @@ class Truncated(Hypergradient):
         generator = generator_for(problem, rollouts, self.seed)
         stops = [self.iterations]
         [(gradients, metrics)] = gradients_after(stops, self.estimator, problem, rollouts.contexts, generator)
-        norm = _accumulate(problem, gradients)
+        norm = accumulate(problem, gradients)
         return {**metrics, "gradient_norm": norm, "lower_iterations": float(self.iterations)}
 
 
@@ -145,7 +145,7 @@ class RandomlyTruncated(Hypergradient):
         results = gradients_after(stops, self.estimator, problem, rollouts.contexts, generator)
         (first, base), (near, coarse), (far, fine) = results[0], results[-2], results[-1]
         weight = 1 / float(self.probabilities[level - 1])
-        norm = _accumulate(problem, [g1 + weight * (g3 - g2) for g1, g2, g3 in zip(first, near, far, strict=True)])
+        norm = accumulate(problem, [g1 + weight * (g3 - g2) for g1, g2, g3 in zip(first, near, far, strict=True)])
         return {
             "objective": base["objective"] + weight * (fine["objective"] - coarse["objective"]),
             "gradient_norm": norm,
@@ -185,12 +185,3 @@ def gradients_after(
         for parameter, gradient in zip(problem.parameters, kept, strict=True):
             parameter.grad = gradient
     return levels
-
-
-def _accumulate(problem: Problem, gradients: Sequence[Tensor]) -> float:
-    """Add the gradients to `.grad`; their norm."""
-    squares = 0.0
-    for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
-        squares += float(gradient.double().pow(2).sum())
-    return squares**0.5

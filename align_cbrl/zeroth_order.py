@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
 from align_cbrl.random_numbers import generator_for
 from align_cbrl.rollouts import Rollouts
@@ -117,13 +117,10 @@ class ZerothOrder(Hypergradient):
         finally:
             _place(problem, centre)
             problem.follower.load_state_dict(start)
-        squares = 0.0
-        for parameter, gradient in zip(parameters, total, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            squares += float(gradient.double().pow(2).sum())
+        norm = accumulate(problem, total)
         return {
             "objective": sum(values) / len(values) if values else base,
-            "gradient_norm": squares**0.5,
+            "gradient_norm": norm,
             "responses": float(len(values) or self.directions + 1),
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.objectives import Constrained, ExpectedUtility, KLPriced, PreferenceLikelihood
 from align_cbrl.problem import Critic, Critique, Objective, Problem
 from align_cbrl.rollouts import Rollouts
@@ -95,12 +95,8 @@ class ImplicitHypergradient(Hypergradient):
         """Add the exact gradient to `.grad`; `objective` is the exact J, and the rollouts are not looked at."""
         value = leader_value(problem)
         gradients = torch.autograd.grad(value, problem.parameters, allow_unused=True)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                squares += gradient.pow(2).sum().item()
-        return {"objective": value.item(), "gradient_norm": squares**0.5}
+        norm = accumulate(problem, gradients)
+        return {"objective": value.item(), "gradient_norm": norm}
 
 
 def context_values(problem: Problem) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Critic, Critique, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables
@@ -115,12 +115,9 @@ class PresentPolicyResponse(Hypergradient):
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`; `objective` is the leader's at the present policy."""
         frozen = present(problem, rollouts.contexts)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, expected_policy_response(frozen), strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            squares += float(gradient.double().pow(2).sum())
         world = exact_world(frozen)
+        norm = accumulate(problem, expected_policy_response(frozen, world))
         assert isinstance(frozen.follower, ExactFollower)
         values = (world.tables.initial.detach() * world.value).sum(-1)
         probabilities = frozen.follower.cmdp.context_probabilities.to(values)
-        return {"objective": float(problem.objective.aggregate(values, probabilities)), "gradient_norm": squares**0.5}
+        return {"objective": float(problem.objective.aggregate(values, probabilities)), "gradient_norm": norm}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP
@@ -89,11 +89,8 @@ class ObservedPolicyResponse(Hypergradient):
         frozen = FrozenPolicy(cmdp, follower.temperature, follower.discount, self.log_policy(rollouts))
         observed = dataclasses.replace(problem, follower=frozen)
         world = exact_world(observed)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, expected_policy_response(observed, world), strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            squares += gradient.pow(2).sum().item()
+        norm = accumulate(problem, expected_policy_response(observed, world))
         values = (world.tables.initial * world.value).sum(-1).detach()  # [C]
         objective = problem.objective.aggregate(values, cmdp.context_probabilities.to(values))
         each = {f"objective_{c}": values[c].item() for c in range(cmdp.contexts) if drawn[c]}
-        return {"objective": objective.item(), "gradient_norm": squares**0.5, **each}
+        return {"objective": objective.item(), "gradient_norm": norm, **each}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
@@ -217,14 +217,10 @@ class PlugIn(Hypergradient):
             share = self._share(problem, model, world, outputs, (slope * response).sum())
         surrogate = (slope * (direct + share * response)).sum()
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                squares += gradient.double().pow(2).sum().item()
+        norm = accumulate(problem, gradients)
         if self.memory is not None:
             self.memory.counts = counts
-        return {"objective": objective.item(), "gradient_norm": math.sqrt(squares)}, values.detach()
+        return {"objective": objective.item(), "gradient_norm": norm}, values.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The memory's, if there is one: HPGD keeps it in its checkpoints."""

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from align_cbrl import Hypergradient, InputError, PolicyResponse, Problem
-from align_cbrl.config import fingerprint, to_dict
-from align_cbrl.errors import CheckpointError
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.config import to_dict
 from align_cbrl.problem import step_seed
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
+from recipes.parts import claim, measured
 from toy_cmdp import ExactCritic, ExactFollower, ImplicitHypergradient, expected_policy_response, random_cmdp
 from toy_cmdp.frozen_policy import present
 from toy_cmdp.iterative import SoftValueIteration
@@ -64,17 +63,8 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    mark = out / "fingerprint.json"
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != fingerprint(config):
-        raise CheckpointError(f"{out} holds a run of another configuration; choose another --out")
-    mark.write_text(json.dumps(fingerprint(config)), encoding="utf-8")
-    file = out / "problems.jsonl"
-    done = len(MetricsLog.read(file)) if file.exists() else 0
-    with MetricsLog(file) as log:
-        for number in range(done, config.problems):
-            log.append({"problem": number, **measure(config, config.seed + number)})
-            print(f"problem {number + 1} of {config.problems}", flush=True)
-    problems = MetricsLog.read(file)
+    claim(out, config)
+    problems = measured(out / "problems.jsonl", config.problems, lambda number: measure(config, config.seed + number))
 
     rows = []
     for name in problems[0]["ascent"]:

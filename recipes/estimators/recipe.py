@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from align_cbrl import InputError
-from align_cbrl.config import fingerprint, to_dict
-from align_cbrl.errors import CheckpointError
+from align_cbrl.config import to_dict
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
 from recipes.estimators.study import ORACLES, Cell, measure
+from recipes.parts import claim
 from toy_cmdp.validate import PROBLEMS
 
 _SHOWN = ("plug-in", "visit-averaged", "BC-HG", "policy response", "direct only", "exact critic")
@@ -56,11 +56,8 @@ def run(config: Config, out: Path, resume: bool) -> None:
     Raises:
         CheckpointError: `out` holds a run of another configuration.
     """
-    mark = out / "fingerprint.json"
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != fingerprint(config):
-        raise CheckpointError(f"{out} holds a run of another configuration; choose another --out")
+    claim(out, config)
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(fingerprint(config)), encoding="utf-8")
 
     cells = _cells(config)
     results = []

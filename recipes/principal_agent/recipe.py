@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from align_cbrl import DirectOnly, InputError, Problem
-from align_cbrl.config import fingerprint, to_dict
-from align_cbrl.errors import CheckpointError
+from align_cbrl.config import to_dict
 from align_cbrl.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
+from recipes.parts import claim
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
 from toy_cmdp.closed_forms import optimal_bonus
 from toy_cmdp.principal_agent import PrincipalAgentLeader, principal_agent
@@ -62,10 +62,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    mark = out / "fingerprint.json"
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != fingerprint(config):
-        raise CheckpointError(f"{out} holds a run of another configuration; choose another --out")
-    mark.write_text(json.dumps(fingerprint(config)), encoding="utf-8")
+    claim(out, config)
 
     sweep = _part(out / "closed_form.json", lambda: closed_form(config))
     contract = _part(out / "contract.json", lambda: contract_by_outcome(config))

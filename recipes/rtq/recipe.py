@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from align_cbrl import InputError, Problem
-from align_cbrl.config import fingerprint, to_dict
-from align_cbrl.errors import CheckpointError
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.config import to_dict
 from align_cbrl.problem import step_seed
 from align_cbrl.randomly_truncated import RandomlyTruncated, gradients_after
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
+from recipes.parts import claim, measured
 from toy_cmdp import ExactFollower, expected_policy_response, random_cmdp
 from toy_cmdp.frozen_policy import PresentPolicyResponse
 from toy_cmdp.iterative import NaturalPolicyGradient
@@ -59,17 +58,8 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    mark = out / "fingerprint.json"
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != fingerprint(config):
-        raise CheckpointError(f"{out} holds a run of another configuration; choose another --out")
-    mark.write_text(json.dumps(fingerprint(config)), encoding="utf-8")
-    file = out / "problems.jsonl"
-    done = len(MetricsLog.read(file)) if file.exists() else 0
-    with MetricsLog(file) as log:
-        for number in range(done, config.problems):
-            log.append({"problem": number, **measure(config, config.seed + number)})
-            print(f"problem {number + 1} of {config.problems}", flush=True)
-    problems = MetricsLog.read(file)
+    claim(out, config)
+    problems = measured(out / "problems.jsonl", config.problems, lambda number: measure(config, config.seed + number))
 
     rows = [_row(config, level, problems) for level in range(1, config.max_level + 1)]
     budgets = [_budget_row(budget, i, problems) for i, budget in enumerate(config.budgets)]

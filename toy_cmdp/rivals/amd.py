@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.exact import exact_world
@@ -84,13 +83,9 @@ class AMD(Hypergradient):
         probabilities = cmdp.context_probabilities.to(per_context)
         surrogate = (world.importance * probabilities * per_context).sum()
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                squares += gradient.pow(2).sum().item()
+        norm = accumulate(problem, gradients)
         objective = problem.objective.aggregate((tables.initial.detach() * value).sum(-1), probabilities)
-        return {"objective": objective.item(), "gradient_norm": math.sqrt(squares)}
+        return {"objective": objective.item(), "gradient_norm": norm}
 
     def _visits(self, law: Transition, policy: Tensor, start: Tensor) -> Tensor:
         """The first `sweeps` terms of sum_j (gamma P_pi^T)^j start, [C, S]; `policy` carries the discount."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import Hypergradient
+from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import Tables
@@ -86,15 +86,11 @@ class ValuePenalty(Hypergradient):
         )
         surrogate = mixture - penalty * best
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
-        squares = 0.0
-        for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                squares += gradient.pow(2).sum().item()
+        norm = accumulate(problem, gradients)
         with torch.no_grad():
             start = problem.follower.cmdp.context_probabilities[:, None] * tables.initial  # type: ignore[attr-defined]
             objective = (start * (response.value - penalty * world.solution.value)).sum()
-        return {"objective": objective.item(), "gradient_norm": math.sqrt(squares)}
+        return {"objective": objective.item(), "gradient_norm": norm}
 
 
 def _value_at_fixed_policy(

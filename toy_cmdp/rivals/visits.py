@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.functional import discount_powers, eligibility_trace
+from align_cbrl.hypergradient import accumulate
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem, per_path
 from align_cbrl.rollouts import Rollouts
@@ -108,12 +108,7 @@ def add_gradient(problem: Problem, rollouts: Rollouts, visits: Visits, source: T
     if own is not None:
         surrogate = surrogate + own
     gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
-    squares = 0.0
-    for parameter, gradient in zip(problem.parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            squares += float(gradient.double().pow(2).sum())
-    return math.sqrt(squares)
+    return accumulate(problem, gradients)
 
 
 def require_expected_utility(problem: Problem, name: str) -> None:
