@@ -132,7 +132,11 @@ def test_validate_reports_every_route():
         "rival_direct_only",
     }
     assert routes["random_cmdp_priced"] == always
-    assert routes["layered"] == always | {"amd", "sampled_geometric"}  # two discounts: no penalty; P moves: no BC-HG
+    assert routes["layered"] == always | {
+        "amd",
+        "sampled_geometric",
+        "rt_q",
+    }  # two discounts: no penalty; P moves: no BC-HG
     sparse = {row.route for row in rows if row.problem == "gridworld"}
     assert {"rival_value_penalty", "rival_visit_averaged", "rival_bc_hg"} <= sparse
     assert "sampled_plug_in" not in sparse

@@ -18,6 +18,7 @@ from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
 from align_cbrl.myopic import Myopic
 from align_cbrl.objectives import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
 from align_cbrl.problem import Problem, step_seed
+from align_cbrl.randomly_truncated import RandomlyTruncated
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.zeroth_order import ZerothOrder
 from toy_cmdp.cmdp import ContextualMDP, require_tabular
@@ -25,9 +26,12 @@ from toy_cmdp.exact import ExactCritic, expected_policy_response, leader_value
 from toy_cmdp.follower import ExactFollower
 from toy_cmdp.four_rooms import four_rooms
 from toy_cmdp.free_rewards import free_rewards
+from toy_cmdp.frozen_policy import PresentPolicyResponse
 from toy_cmdp.gridworld import gridworld
+from toy_cmdp.iterative import NaturalPolicyGradient
 from toy_cmdp.mechanism import mechanism
 from toy_cmdp.meta_rl import meta_rl
+from toy_cmdp.observed_policy import ObservedPolicyResponse
 from toy_cmdp.plug_in import PlugIn
 from toy_cmdp.preferences import preferences
 from toy_cmdp.principal_agent import principal_agent
@@ -35,13 +39,14 @@ from toy_cmdp.random_cmdp import random_cmdp
 from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, ValuePenalty, VisitAveraged
 from toy_cmdp.sparse import SparseTransition
 from toy_cmdp.stackelberg_game import stackelberg_game
-from toy_cmdp.tax_design import tax_design
+from toy_cmdp.tax_design import TaxLeader, tax_design
 
 REFEREE = "implicit"
 _Z_LIMIT = 4.0
 _DIRECTIONS = 8
 _SWEEPS = 3_000  # gamma^3000 = 8e-14 at 0.99
 _RADIUS = 1e-4  # of the smoothing
+_LEVELS = 3  # 16 iterations at most, of a follower that converges quadratically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +168,28 @@ def _moves_rewards_only(problem: Problem) -> bool:
     return _is_expectation(problem) and not any(table is not None and table.requires_grad for table in others)
 
 
+class _Trained(Hypergradient):
+    """RT-Q around a follower that trains by natural policy gradient, in place of the problem's exact follower."""
+
+    def __init__(self, max_level: int) -> None:
+        self._estimator = RandomlyTruncated(PresentPolicyResponse(), max_level)
+
+    def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
+        """See `Hypergradient.backward`."""
+        exact = problem.follower
+        follower = NaturalPolicyGradient(_cmdp(problem), exact.temperature, exact.discount, iterations=0, horizon=1)
+        return self._estimator.backward(dataclasses.replace(problem, follower=follower), rollouts)
+
+
+def _on_a_line(problem: Problem) -> bool:
+    return isinstance(problem.leader, TaxLeader)
+
+
+def _observed(problem: Problem) -> Hypergradient:
+    assert isinstance(problem.leader, TaxLeader)
+    return ObservedPolicyResponse(_cmdp(problem), problem.leader.assets)
+
+
 SAMPLED: tuple[Route, ...] = (
     Route("sampled_exact_critic", lambda problem: PolicyResponse(ExactCritic()), 0.0),
     Route("sampled_geometric", lambda problem: GradientEstimator(ExactCritic()), 0.0, _is_expectation),
@@ -175,6 +202,8 @@ SAMPLED: tuple[Route, ...] = (
         None,
         _moves_rewards_only,
     ),
+    Route("sampled_observed_policy", _observed, 0.05, _on_a_line),
+    Route("rt_q", lambda problem: _Trained(_LEVELS), 0.01, _is_expectation),
     Route("zeroth_order", lambda problem: ZerothOrder(_RADIUS, directions=_DIRECTIONS, value=leader_value), 0.01),
     Route("rival_myopic", lambda problem: Myopic(ExactCritic()), None),
     Route("rival_direct_only", lambda problem: DirectOnly(ExactCritic()), None),
