@@ -12,6 +12,7 @@ from pathlib import Path
 from align_cbrl.errors import InputError
 
 Cell = str | float | int | None
+_LEGEND = 4  # curves in a panel, above which one legend stands below the picture
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a5b", "#8a6bb1", "#b8892b", "#5b6770")
 
 
@@ -133,6 +134,7 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
         FigureCanvasAgg(canvas)
         names = list(dict.fromkeys(name for panel in panels for name in panel.curves))  # one colour a name throughout
         colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+        crowded = any(len(panel.curves) > _LEGEND for panel in panels)  # too many for a legend that hides no curve
         for position, panel in enumerate(panels, start=1):
             axes = canvas.add_subplot(rows, columns, position)
             for name, (x, y, *band) in panel.curves.items():
@@ -153,8 +155,14 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
             axes.spines["bottom"].set_color("#b9bfc6")
             axes.tick_params(colors="#57606a", length=0)
             axes.margins(x=0.02)
-            if len(panel.curves) > 1:
+            if len(panel.curves) > 1 and not crowded:
                 axes.legend(frameon=False, fontsize=9.5, handlelength=1.4, labelcolor="#22272e")
+        if crowded:
+            lines = {str(line.get_label()): line for axes in canvas.axes for line in axes.get_lines()}
+            canvas.legend(
+                list(lines.values()), list(lines), loc="outside lower center", ncols=min(len(lines), 6), frameon=False,
+                fontsize=9.5, handlelength=1.4, labelcolor="#22272e",
+            )  # fmt: skip
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, format="png")

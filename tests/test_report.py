@@ -91,3 +91,18 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'align-cbrl\[plots\]'"):
         curves_png(tmp_path / "a.png", [Panel("Judge", "", "", {})])
+
+
+def test_many_curves_share_a_legend_below_the_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure as Canvas
+
+    seen = []
+    monkeypatch.setattr(Canvas, "savefig", lambda canvas, path, **_: seen.append(canvas))
+    for count in (4, 5):
+        curves = {f"curve {i}": ([0.0, 1.0], [0.0, float(i)]) for i in range(count)}
+        curves_png(tmp_path / "curves.png", [Panel("one", "x", "y", curves), Panel("two", "x", "y", curves)])
+    few, many = seen
+    assert [len(canvas.legends) for canvas in seen] == [0, 1]
+    assert all(axes.get_legend() is not None for axes in few.axes)
+    assert all(axes.get_legend() is None for axes in many.axes)
+    assert len(many.legends[0].get_texts()) == 5
