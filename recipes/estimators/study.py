@@ -142,6 +142,8 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
                 continue
             seconds[name] += time.process_time() - began
             errors[name].append(estimate - truth)
+        if "plug-in" in refused:
+            continue
         projected = PlugIn(follower.cmdp).project(problem, rollouts, axes)
         if bool(projected.standard_error.isfinite().all()):
             target = axes @ truth
