@@ -10,7 +10,7 @@ import torch
 from align_cbrl.critics import FittedCritic
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
-from align_cbrl.problem import Leader, Problem
+from align_cbrl.problem import Follower, Leader, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp import (
     ContextualMDP,
@@ -197,7 +197,7 @@ def test_problems_that_are_not_tabular():
     with pytest.raises(InputError, match=r"objective: the exact route takes ExpectedUtility\(TabularUtility"):
         leader_value(dataclasses.replace(problem, objective=objective))
 
-    class Foreign(ExactFollower.__base__):  # type: ignore[name-defined, misc]
+    class Foreign(Follower):
         temperature, discount = 1.0, 0.0
 
         def sample_contexts(self, count, generator):
@@ -205,7 +205,7 @@ def test_problems_that_are_not_tabular():
 
         respond = rollout = sample_contexts
 
-    with pytest.raises(InputError, match="follower: the exact route takes an ExactFollower, got Foreign"):
+    with pytest.raises(InputError, match="follower: expected an ExactFollower, got Foreign"):
         leader_value(dataclasses.replace(problem, follower=Foreign()))
 
 

@@ -14,7 +14,7 @@ from align_cbrl.objectives import Constrained, ExpectedUtility, KLPriced, Prefer
 from align_cbrl.problem import Critic, Critique, Objective, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, gather_steps, require_tabular
-from toy_cmdp.follower import ExactFollower, make_rollouts
+from toy_cmdp.follower import ExactFollower, make_rollouts, require_exact
 from toy_cmdp.solve import SoftSolution, by_context, continuation, per_state, soft_logits
 from toy_cmdp.sparse import SparseTransition
 from toy_cmdp.transition import PolicySystem, expected_next, policy_system, pushed
@@ -48,7 +48,7 @@ def leader_value(problem: Problem) -> Tensor:
         torch.Size([5])
     """
     values = _values(problem)
-    probabilities = problem.follower.cmdp.context_probabilities.to(values.dtype)  # type: ignore[attr-defined]
+    probabilities = require_exact(problem.follower).cmdp.context_probabilities.to(values.dtype)
     return problem.objective.aggregate(values, probabilities)
 
 
@@ -388,10 +388,7 @@ def _same(discount: float | Tensor, problem: Problem) -> bool:
 
 
 def _tabular(problem: Problem) -> tuple[TabularLeader, ExactFollower]:
-    leader = require_tabular(problem.leader)
-    if not isinstance(problem.follower, ExactFollower):
-        raise InputError(f"follower: the exact route takes an ExactFollower, got {type(problem.follower).__name__}")
-    return leader, problem.follower
+    return require_tabular(problem.leader), require_exact(problem.follower)
 
 
 def _one_hot(width: int, like: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ _NEGLIGIBLE = 1e-3
 _BLOCK = 16  # steps between two looks at whether all paths are over
 
 
-class ExactFollower(Follower):
-    """Best-responds exactly, in all contexts, and warm-starts from its last response.
+class TabularFollower(Follower):
+    """What all followers of a table share: nature, numbers, and paths of the policy that was shown last.
+
+    A subclass trains in `respond`, and shows what came of it with `_show`.
 
     Args:
         cmdp: nature and the ends of episodes.
@@ -33,14 +35,6 @@ class ExactFollower(Follower):
 
     Raises:
         InputError: a temperature, discount or horizon out of range.
-
-    Example:
-        >>> from toy_cmdp import random_cmdp
-        >>> problem = random_cmdp()
-        >>> follower = problem.follower
-        >>> _ = follower.respond(problem.leader, torch.tensor([0]))
-        >>> follower.rollout(torch.tensor([0, 1]), 4, torch.Generator().manual_seed(0)).size
-        8
     """
 
     def __init__(
@@ -62,33 +56,15 @@ class ExactFollower(Follower):
         self.discount = discount
         longest = max(float(torch.as_tensor(discount).max()), leader_discount)
         self.horizon = default_horizon(longest) if horizon is None else horizon
-        self._value: Tensor | None = None  # the last response's V, which the next one starts from
-        self._sampler: PathSampler | None = None  # of the last response; made when paths are first asked for
-        self._unsampled: tuple[Tables, Tensor] | None = None
-        self._latest: Tensor | None = None  # the same for `solve`: evaluating J must not change what a run repeats
+        self._shown: tuple[Tables, Tensor] | None = None  # tables and log-policy
+        self._sampler: PathSampler | None = None  # of what is shown; made when paths are first asked for
 
     def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` contexts by nature's law, long [count]."""
         return torch.multinomial(self.cmdp.context_probabilities, count, replacement=True, generator=generator)
 
-    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
-        """Solve for the best response in all contexts. Metrics: `iterations`, `residual` of the Bellman equation."""
-        with torch.no_grad():
-            tables = require_tabular(leader).tables()
-            solution = self._solve(tables, self._value)
-        self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
-        self._sampler, self._unsampled = None, (tables, solution.log_policy)
-        return {"iterations": float(solution.iterations), "residual": solution.residual}
-
-    def solve(self, leader: Leader) -> tuple[Tables, SoftSolution]:
-        """The leader's tables, with their graph, and the best response to them; the follower's state stays."""
-        tables = require_tabular(leader).tables()
-        solution = self._solve(tables, self._latest)
-        self._latest = solution.value
-        return tables, solution
-
     def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
-        """Sample paths of the last response.
+        """Sample paths of the present policy.
 
         `steps` hold "state" (long [B, T + 1], -1 once the episode is over), "action" (long [B, T]), "ended" (bool [B])
         and "log_policy_all" ([B, T, A], the log-probabilities of all actions). Steps share a `group` number where
@@ -97,15 +73,66 @@ class ExactFollower(Follower):
         Raises:
             InputError: contexts out of range, a group size below one, or no response yet.
         """
-        if self._unsampled is None:
+        if self._shown is None:
             raise InputError("rollout: the follower has no policy yet; call respond(leader, contexts) first")
         if group_size < 1:
             raise InputError(f"group_size: expected at least 1, got {group_size}")
         if contexts.numel() == 0 or not bool(((contexts >= 0) & (contexts < self.cmdp.contexts)).all()):
             raise InputError(f"contexts: expected numbers in [0, {self.cmdp.contexts}), got {contexts.tolist()}")
         if self._sampler is None:
-            self._sampler = PathSampler(*self._unsampled, self.cmdp.terminal)
+            self._sampler = PathSampler(*self._shown, self.cmdp.terminal)
         return self._sampler.sample(contexts.repeat_interleave(group_size), self.horizon, generator)
+
+    def _show(self, tables: Tables, log_policy: Tensor) -> None:
+        self._shown, self._sampler = (tables, log_policy), None
+
+    def _hide(self) -> None:
+        """`respond` has to be called before the next `rollout`."""
+        self._shown = self._sampler = None
+
+
+class ExactFollower(TabularFollower):
+    """Best-responds exactly, in all contexts, and warm-starts from its last response.
+
+    Arguments and errors are those of `TabularFollower`.
+
+    Example:
+        >>> from toy_cmdp import random_cmdp
+        >>> problem = random_cmdp()
+        >>> follower = problem.follower
+        >>> _ = follower.respond(problem.leader, torch.tensor([0]))
+        >>> follower.rollout(torch.tensor([0, 1]), 4, torch.Generator().manual_seed(0)).size
+        8
+    """
+
+    def __init__(
+        self,
+        cmdp: ContextualMDP,
+        temperature: float | Tensor,
+        discount: float | Tensor,
+        *,
+        horizon: int | None = None,
+        leader_discount: float = 0.0,
+    ) -> None:
+        super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
+        self._value: Tensor | None = None  # the last response's V, which the next one starts from
+        self._latest: Tensor | None = None  # the same for `solve`: evaluating J must not change what a run repeats
+
+    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
+        """Solve for the best response in all contexts. Metrics: `iterations`, `residual` of the Bellman equation."""
+        with torch.no_grad():
+            tables = require_tabular(leader).tables()
+            solution = self._solve(tables, self._value)
+        self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
+        self._show(tables, solution.log_policy)
+        return {"iterations": float(solution.iterations), "residual": solution.residual}
+
+    def solve(self, leader: Leader) -> tuple[Tables, SoftSolution]:
+        """The leader's tables, with their graph, and the best response to them; the follower's state stays."""
+        tables = require_tabular(leader).tables()
+        solution = self._solve(tables, self._latest)
+        self._latest = solution.value
+        return tables, solution
 
     def state_dict(self) -> dict[str, Any]:
         """The last response's V_lambda, [C, S]: where the next response starts, hence all that a resumed run needs."""
@@ -120,12 +147,23 @@ class ExactFollower(Follower):
                 "the state belongs to another problem"
             )
         self._value = None if value is None else value.clone()
-        self._sampler = self._unsampled = None
+        self._hide()
 
     def _solve(self, tables: Tables, start: Tensor | None) -> SoftSolution:
         return soft_policy_iteration(
             self.cmdp, tables, temperature=self.temperature, discount=self.discount, start=start
         )
+
+
+def require_exact(follower: Follower) -> ExactFollower:
+    """The follower, if it is one that solves its table.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(follower, ExactFollower):
+        raise InputError(f"follower: expected an ExactFollower, got {type(follower).__name__}")
+    return follower
 
 
 class PathSampler:

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.problem import Leader, check_discount, check_temperature, step_seed
+from align_cbrl.problem import Leader, step_seed
 from align_cbrl.randomly_truncated import IterativeFollower
-from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
-from toy_cmdp.follower import PathSampler, default_horizon
+from toy_cmdp.follower import TabularFollower
 from toy_cmdp.solve import by_context, continuation, per_state, soft_logits
 from toy_cmdp.sparse import SparseTransition
 from toy_cmdp.transition import expected_next, policy_system
 
 
-class TabularIterativeFollower(IterativeFollower):
+class TabularIterativeFollower(TabularFollower, IterativeFollower):
     """What the iterative followers share; a subclass writes `_iteration`.
 
     Args:
@@ -54,20 +53,11 @@ class TabularIterativeFollower(IterativeFollower):
         leader_discount: float = 0.0,
         seed: int = 0,
     ) -> None:
-        check_temperature("temperature", temperature, cmdp.contexts)
-        check_discount("discount", discount, cmdp.contexts)
-        check_discount("leader_discount", leader_discount)
+        super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
         _check_count("iterations", iterations)
-        if horizon is not None and horizon < 1:
-            raise InputError(f"horizon: expected at least one step, got {horizon}")
-        self.cmdp = cmdp
-        self.temperature = temperature
-        self.discount = discount
         self.iterations = iterations
         self.warm = warm
         self.seed = seed
-        longest = max(float(torch.as_tensor(discount).max()), leader_discount)
-        self.horizon = default_horizon(longest) if horizon is None else horizon
         self._responses = 0
         self.reset()
 
@@ -75,12 +65,7 @@ class TabularIterativeFollower(IterativeFollower):
         """Back to the prior: X = 0."""
         self._table: Tensor | None = None
         self._done = 0
-        self._tables: Tables | None = None
-        self._sampler: PathSampler | None = None
-
-    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` contexts by nature's law, long [count]."""
-        return torch.multinomial(self.cmdp.context_probabilities, count, replacement=True, generator=generator)
+        self._hide()
 
     def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
         """Train for `iterations`, from the prior or, where `warm`, from the last response. Metrics: `iterations`."""
@@ -108,27 +93,15 @@ class TabularIterativeFollower(IterativeFollower):
             for _ in range(iterations):
                 self._table = self._iteration(tables, self._table, self._done, generator)
                 self._done += 1
-        self._tables, self._sampler = tables, None
+        self._show(tables, torch.log_softmax(soft_logits(self._table, tables.log_prior, self.temperature), -1))
         return {"iterations": float(self._done)}
 
     @property
     def log_policy(self) -> Tensor:
         """The present policy, [C, S, A], log-probabilities. Raises InputError before the first response."""
-        if self._tables is None or self._table is None:
+        if self._shown is None:
             raise InputError("rollout: the follower has no policy yet; call respond(leader, contexts) first")
-        return torch.log_softmax(soft_logits(self._table, self._tables.log_prior, self.temperature), -1)
-
-    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
-        """Sample paths of the present policy; `steps` and errors as for `ExactFollower.rollout`."""
-        log_policy = self.log_policy
-        assert self._tables is not None
-        if self._sampler is None:
-            self._sampler = PathSampler(self._tables, log_policy, self.cmdp.terminal)
-        if group_size < 1:
-            raise InputError(f"group_size: expected at least 1, got {group_size}")
-        if contexts.numel() == 0 or not bool(((contexts >= 0) & (contexts < self.cmdp.contexts)).all()):
-            raise InputError(f"contexts: expected numbers in [0, {self.cmdp.contexts}), got {contexts.tolist()}")
-        return self._sampler.sample(contexts.repeat_interleave(group_size), self.horizon, generator)
+        return self._shown[1]
 
     def state_dict(self) -> dict[str, Any]:
         """X, the iterations done since the last reset, and the number of responses."""

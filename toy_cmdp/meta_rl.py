@@ -17,7 +17,7 @@ from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.arguments import check_between, check_sizes, nature_law
 from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, require_tabular
-from toy_cmdp.follower import ExactFollower
+from toy_cmdp.follower import ExactFollower, require_exact
 from toy_cmdp.solve import continuation
 from toy_cmdp.transition import policy_system
 
@@ -146,9 +146,7 @@ def average_response(problem: Problem) -> Tensor:
         >>> average_response(meta_rl()).sum(-1).allclose(torch.ones(7, dtype=torch.float64))
         True
     """
-    leader, follower = require_tabular(problem.leader), problem.follower
-    if not isinstance(follower, ExactFollower):
-        raise InputError(f"follower: expected an ExactFollower, got {type(follower).__name__}")
+    leader, follower = require_tabular(problem.leader), require_exact(problem.follower)
     with torch.no_grad():
         tables, solution = follower.solve(leader)
         policy = solution.log_policy.exp()

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.problem import Follower, Leader, check_discount, check_temperature, step_seed
-from align_cbrl.rollouts import Rollouts
+from align_cbrl.problem import Leader, step_seed
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
-from toy_cmdp.follower import PathSampler, default_horizon
+from toy_cmdp.follower import TabularFollower
 from toy_cmdp.solve import soft_logits
 from toy_cmdp.sparse import SparseTransition
 
 
-class NeuralSoftQFollower(Follower):
+class NeuralSoftQFollower(TabularFollower):
     """A stand-in for somebody else's deep RL: soft Q-learning with a target network, observed through its paths only.
 
     One network Q(c, s, .) of all actions serves all contexts. `environments` walkers act by the policy, one step an
@@ -90,9 +89,7 @@ class NeuralSoftQFollower(Follower):
         leader_discount: float = 0.0,
         seed: int = 0,
     ) -> None:
-        check_temperature("temperature", temperature, cmdp.contexts)
-        check_discount("discount", discount, cmdp.contexts)
-        check_discount("leader_discount", leader_discount)
+        super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
         first_updates = updates if first_updates is None else first_updates
         counts = {
             "updates": updates,
@@ -101,7 +98,6 @@ class NeuralSoftQFollower(Follower):
             "tries": tries,
             "draws": draws,
             "hidden": hidden,
-            "horizon": 1 if horizon is None else horizon,
         }
         for name, count in counts.items():
             if count < 1:
@@ -124,11 +120,6 @@ class NeuralSoftQFollower(Follower):
         for name, given in (("features", features), ("action_features", action_features)):
             if given is not None and not torch.isfinite(given).all():
                 raise InputError(f"{name}: expected finite numbers, got NaN or infinity; check how they were made")
-        self.cmdp = cmdp
-        self.temperature = temperature
-        self.discount = discount
-        longest = max(float(torch.as_tensor(discount).max()), leader_discount)
-        self.horizon = default_horizon(longest) if horizon is None else horizon
         self.updates, self.first_updates = updates, first_updates
         self.environments, self.tries, self.draws = environments, tries, draws
         self.hidden, self.learning_rate, self.target_rate = hidden, learning_rate, target_rate
@@ -136,12 +127,7 @@ class NeuralSoftQFollower(Follower):
         self._inputs = _network_inputs(cmdp, features)  # [C * S, F]
         self._action_features = None if action_features is None else action_features.float()
         self._learner: _Learner | None = None
-        self._sampler: PathSampler | None = None
         self._responses = 0
-
-    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` contexts by nature's law, long [count]."""
-        return torch.multinomial(self.cmdp.context_probabilities, count, replacement=True, generator=generator)
 
     def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
         """Train on freshly sampled transitions of all contexts.
@@ -162,19 +148,8 @@ class NeuralSoftQFollower(Follower):
         generator = torch.Generator().manual_seed(step_seed(self.seed, self._responses))
         error = self._train(tables, updates, generator)
         self._responses += 1
-        log_policy = self._log_policy(tables)
-        self._sampler = PathSampler(tables, log_policy, self.cmdp.terminal)
+        self._show(tables, self._log_policy(tables))
         return {"updates": float(updates), "bellman_error": error}
-
-    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
-        """Sample paths of the present policy; `steps` and errors as for `ExactFollower.rollout`."""
-        if self._sampler is None:
-            raise InputError("rollout: the follower has no policy yet; call respond(leader, contexts) first")
-        if group_size < 1:
-            raise InputError(f"group_size: expected at least 1, got {group_size}")
-        if contexts.numel() == 0 or not bool(((contexts >= 0) & (contexts < self.cmdp.contexts)).all()):
-            raise InputError(f"contexts: expected numbers in [0, {self.cmdp.contexts}), got {contexts.tolist()}")
-        return self._sampler.sample(contexts.repeat_interleave(group_size), self.horizon, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizer, walkers and the number of responses so far."""

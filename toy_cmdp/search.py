@@ -13,6 +13,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.problem import Problem, step_seed
 from align_cbrl.search import Climb
 from toy_cmdp.exact import context_values, leader_value
+from toy_cmdp.follower import require_exact
 from toy_cmdp.parallel import parallel
 from toy_cmdp.plug_in import PlugIn
 
@@ -69,9 +70,9 @@ class ParallelClimb(Climb):
 
     def _leaders_values(self, values: Tensor) -> Tensor:
         """Each leader's expectation [n] of what it gets in the contexts of the joint problem, `values` [C]."""
-        counts = torch.tensor([p.follower.cmdp.contexts for p in self.problems])  # type: ignore[attr-defined]
+        counts = torch.tensor([require_exact(p.follower).cmdp.contexts for p in self.problems])
         leader = torch.arange(len(counts)).repeat_interleave(counts)  # [C], which one a context belongs to
-        share = self._joint.follower.cmdp.context_probabilities * len(counts)  # type: ignore[attr-defined]
+        share = require_exact(self._joint.follower).cmdp.context_probabilities * len(counts)
         return values.new_zeros(len(counts)).index_add(0, leader, share * values)
 
 
@@ -148,7 +149,7 @@ class SampledClimb(ParallelClimb):
         self.used: list[int] = []
         self._budget, self._seed = environment_steps, seed
         self._make, self._estimator = estimator, estimator(self._joint)
-        self._length = float(self._joint.follower.horizon)  # type: ignore[attr-defined]  # of a path; corrected at once
+        self._length = float(require_exact(self._joint.follower).horizon)  # of a path; corrected at once
         self._values: deque[Tensor] = deque(maxlen=_WINDOW)  # [n] each, of the latest leader steps
 
     def advance(self, steps: int) -> Tensor:

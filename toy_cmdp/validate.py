@@ -253,9 +253,9 @@ def _validate_one(name: str, problem: Problem, seed: int, repetitions: int, path
         "expected_policy_response": (lambda p: _flat(expected_policy_response(p)), 1e-9),
     }
     if _is_expectation(problem):
-        exact["amd"] = (lambda p: _gradient(p, AMD(_SWEEPS)), 1e-6)
+        exact["amd"] = (lambda p: estimate(p, AMD(_SWEEPS)), 1e-6)
         if bool((torch.as_tensor(problem.follower.discount) == problem.objective.discount).all()):
-            exact["rival_value_penalty"] = (lambda p: _gradient(p, ValuePenalty()), None)
+            exact["rival_value_penalty"] = (lambda p: estimate(p, ValuePenalty()), None)
     for title, (gradient, tolerance) in exact.items():
         started = time.perf_counter()
         error = _relative(gradient(problem), referee)
@@ -264,13 +264,13 @@ def _validate_one(name: str, problem: Problem, seed: int, repetitions: int, path
 
     judged = [route for route in SAMPLED if route.applies(problem)]
     estimates, seconds = _on_the_same_paths(problem, judged, repetitions=repetitions, paths=paths, seed=seed)
-    for route, estimate, spent in zip(judged, estimates, seconds, strict=True):
-        error = _relative(estimate.mean(0), referee)
-        share = float(estimate.var(0).sum().div(repetitions).sqrt() / referee.norm())
+    for route, found, spent in zip(judged, estimates, seconds, strict=True):
+        error = _relative(found.mean(0), referee)
+        share = float(found.var(0).sum().div(repetitions).sqrt() / referee.norm())
         if route.allowance is None:
             rows.append(ValidationRow(name, route.name, error, share, math.nan, None, spent))
             continue
-        z = float(deviations(estimate, referee, allowance=route.allowance).abs().max())
+        z = float(deviations(found, referee, allowance=route.allowance).abs().max())
         rows.append(ValidationRow(name, route.name, error, share, z, z <= _Z_LIMIT, spent, route.allowance))
     return rows
 
@@ -322,12 +322,12 @@ def _on_the_same_paths(
         rollouts = problem.follower.rollout(contexts, 1, generator)
         for i, estimator in enumerate(estimators):
             started = time.perf_counter()
-            estimates[i].append(_gradient(problem, estimator, rollouts))
+            estimates[i].append(estimate(problem, estimator, rollouts))
             seconds[i] += time.perf_counter() - started
     return [torch.stack(one) for one in estimates], seconds
 
 
-def _gradient(problem: Problem, estimator: Any, rollouts: Rollouts | None = None) -> Tensor:
+def estimate(problem: Problem, estimator: Any, rollouts: Rollouts | None = None) -> Tensor:
     """What an estimator adds to `.grad`, [n]; `.grad` is None afterwards. Those with a full model need no rollouts."""
     for parameter in problem.parameters:
         parameter.grad = None

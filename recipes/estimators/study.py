@@ -17,7 +17,7 @@ from align_cbrl.rollouts import Rollouts
 from toy_cmdp import ContextualMDP, ExactCritic, ExactFollower, four_rooms
 from toy_cmdp.plug_in import PlugIn
 from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, ValuePenalty, VisitAveraged
-from toy_cmdp.validate import PROBLEMS, implicit_gradient
+from toy_cmdp.validate import PROBLEMS, estimate, implicit_gradient
 
 ORACLES = ("exact critic", "AMD, 100 sweeps", "value penalty 1e4")
 """They know what the follower's world is: no competitors, shown for comparison."""
@@ -134,14 +134,14 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
                 continue
             began = time.process_time()
             try:
-                estimate = _gradient(problem, estimator, rollouts)
+                found = estimate(problem, estimator, rollouts)
             except InputError as error:
                 if repetition > 0:  # it applied so far: this is no matter of the problem
                     raise
                 refused[name] = str(error)
                 continue
             seconds[name] += time.process_time() - began
-            errors[name].append(estimate - truth)
+            errors[name].append(found - truth)
         if "plug-in" in refused:
             continue
         projected = PlugIn(follower.cmdp).project(problem, rollouts, axes)
@@ -151,13 +151,13 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
             given, inside, outside = given + 1, inside + hits, outside + len(axes) - hits
 
     results: dict[str, dict[str, Any]] = {name: {"refused": reason} for name, reason in refused.items()}
-    for name, found in errors.items():
-        if found:
-            results[name] = _moments(torch.stack(found), scale) | {"seconds": seconds[name] / len(found)}
+    for name, off in errors.items():
+        if off:
+            results[name] = _moments(torch.stack(off), scale) | {"seconds": seconds[name] / len(off)}
     for name, estimator in model_based().items():
         began = time.process_time()
         try:
-            distance = _gradient(problem, estimator, None) - truth
+            distance = estimate(problem, estimator) - truth
         except InputError as error:
             results[name] = {"refused": str(error)}
             continue
@@ -180,13 +180,3 @@ def _moments(errors: Tensor, scale: float) -> dict[str, float]:
     mse = float(squares.mean())
     bias2 = float(errors.mean(0).pow(2).sum()) / scale - variance / count
     return {"mse": mse, "mse_se": float(squares.std()) / count**0.5, "bias2": bias2, "variance": variance}
-
-
-def _gradient(problem: Problem, estimator: Hypergradient, rollouts: Rollouts | None) -> Tensor:
-    for parameter in problem.parameters:
-        parameter.grad = None
-    estimator.backward(problem, rollouts)  # type: ignore[arg-type]  # rivals with the whole model look at no paths
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in problem.parameters]
-    for parameter in problem.parameters:
-        parameter.grad = None
-    return torch.cat([gradient.reshape(-1) for gradient in found])

@@ -25,6 +25,7 @@ from align_cbrl.config import fingerprint, to_dict
 from align_cbrl.errors import CheckpointError, InputError
 from align_cbrl.problem import Problem
 from align_cbrl.search import Halving, scatter, successive_halving
+from toy_cmdp.follower import require_exact
 from toy_cmdp.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.search import ExactClimb, SampledClimb
 
@@ -102,7 +103,7 @@ def search(unit: Unit, config: TableConfig, slip: float) -> dict[str, Any]:
         memory = TransitionMemory()  # the fines do not move the transitions: those of all leaders and steps count
 
         def estimator(joint: Problem) -> PlugIn:
-            cmdp = joint.follower.cmdp  # type: ignore[attr-defined]
+            cmdp = require_exact(joint.follower).cmdp
             # Undamped: one factor for all leaders would tell Adam nothing, and with the memory there is little noise.
             return PlugIn(cmdp, shrinkage=0.0, damping=0.0, memory=memory)
 

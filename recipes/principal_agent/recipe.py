@@ -20,6 +20,7 @@ from align_cbrl.report import COLOURS, Figure, Panel, Section, Table, curves_png
 from recipes.parts import claim
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
 from toy_cmdp.closed_forms import optimal_bonus
+from toy_cmdp.follower import require_exact
 from toy_cmdp.principal_agent import PrincipalAgentLeader, principal_agent
 
 _SUCCESS, _COST = (0.2, 0.8), 0.15  # the closed form's: of an idle and of a working agent, and what work costs
@@ -227,7 +228,7 @@ def _grid_search(problem: Problem, count: int) -> float:
     bonus = torch.linspace(0, 1, count, dtype=torch.float64)[:, None, None]
     success = leader.law[:, 1]
     policy = torch.softmax((bonus * success - leader.costs) / problem.follower.temperature, -1)  # [G, C, A]
-    profit = (policy * success * (1 - bonus)).sum(-1) @ problem.follower.cmdp.context_probabilities  # type: ignore[attr-defined]
+    profit = (policy * success * (1 - bonus)).sum(-1) @ require_exact(problem.follower).cmdp.context_probabilities
     return float(profit.max())
 
 
@@ -239,7 +240,7 @@ def _textbook(temperature: float, seed: int) -> Problem:
 
 def _describe(problem: Problem) -> dict[str, Any]:
     with torch.no_grad():
-        _, solution = problem.follower.solve(problem.leader)  # type: ignore[attr-defined]
+        _, solution = require_exact(problem.follower).solve(problem.leader)
         return {
             "payments": _contract(problem)[0].tolist(),
             "efforts": solution.log_policy.exp()[:, 0].tolist(),  # [C, A]

@@ -20,6 +20,7 @@ from align_cbrl.randomly_truncated import RandomlyTruncated, gradients_after
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
 from recipes.parts import claim, measured
 from toy_cmdp import ExactFollower, expected_policy_response, random_cmdp
+from toy_cmdp.follower import require_exact
 from toy_cmdp.frozen_policy import PresentPolicyResponse
 from toy_cmdp.iterative import NaturalPolicyGradient
 
@@ -89,7 +90,7 @@ def build(config: Config, seed: int) -> Problem:
         seed=seed,
     )
     nature = torch.full((config.contexts,), 1 / config.contexts, dtype=torch.float64)
-    cmdp = dataclasses.replace(known.follower.cmdp, context_probabilities=nature)  # type: ignore[attr-defined]
+    cmdp = dataclasses.replace(require_exact(known.follower).cmdp, context_probabilities=nature)
     follower = NaturalPolicyGradient(
         cmdp, config.temperature, config.discount, step=config.step, iterations=0, horizon=1
     )
@@ -145,7 +146,9 @@ def _levels(problem: Problem, config: Config) -> Tensor:
 
 def _truth(problem: Problem, config: Config) -> Tensor:
     """The gradient through the best response, [n]."""
-    cmdp = problem.follower.cmdp  # type: ignore[attr-defined]
+    follower = problem.follower
+    assert isinstance(follower, NaturalPolicyGradient)
+    cmdp = follower.cmdp
     exact = ExactFollower(cmdp, config.temperature, config.discount, horizon=1)
     gradients = expected_policy_response(dataclasses.replace(problem, follower=exact))
     return torch.cat([g.reshape(-1) for g in gradients])

@@ -12,6 +12,7 @@ from align_cbrl.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.exact import exact_world
+from toy_cmdp.follower import require_exact
 from toy_cmdp.solve import by_context, continuation
 from toy_cmdp.transition import Transition, expected_next, pushed
 
@@ -57,7 +58,7 @@ class AMD(Hypergradient):
         """Add the gradient to `.grad`; `objective` is the swept J, and the rollouts are not looked at."""
         world = exact_world(problem)
         follower, tables = problem.follower, world.tables
-        cmdp = follower.cmdp  # type: ignore[attr-defined]  # exact_world takes an ExactFollower only
+        cmdp = require_exact(follower).cmdp
         with torch.no_grad():
             law = tables.detach().transition
             go_on = continuation(cmdp, follower.discount, world.policy)

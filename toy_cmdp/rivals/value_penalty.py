@@ -14,6 +14,7 @@ from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import Tables
 from toy_cmdp.exact import exact_world
+from toy_cmdp.follower import require_exact
 from toy_cmdp.solve import by_context, continuation, soft_policy_iteration
 from toy_cmdp.transition import expected_next, policy_system
 
@@ -66,7 +67,7 @@ class ValuePenalty(Hypergradient):
                 f"{discount}; otherwise no stationary policy maximises the mixture of their values"
             )
         world = exact_world(problem)
-        if not bool((world.importance[problem.follower.cmdp.context_probabilities > 0] == 1).all()):  # type: ignore[attr-defined]
+        if not bool((world.importance[require_exact(problem.follower).cmdp.context_probabilities > 0] == 1).all()):
             raise InputError(
                 f"objective: ValuePenalty takes expectations over contexts, got {type(problem.objective).__name__}"
             )
@@ -74,7 +75,7 @@ class ValuePenalty(Hypergradient):
         mixed = Tables(utility + penalty * tables.reward, tables.transition, tables.initial, tables.log_prior)
         temperature = penalty * problem.follower.temperature
         response = soft_policy_iteration(
-            problem.follower.cmdp,  # type: ignore[attr-defined]  # exact_world takes an ExactFollower only
+            require_exact(problem.follower).cmdp,
             mixed.detach(),
             temperature=temperature,
             discount=discount,
@@ -88,7 +89,7 @@ class ValuePenalty(Hypergradient):
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
         norm = accumulate(problem, gradients)
         with torch.no_grad():
-            start = problem.follower.cmdp.context_probabilities[:, None] * tables.initial  # type: ignore[attr-defined]
+            start = require_exact(problem.follower).cmdp.context_probabilities[:, None] * tables.initial
             objective = (start * (response.value - penalty * world.solution.value)).sum()
         return {"objective": objective.item(), "gradient_norm": norm}
 
@@ -97,7 +98,7 @@ def _value_at_fixed_policy(
     problem: Problem, tables: Tables, log_policy: Tensor, value: Tensor, temperature: float | Tensor
 ) -> Tensor:
     """A scalar with the gradient of the regularised value at the start: policy fixed, occupancies by one solve."""
-    cmdp = problem.follower.cmdp  # type: ignore[attr-defined]
+    cmdp = require_exact(problem.follower).cmdp
     with torch.no_grad():
         policy = log_policy.exp()
         go_on = continuation(cmdp, problem.follower.discount, policy)
