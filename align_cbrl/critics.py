@@ -112,9 +112,9 @@ def _soft_reward(problem: Problem, rollouts: Rollouts) -> Tensor:
         raise InputError("FittedCritic: a leader that moves the transitions needs log_policy and log_prior in Rollouts")
     with torch.no_grad():
         reward = problem.leader.reward(rollouts)
-    temperature = per_path(problem.follower.temperature, rollouts.contexts)
+        temperature = per_path(problem.temperature, rollouts.contexts)
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(reward)[:, None]  # [B, 1]
+        temperature = temperature.to(reward).reshape(-1, 1)  # [B, 1] or [1, 1]
     return reward - temperature * (rollouts.log_policy - rollouts.log_prior)
 
 

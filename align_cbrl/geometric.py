@@ -71,8 +71,9 @@ class GradientEstimator(Hypergradient):
             check_finite("advantage", critique.advantage, rollouts)
         dtype = critique.advantage.dtype
         gamma = torch.as_tensor(per_path(problem.follower.discount, rollouts.contexts), dtype=dtype).expand(size)
-        temperature = torch.as_tensor(per_path(problem.follower.temperature, rollouts.contexts), dtype=dtype)
-        temperature = temperature.expand(size)[:, None]  # [B, 1]
+        temperature = torch.as_tensor(per_path(problem.temperature, rollouts.contexts), dtype=dtype)
+        temperature = temperature.expand(size)[:, None]  # [B, 1], with a graph where the leader sets it
+        fixed = temperature.detach()
 
         generator = torch.Generator().manual_seed(step_seed(self.seed, _checksum(rollouts)))
         until = _geometric(torch.full_like(gamma, leader_discount), generator)  # [B]: the leader's m
@@ -86,24 +87,24 @@ class GradientEstimator(Hypergradient):
         advantage = torch.where(alive, critique.advantage.gather(1, chosen[:, None])[:, 0], 0.0) / (1 - leader_discount)
         after = mask & (steps >= until[:, None])
         responds = after & (steps <= (until + reach)[:, None])
-        response = weight * advantage[:, None] / temperature  # [B, 1]
+        response = weight * advantage[:, None]  # [B, 1], of what is in nats
 
         reward = leader.reward(rollouts)
         check_finite(f"{type(leader).__name__}.reward", reward, rollouts)
-        surrogate = torch.where(responds, response * reward, 0.0).sum()
+        surrogate = torch.where(responds, response * (reward / temperature), 0.0).sum()
         direct = torch.where(counted, weight.expand_as(utility), torch.zeros_like(utility))
         own = problem.objective.direct_term(leader, rollouts, direct)
         if own is not None:
             surrogate = surrogate + own
         log_prior = leader.log_prior(rollouts)
         if log_prior is not None:
-            surrogate = surrogate + torch.where(responds, response * temperature * log_prior, 0.0).sum()
+            surrogate = surrogate + torch.where(responds, response * log_prior, 0.0).sum()
         log_transition = leader.log_transition(rollouts)
         if log_transition is not None:
             value = self._value(critique.value)[:, 1:]
             credit = leader_discount * torch.where(counted, weight * value, 0.0)
             later = _later(self._soft_reward(problem, rollouts, reward.detach()), after, until, far, gamma)
-            surrogate = surrogate + torch.where(mask, (credit + response * later) * log_transition, 0.0).sum()
+            surrogate = surrogate + torch.where(mask, (credit + response / fixed * later) * log_transition, 0.0).sum()
         log_initial = leader.log_initial(rollouts)
         if log_initial is not None:
             surrogate = surrogate + (weight[:, 0] * self._value(critique.value)[:, 0] * log_initial).sum()
@@ -125,7 +126,7 @@ class GradientEstimator(Hypergradient):
             raise InputError(
                 "GradientEstimator: a leader that moves the transitions needs log_policy and log_prior in Rollouts"
             )
-        temperature = torch.as_tensor(per_path(problem.follower.temperature, rollouts.contexts), dtype=reward.dtype)
+        temperature = torch.as_tensor(per_path(problem.temperature, rollouts.contexts), dtype=reward.dtype).detach()
         return reward - temperature.reshape(-1, 1) * (rollouts.log_policy - rollouts.log_prior)
 
 

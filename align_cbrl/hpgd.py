@@ -199,8 +199,8 @@ class HPGD:
             return {}
         with torch.no_grad():
             reward = self.problem.leader.reward(rollouts)[:, 0].double()
+            temperature = per_path(self.problem.temperature, rollouts.contexts.to(reward.device))
         log_policy, log_prior = (v[:, 0].to(reward) for v in (rollouts.log_policy, rollouts.log_prior))
-        temperature = per_path(self.problem.follower.temperature, rollouts.contexts.to(reward.device))
         log_ratio = reward / temperature - (log_policy - log_prior)
         group = rollouts.group[:, 0].to(reward.device)
         if rollouts.weight is None:

@@ -66,7 +66,7 @@ class PolicyResponse(Hypergradient):
                  + [gammaF^{k+1} V_F(s_{k+1}) + (gamma / lambda) w_k V_lambda(s_{k+1})] log P_k }
 
     with everything detached but the objective's value, r, log P, log rho and log prior (Thoma et al. 2024;
-    derived in docs/derivation.md). Completions of a language model are the case T = 1, where it is
+    derived in docs/derivation.md). Where the leader sets lambda, that of r_k / lambda is differentiated too. Completions of a language model are the case T = 1, where it is
     the covariance of utility and reward gradient within each prompt's group, divided by the temperature.
 
     Attributes:
@@ -134,9 +134,11 @@ class PolicyResponse(Hypergradient):
         reward = leader.reward(piece)
         _check_reward(leader, reward, piece)
         weight = piece.path_weight(reward.dtype).to(reward.device)[:, None]  # [B, 1]
-        temperature = _column(per_path(problem.follower.temperature, piece.contexts), reward)
+        # A follower with reward r at temperature lambda is one with reward r / lambda at temperature 1. What moves with
+        # lambda is that reward; V_lambda / lambda below is its value, whose own motion the trace has taken up.
+        temperature = _column(per_path(problem.temperature, piece.contexts), reward)
         trace = trace.to(reward.device, reward.dtype)
-        total = _masked(weight * trace / temperature * reward, piece).sum()
+        total = _masked(weight * trace * (reward / temperature), piece).sum()
 
         log_prior = leader.log_prior(piece)
         if log_prior is not None:
@@ -150,7 +152,8 @@ class PolicyResponse(Hypergradient):
             soft_value = _required(critique.soft_value, self.critic, "soft_value")[:, 1:]
             powers = leader_discount * discount_powers(leader_discount, piece.horizon, trace)  # gammaF^{k+1}
             discount = _column(per_path(problem.follower.discount, piece.contexts), reward)
-            credit = powers * value + discount / temperature * trace * soft_value
+            fixed = temperature.detach() if isinstance(temperature, Tensor) else temperature
+            credit = powers * value + discount / fixed * trace * soft_value
             total = total + _masked(weight * credit * log_transition, piece).sum()
 
         log_initial = leader.log_initial(piece)
@@ -191,7 +194,9 @@ def _masked(value: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def _column(value: float | Tensor, like: Tensor) -> float | Tensor:
-    return value.to(like)[:, None] if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(like)[:, None] if value.ndim else value.to(like)
 
 
 def _rows(critique: Critique, here: slice) -> Critique:

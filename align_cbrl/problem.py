@@ -40,6 +40,13 @@ class Leader(nn.Module, abc.ABC):
         """log prior_x(a_t | s_t) in nats [B, T], or None when the leader does not move the prior."""
         return None
 
+    def follower_temperature(self) -> Tensor | None:
+        """The follower's temperature lambda, a positive scalar differentiable in x, or None when it is not the leader's.
+
+        Where there is one, it replaces `Follower.temperature`. It is asked for anew at every backward pass.
+        """
+        return None
+
     def project(self) -> None:
         """Bring the parameters back into the leader's budget; called after every leader step. Default: no budget."""
 
@@ -226,7 +233,7 @@ class Problem:
     """A contextual bilevel problem: the leader ascends `objective`, knowing that `follower` best-responds.
 
     Raises:
-        InputError: a temperature that is not positive, a discount outside [0, 1), or a leader without trainable
+        InputError: a temperature that is not positive (the follower's, or the one that the leader sets), a discount outside [0, 1), or a leader without trainable
             parameters.
     """
 
@@ -243,11 +250,47 @@ class Problem:
                 f"leader: {type(self.leader).__name__} has no trainable parameters; register them with "
                 "nn.Parameter and leave requires_grad True"
             )
+        temperature_of(self.leader, self.follower)  # raises where the leader's is none
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The leader's trainable parameters, x."""
         return [p for p in self.leader.parameters() if p.requires_grad]
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """lambda: the leader's own, a scalar with its graph, where it sets one, and otherwise the follower's."""
+        return temperature_of(self.leader, self.follower)
+
+
+def temperature_of(leader: Leader, follower: Follower) -> float | Tensor:
+    """The temperature that `follower` responds with to `leader`, differentiable where the leader sets it.
+
+    Raises:
+        InputError: a leader's temperature that is no positive scalar.
+    """
+    own = leader.follower_temperature()
+    if own is None:
+        return follower.temperature
+    name = f"{type(leader).__name__}.follower_temperature"
+    if own.ndim != 0:
+        raise InputError(f"{name}: expected a scalar tensor, got shape {tuple(own.shape)}")
+    check_temperature(name, own)
+    return own
+
+
+def require_fixed_temperature(problem: Problem, name: str) -> float | Tensor:
+    """The follower's own temperature, for estimators that have no term for one that moves.
+
+    Raises:
+        InputError: the leader sets the temperature.
+    """
+    if problem.leader.follower_temperature() is not None:
+        raise InputError(
+            f"{name}: {type(problem.leader).__name__} sets the follower's temperature, for which this estimator has no "
+            "term; use PolicyResponse"
+        )
+    return problem.follower.temperature
 
 
 def check_temperature(name: str, value: float | Tensor, contexts: int | None = None) -> None:
@@ -271,19 +314,21 @@ def per_path(value: float | Tensor, contexts: Tensor) -> float | Tensor:
     """A follower's temperature or discount along paths: the number, or [B] where there is one for each context.
 
     Args:
-        value: a number, or [C].
+        value: a number, a scalar tensor, or [C].
         contexts: long [B], the context of each path.
 
     Example:
         >>> per_path(torch.tensor([0.25, 0.5]), torch.tensor([1, 1, 0])).tolist()
         [0.5, 0.5, 0.25]
     """
-    return value.to(contexts.device)[contexts] if isinstance(value, Tensor) else value
+    return value.to(contexts.device)[contexts] if isinstance(value, Tensor) and value.ndim else value
 
 
 def _numbers(name: str, value: float | Tensor, contexts: int | None) -> list[float]:
     if not isinstance(value, Tensor):
         return [value]
+    if value.ndim == 0:
+        return [float(value.detach())]
     if value.ndim != 1 or len(value) == 0 or (contexts is not None and len(value) != contexts):
         expected = "[C], one a context" if contexts is None else f"[{contexts}], one a context"
         raise InputError(f"{name}: expected a number or a tensor {expected}, got shape {tuple(value.shape)}")

@@ -55,7 +55,7 @@ def leader_value(problem: Problem) -> Tensor:
 def _values(problem: Problem) -> Tensor:
     """f(x, pi*, c) of every context, [C], with graph."""
     leader, follower = _tabular(problem)
-    cmdp, temperature = follower.cmdp, follower.temperature
+    cmdp, temperature = follower.cmdp, problem.temperature
     tables, solution = follower.solve(leader)
     go_on = continuation(cmdp, follower.discount, tables.reward)
     go_on_leader = continuation(cmdp, problem.objective.discount, tables.reward)
@@ -199,10 +199,10 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
     With mu(s, a) = sum_t gammaF^t Pr(s_t = s, a_t = a) and eta(s, a) = E sum_k w_k 1{s_k = s, a_k = a}, w the
     eligibility trace, the surrogate's expectation is
 
-        sum_s rho(s) V_F(s) + sum_{s,a} { mu u + (eta / lambda) r + eta log prior
+        sum_s rho(s) V_F(s) + sum_{s,a} { mu u + eta (r / lambda) + eta log prior
               + sum_{s'} [gammaF mu V_F(s') + (gamma / lambda) eta V_lambda(s')] P(s'|s,a) }
 
-    with everything detached but rho, u, r, log prior and P. E[A_F] = 0 in every state, so eta's state marginal h
+    with everything detached but rho, u, r / lambda, log prior and P. E[A_F] = 0 in every state, so eta's state marginal h
     solves h = gamma P_pi^T h + gamma P^T (mu A_F), and eta = pi h + mu A_F: two transposed solves in all.
 
     Requirements and errors as for `leader_value`.
@@ -224,7 +224,7 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
     _, follower = _tabular(problem)
     world = exact_world(problem) if world is None else world
     tables, leader_discount = world.tables, problem.objective.discount
-    discount, temperature = follower.discount, follower.temperature
+    discount, temperature = follower.discount, problem.temperature
     with torch.no_grad():
         law = tables.detach().transition
         go_on = continuation(follower.cmdp, discount, tables.reward)  # [C, S, 1]
@@ -240,7 +240,7 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
     per_context = (
         (tables.initial * world.value).sum(-1)
         + (mu * world.utility).sum((-1, -2))
-        + (weight * tables.reward).sum((-1, -2))
+        + (eta * (tables.reward / by_context(temperature, eta))).sum((-1, -2))
         + (go_on_leader * mu * next_leader + go_on * weight * next_soft).sum((-1, -2))
     )
     if tables.log_prior is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.problem import Follower, Leader, check_discount, check_temperature
+from align_cbrl.problem import Follower, Leader, check_discount, check_temperature, temperature_of
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.solve import SoftSolution, soft_policy_iteration
@@ -27,7 +27,8 @@ class TabularFollower(Follower):
 
     Args:
         cmdp: nature and the ends of episodes.
-        temperature: lambda > 0; a tensor [C] where it depends on the context.
+        temperature: lambda > 0; a tensor [C] where it depends on the context. A leader that sets the temperature
+            replaces it.
         discount: gamma in [0, 1); likewise.
         horizon: longest path that `rollout` samples; by default the smallest T with discount^T <= 1e-3, which needs
             the larger of the two discounts when `leader_discount` is given.
@@ -122,7 +123,7 @@ class ExactFollower(TabularFollower):
         """Solve for the best response in all contexts. Metrics: `iterations`, `residual` of the Bellman equation."""
         with torch.no_grad():
             tables = require_tabular(leader).tables()
-            solution = self._solve(tables, self._value)
+            solution = self._solve(tables, self._value, temperature_of(leader, self))
         self._value = self._latest = solution.value  # so that what a critic solves next does not depend on the past
         self._show(tables, solution.log_policy)
         return {"iterations": float(solution.iterations), "residual": solution.residual}
@@ -130,7 +131,9 @@ class ExactFollower(TabularFollower):
     def solve(self, leader: Leader) -> tuple[Tables, SoftSolution]:
         """The leader's tables, with their graph, and the best response to them; the follower's state stays."""
         tables = require_tabular(leader).tables()
-        solution = self._solve(tables, self._latest)
+        with torch.no_grad():
+            temperature = temperature_of(leader, self)
+        solution = self._solve(tables, self._latest, temperature)
         self._latest = solution.value
         return tables, solution
 
@@ -149,10 +152,8 @@ class ExactFollower(TabularFollower):
         self._value = None if value is None else value.clone()
         self._hide()
 
-    def _solve(self, tables: Tables, start: Tensor | None) -> SoftSolution:
-        return soft_policy_iteration(
-            self.cmdp, tables, temperature=self.temperature, discount=self.discount, start=start
-        )
+    def _solve(self, tables: Tables, start: Tensor | None, temperature: float | Tensor) -> SoftSolution:
+        return soft_policy_iteration(self.cmdp, tables, temperature=temperature, discount=self.discount, start=start)
 
 
 def require_exact(follower: Follower) -> ExactFollower:

@@ -44,11 +44,11 @@ class FrozenPolicy(ExactFollower):
         super().__init__(cmdp, temperature, discount, horizon=1)
         self._frozen = log_policy.detach()
 
-    def _solve(self, tables: Tables, start: Tensor | None) -> SoftSolution:
+    def _solve(self, tables: Tables, start: Tensor | None, temperature: float | Tensor) -> SoftSolution:
         fixed = tables.detach()
         self.cmdp.check(fixed)
         with torch.no_grad():
-            q, value = policy_q(self.cmdp, fixed, self._frozen, self.temperature, self.discount)
+            q, value = policy_q(self.cmdp, fixed, self._frozen, temperature, self.discount)
         return SoftSolution(self._frozen, q, value, 1, 0.0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.problem import Leader, step_seed
+from align_cbrl.problem import Leader, step_seed, temperature_of
 from align_cbrl.randomly_truncated import IterativeFollower
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.follower import TabularFollower
@@ -59,6 +59,7 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
         self.warm = warm
         self.seed = seed
         self._responses = 0
+        self._warmth = self.temperature  # or the leader's, where it sets one
         self.reset()
 
     def reset(self) -> None:
@@ -86,6 +87,7 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
         _check_count("iterations", iterations)
         with torch.no_grad():
             tables = require_tabular(leader).tables().detach()
+            self._warmth = temperature_of(leader, self)
             self.cmdp.check(tables)
             if self._table is None:
                 self._table = torch.zeros_like(tables.reward)
@@ -93,7 +95,7 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
             for _ in range(iterations):
                 self._table = self._iteration(tables, self._table, self._done, generator)
                 self._done += 1
-        self._show(tables, torch.log_softmax(soft_logits(self._table, tables.log_prior, self.temperature), -1))
+        self._show(tables, torch.log_softmax(soft_logits(self._table, tables.log_prior, self._warmth), -1))
         return {"iterations": float(self._done)}
 
     @property
@@ -133,8 +135,8 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
 
     def _soft_value(self, tables: Tables, q: Tensor) -> Tensor:
         """V(s) = lambda log sum_a prior(a|s) exp(Q(s, a) / lambda), [C, S]."""
-        logits = soft_logits(q, tables.log_prior, self.temperature)
-        return torch.logsumexp(logits, -1) * per_state(self.temperature, logits)
+        logits = soft_logits(q, tables.log_prior, self._warmth)
+        return torch.logsumexp(logits, -1) * per_state(self._warmth, logits)
 
 
 class SoftValueIteration(TabularIterativeFollower):
@@ -201,8 +203,8 @@ class NaturalPolicyGradient(TabularIterativeFollower):
         super().__init__(cmdp, temperature, discount, **rest)
 
     def _iteration(self, tables: Tables, table: Tensor, done: int, generator: torch.Generator) -> Tensor:
-        log_policy = torch.log_softmax(soft_logits(table, tables.log_prior, self.temperature), -1)
-        q = policy_q(self.cmdp, tables, log_policy, self.temperature, self.discount)[0]
+        log_policy = torch.log_softmax(soft_logits(table, tables.log_prior, self._warmth), -1)
+        q = policy_q(self.cmdp, tables, log_policy, self._warmth, self.discount)[0]
         return (1 - self.step) * table + self.step * q
 
 

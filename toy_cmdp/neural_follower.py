@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.problem import Leader, step_seed
+from align_cbrl.problem import Leader, step_seed, temperature_of
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.follower import TabularFollower
 from toy_cmdp.solve import soft_logits
@@ -90,6 +90,7 @@ class NeuralSoftQFollower(TabularFollower):
         seed: int = 0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
+        self._warmth = self.temperature  # or the leader's, where it sets one
         first_updates = updates if first_updates is None else first_updates
         counts = {
             "updates": updates,
@@ -140,6 +141,7 @@ class NeuralSoftQFollower(TabularFollower):
         """
         with torch.no_grad():
             tables = require_tabular(leader).tables().detach()
+            self._warmth = temperature_of(leader, self)
         self.cmdp.check(tables)
         actions = tables.reward.shape[-1]
         if self._learner is None:
@@ -200,7 +202,7 @@ class NeuralSoftQFollower(TabularFollower):
         """Steps of all walkers, and as many gradient steps; the root mean squared Bellman error."""
         learner = self._learner
         assert learner is not None
-        world = _Simulator(self.cmdp, tables, self.temperature, self.discount)
+        world = _Simulator(self.cmdp, tables, self._warmth, self.discount)
         squares = 0.0
         context = torch.arange(self.environments) % self.cmdp.contexts
         state = learner.walkers if len(learner.walkers) else world.start(context, self.exploration, generator)
@@ -227,7 +229,7 @@ class NeuralSoftQFollower(TabularFollower):
         c, s, a = tables.reward.shape
         with torch.no_grad():
             q = self._learner.q(self._inputs).to(tables.reward.dtype).view(c, s, a)
-        return torch.log_softmax(soft_logits(q, tables.log_prior, self.temperature), -1)
+        return torch.log_softmax(soft_logits(q, tables.log_prior, self._warmth), -1)
 
 
 class _QNetwork(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
-from align_cbrl.problem import Leader, Problem
+from align_cbrl.problem import Leader, Problem, require_fixed_temperature
 from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, require_tabular
 from toy_cmdp.follower import ExactFollower
 from toy_cmdp.sparse import SparseTransition
@@ -133,6 +133,7 @@ def parallel(problems: Sequence[Problem]) -> Problem:
             raise InputError(
                 f"problems: expected ExpectedUtility(TabularUtility(...)) in each, got {type(objective).__name__}"
             )
+        require_fixed_temperature(problem, "parallel")
         followers.append(follower)
         utilities.append(objective.utility_function)
     discounts = sorted({problem.objective.discount for problem in problems})

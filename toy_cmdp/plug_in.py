@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.hypergradient import Hypergradient, accumulate
-from align_cbrl.problem import Problem
+from align_cbrl.problem import Problem, require_fixed_temperature
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.exact import utility_and_credit
@@ -184,11 +184,11 @@ class PlugIn(Hypergradient):
             >>> torch.allclose(values, context_values(problem))
             True
         """
+        discount, temperature = problem.follower.discount, require_fixed_temperature(problem, "PlugIn")
         tables = _dense(problem)
         transition, counts = tables.transition, self._counts(tables, rollouts)
         assert isinstance(transition, Tensor)
         model, world, utility = self._model(problem, tables, rollouts, counts, self.shrinkage)
-        discount, temperature = problem.follower.discount, problem.follower.temperature
         go_on = continuation(self.cmdp, discount, utility)
         go_on_leader = continuation(self.cmdp, problem.objective.discount, utility)
         weight = world.eta / by_context(temperature, utility)

@@ -40,12 +40,12 @@ class SoftSolution:
 
 def by_context(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number, or one for each context [C] as [C, 1, 1]: what a table [C, S, A] can be multiplied with."""
-    return value.to(like)[:, None, None] if isinstance(value, Tensor) else value
+    return value.to(like).reshape(-1, 1, 1) if isinstance(value, Tensor) else value
 
 
 def per_state(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number, or one for each context [C] as [C, 1]: what a table [C, S] can be multiplied with."""
-    return value.to(like)[:, None] if isinstance(value, Tensor) else value
+    return value.to(like).reshape(-1, 1) if isinstance(value, Tensor) else value
 
 
 def continuation(cmdp: ContextualMDP, discount: float | Tensor, like: Tensor) -> Tensor:

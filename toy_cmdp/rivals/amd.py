@@ -57,7 +57,7 @@ class AMD(Hypergradient):
     def backward(self, problem: Problem, rollouts: Rollouts | None = None) -> dict[str, float]:
         """Add the gradient to `.grad`; `objective` is the swept J, and the rollouts are not looked at."""
         world = exact_world(problem)
-        follower, tables = problem.follower, world.tables
+        follower, tables, temperature = problem.follower, world.tables, problem.temperature
         cmdp = require_exact(follower).cmdp
         with torch.no_grad():
             law = tables.detach().transition
@@ -73,11 +73,14 @@ class AMD(Hypergradient):
             source = pushed(law, go_on * mu * advantage)
             marginal = self._visits(law, go_on * world.policy, source)
             eta = world.policy * marginal[..., None] + mu * advantage
-            weight = eta / by_context(follower.temperature, eta)
+            weight = eta / by_context(temperature, eta)
         next_leader = expected_next(tables.transition, value)
         next_soft = expected_next(tables.transition, world.solution.value)
         per_context = (tables.initial * value).sum(-1) + (
-            mu * world.utility + weight * tables.reward + go_on_leader * mu * next_leader + go_on * weight * next_soft
+            mu * world.utility
+            + eta * (tables.reward / by_context(temperature, eta))
+            + go_on_leader * mu * next_leader
+            + go_on * weight * next_soft
         ).sum((-1, -2))
         if tables.log_prior is not None:
             per_context = per_context + (eta * tables.log_prior).sum((-1, -2))

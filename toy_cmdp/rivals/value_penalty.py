@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.hypergradient import Hypergradient, accumulate
-from align_cbrl.problem import Problem
+from align_cbrl.problem import Problem, require_fixed_temperature
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.cmdp import Tables
 from toy_cmdp.exact import exact_world
@@ -73,7 +73,7 @@ class ValuePenalty(Hypergradient):
             )
         tables, utility = world.tables, world.utility
         mixed = Tables(utility + penalty * tables.reward, tables.transition, tables.initial, tables.log_prior)
-        temperature = penalty * problem.follower.temperature
+        temperature = penalty * require_fixed_temperature(problem, "ValuePenalty")
         response = soft_policy_iteration(
             require_exact(problem.follower).cmdp,
             mixed.detach(),

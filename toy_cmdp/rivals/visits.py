@@ -93,10 +93,10 @@ def add_gradient(problem: Problem, rollouts: Rollouts, visits: Visits, source: T
             "use PolicyResponse or PlugIn"
         )
     discount = per_path(problem.follower.discount, rollouts.contexts)
-    temperature = torch.as_tensor(per_path(problem.follower.temperature, rollouts.contexts), dtype=source.dtype)
+    temperature = torch.as_tensor(per_path(problem.temperature, rollouts.contexts), dtype=source.dtype)
     temperature = temperature.reshape(-1, 1)
     trace = eligibility_trace(source, rollouts.mask, discount, 1.0)
-    surrogate = (trace / temperature * leader.reward(rollouts)).sum()
+    surrogate = (trace * (leader.reward(rollouts) / temperature)).sum()
     log_prior = leader.log_prior(rollouts)
     if log_prior is not None:
         surrogate = surrogate + (trace * log_prior).sum()
