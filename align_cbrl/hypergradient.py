@@ -7,12 +7,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from align_cbrl.critics import GroupCritic
+from align_cbrl.distributed import gather_rows, own_rows, sum_gradients_, together, world_size
 from align_cbrl.errors import InputError
 from align_cbrl.functional import discount_powers, eligibility_trace
 from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
@@ -22,7 +23,14 @@ _PIECE = 2**18  # entries of a gradient that are squared at once
 
 
 class Hypergradient(abc.ABC):
-    """Fills the leader's `.grad` with an estimate of dJ/dx, the direction of *ascent*."""
+    """Fills the leader's `.grad` with an estimate of dJ/dx, the direction of *ascent*.
+
+    Attributes:
+        over_ranks: whether, in a run of several processes, each of which has a part of the rollouts, `backward` leaves
+            every rank with the gradient on all of them.
+    """
+
+    over_ranks: ClassVar[bool] = False
 
     @abc.abstractmethod
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
@@ -80,32 +88,38 @@ class PolicyResponse(Hypergradient):
 
     critic: Critic = dataclasses.field(default_factory=GroupCritic)
     chunks: int = 1
+    over_ranks: ClassVar[bool] = True
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`."""
         leader, objective = problem.leader, problem.objective
         pieces = rollouts.chunks(self.chunks)
         before = [None if p.grad is None else p.grad.detach().clone() for p in problem.parameters]
+        if world_size() > 1:  # what is summed over ranks below is this gradient only
+            problem.leader.zero_grad(set_to_none=True)
 
-        # First pass, without graph: the whole batch's utilities, hence its credit, advantage and trace.
-        with torch.no_grad():
+        # First pass, without graph: the whole batch's utilities, hence its credit, advantage and trace. In several
+        # processes the judge is asked about a rank's own paths, and every rank then knows the whole batch's numbers.
+        with torch.no_grad(), together("computing the utilities"):
             utility = torch.cat([objective.utility(leader, piece) for piece in pieces])
-        check_finite("utility", utility, rollouts)
+            check_finite("utility", utility, rollouts)
+        whole, own_paths = rollouts.over_ranks(), own_rows(rollouts.size)
         with torch.enable_grad():
-            leaf = utility.detach().requires_grad_(True)
-            evaluation = objective.summarize(leaf, rollouts)
+            leaf = gather_rows(utility).detach().requires_grad_(True)
+            evaluation = objective.summarize(leaf, whole)
             (direct,) = torch.autograd.grad(evaluation.value, leaf)  # [B, T]: d value / d utility
         with torch.no_grad():
-            critique = self.critic.evaluate(problem, rollouts, evaluation.credit)
-            check_finite("advantage", critique.advantage, rollouts)
-            trace = self._trace(problem, rollouts, critique)  # [B, T]
+            critique = self.critic.evaluate(problem, whole, evaluation.credit)
+            check_finite("advantage", critique.advantage, whole)
+            trace = self._trace(problem, whole, critique)  # [B, T]
+        direct, trace, critique = direct[own_paths], trace[own_paths], _rows(critique, own_paths)
 
         # Second pass, chunk by chunk: the surrogate, whose weights are all known by now.
         start = 0
         for piece in pieces:
             here = slice(start, start + piece.size)
             start += piece.size
-            surrogate = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / rollouts.size
+            surrogate = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / whole.size
             own = objective.direct_term(leader, piece, _masked(direct[here], piece))
             if own is not None:
                 surrogate = surrogate + own
@@ -116,6 +130,11 @@ class PolicyResponse(Hypergradient):
                     "no .detach())"
                 )
             surrogate.backward()
+        if world_size() > 1:
+            sum_gradients_(problem.parameters)
+            for parameter, old in zip(problem.parameters, before, strict=True):
+                if old is not None:
+                    parameter.grad = old if parameter.grad is None else parameter.grad + old
 
         return {"objective": evaluation.value.item(), "gradient_norm": _norm_of_change(problem, before)}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.distributed import gather_rows, together
 from align_cbrl.errors import InputError
 from align_cbrl.functional import discount_powers
 from align_cbrl.problem import Evaluation, Leader, Objective, check_discount
@@ -236,7 +237,10 @@ class Constrained(_Wrapping):
         """One step of dual ascent. Metrics: `constraint`, the estimated cost, and `multiplier`."""
         metrics = self.objective.update(leader, rollouts)
         with torch.no_grad():
-            cost = self.cost.evaluate(leader, rollouts).value.item()
+            with together("computing the constraint's cost"):
+                utility = self.cost.utility(leader, rollouts)
+            # In several processes the multiplier is the same everywhere: it follows the whole batch's cost.
+            cost = self.cost.summarize(gather_rows(utility), rollouts.over_ranks()).value.item()
         if cost != cost:
             raise InputError("Constrained.cost: expected a finite cost, got NaN; the multiplier was left as it is")
         self.multiplier = max(0.0, self.multiplier + self.rate * (cost - self.bound))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.distributed import any_rank, gather_rows, world_size
 from align_cbrl.errors import InputError
 
 
@@ -124,6 +125,27 @@ class Rollouts:
             **picked,
             steps={name: pick(value) for name, value in self.steps.items()},
         )
+
+    def over_ranks(self) -> Rollouts:
+        """The paths of all ranks, in the order of `distributed.gather_rows`, with empty `steps`; every rank must ask.
+
+        What an objective's summary, a group's mean or a certificate needs of a batch that several processes share. In
+        one process these are the rollouts themselves.
+
+        Raises:
+            InputError: several processes and paths of more than one step, whose decision points are numbered on each
+                rank apart.
+        """
+        if world_size() == 1:
+            return self
+        if any_rank(self.horizon != 1):
+            raise InputError(
+                f"rollouts: expected one step in a run of {world_size()} processes, such as completions, got a horizon "
+                f"of {self.horizon}; run paths of several steps in one process"
+            )
+        fields = {name: getattr(self, name) for name in ("contexts", "mask", "group", *_OPTIONAL)}
+        gathered: dict[str, Any] = {name: None if v is None else gather_rows(v) for name, v in fields.items()}
+        return Rollouts(**gathered, steps={})
 
     def chunks(self, count: int) -> list[Rollouts]:
         """The paths cut into at most `count` consecutive pieces of nearly equal size."""

@@ -17,7 +17,7 @@ CORE = Path(align_cbrl.__file__).parent
 TOYS = Path(toy_cmdp.__file__).parent
 # Each module may import the modules of its own line and of those above; the layer below the core is llm/.
 LAYERS = (
-    {"errors", "config", "imports", "functional", "checkpoints", "metrics", "report"},
+    {"errors", "config", "imports", "functional", "distributed", "checkpoints", "metrics", "report"},
     {"rollouts"},
     {"problem"},
     {"random_numbers", "search", "critics", "objectives"},
