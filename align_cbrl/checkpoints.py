@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from align_cbrl.distributed import is_main
 from align_cbrl.errors import CheckpointError, InputError
 
 _FORMAT = 1
@@ -34,7 +35,8 @@ _STEP, _TEMPORARY = "step-", ".writing-"
 def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerprint: str, keep: int = 2) -> Path:
     """Write `state` after `step` and remove all but the newest `keep` checkpoints.
 
-    Checkpoints of a later step are removed too: they belong to a future that this run has left.
+    Checkpoints of a later step are removed too: they belong to a future that this run has left. In several processes
+    rank 0 alone writes, and on the others nothing happens.
 
     Args:
         folder: where the run's checkpoints live; it is created.
@@ -57,6 +59,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerpri
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, "state", tensors, {})
     target = folder / f"{_STEP}{step:08d}"
+    if not is_main():
+        return target
     temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

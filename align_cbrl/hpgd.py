@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.config import fingerprint as fingerprint_of
+from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, is_main, start, world_size
 from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.functional import best_response_gap, effective_sample_size, tilt_weights
 from align_cbrl.hypergradient import Hypergradient, PolicyResponse
@@ -116,15 +117,33 @@ class HPGD:
         A first Ctrl-C finishes the leader step under way, saves a checkpoint, and raises KeyboardInterrupt; a second
         one stops at once.
 
+        In several processes (docs/scaling.md) the leader starts as it is on rank 0, every rank takes the same steps, and
+        rank 0 alone writes; all of them read the checkpoint.
+
         Args:
             resume: continue from the newest valid checkpoint in `out`, if there is one.
 
         Raises:
+            InputError: several processes with an estimator that knows its own rollouts only, or with folders `out` that
+                differ; a launch command that starts fewer processes than it asks for.
             KeyboardInterrupt, RunStopped: stopped early; the run can be resumed.
             CheckpointError: the checkpoint is of another configuration, or none is valid, or the disk is full.
         """
+        start()
+        if world_size() > 1 and not self.hypergradient.over_ranks:
+            raise InputError(
+                f"{type(self.hypergradient).__name__}: expected one process, got {world_size()}; only PolicyResponse and "
+                "its variants gather what other processes sampled"
+            )
         if resume and self.out is not None:
             self._restore(self.out)
+        steps = gather_rows(torch.tensor([self.step])).tolist()
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"out: expected one folder that every process sees, got checkpoints of steps {steps} on ranks 0 to "
+                f"{world_size() - 1}; put it on a shared disk"
+            )
+        broadcast_(self.problem.leader)
         if self.step >= self.config.steps:
             return
         with contextlib.ExitStack() as stack:
@@ -133,7 +152,12 @@ class HPGD:
                 log = stack.enter_context(MetricsLog(self.out / "metrics.jsonl"))
                 log.truncate_after(self.step + 1)  # rows are numbered from 1
             bar = stack.enter_context(
-                tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not self.config.progress)
+                tqdm(
+                    total=self.config.steps,
+                    initial=self.step,
+                    desc="leader",
+                    disable=not (self.config.progress and is_main()),
+                )
             )
             stack.enter_context(_finish_step_on_interrupt(self))
             self._returned_at = time.perf_counter()
@@ -145,6 +169,7 @@ class HPGD:
                 bar.update()
                 bar.set_postfix(objective=f"{row['objective']:.4g}", refresh=False)
                 done = self.step >= self.config.steps
+                self._interrupted = any_rank(self._interrupted)  # all stop after the same step, or some would wait
                 if done or self._interrupted or self.step % self.config.checkpoint_every == 0:
                     self._save()
                 self._returned_at = time.perf_counter()
@@ -165,6 +190,7 @@ class HPGD:
                 if all(bool(torch.isfinite(p).all()) for p in self.problem.parameters):
                     self._save()
                 raise
+        barrier()  # what rank 0 has written is there on every rank
         if self._interrupted and self.step < self.config.steps:
             raise KeyboardInterrupt
 
@@ -199,6 +225,8 @@ class HPGD:
             return {}
         with torch.no_grad():
             reward = self.problem.leader.reward(rollouts)[:, 0].double()
+            # In several processes a group may straddle ranks: the certificate is that of the whole batch.
+            reward, rollouts = gather_rows(reward), rollouts.over_ranks()
             temperature = per_path(self.problem.temperature, rollouts.contexts.to(reward.device))
         log_policy, log_prior = (v[:, 0].to(reward) for v in (rollouts.log_policy, rollouts.log_prior))
         log_ratio = reward / temperature - (log_policy - log_prior)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.distributed import rank, share
 from align_cbrl.errors import InputError
 from align_cbrl.rollouts import Rollouts
 
@@ -211,13 +212,16 @@ class Follower(abc.ABC):
         This is the one place that decides who drives whom. The default alternates `respond` and `rollout`; a
         follower whose trainer owns its loop overrides it and calls `on_rollouts` from inside that loop.
 
-        Every step draws from a generator seeded by (seed, step) alone, so that a resumed run repeats itself.
+        Every step draws from a generator seeded by (seed, step) alone, so that a resumed run repeats itself. In several
+        processes all draw the same contexts, and each rolls out its share of them, from a generator of its own.
         """
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(step_seed(seed, step))
             contexts = self.sample_contexts(contexts_per_step, generator)
             metrics = self.respond(leader, contexts)
-            if not on_rollouts(self.rollout(contexts, group_size, generator), metrics):
+            if rank() > 0:
+                generator.manual_seed(step_seed(step_seed(seed, step), rank()))
+            if not on_rollouts(self.rollout(contexts[share(len(contexts))], group_size, generator), metrics):
                 return
 
     def state_dict(self) -> dict[str, Any]:
