@@ -6,6 +6,7 @@ tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing 
 """
 
 from align_cbrl.critics import FittedCritic, GroupCritic
+from align_cbrl.cross_fitted import CrossFitted
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.geometric import GradientEstimator
 from align_cbrl.hpgd import HPGD, HPGDConfig
@@ -21,10 +22,12 @@ from align_cbrl.objectives import (
     PreferenceLikelihood,
     WorstContext,
 )
+from align_cbrl.preference_data import PreferenceData, Regularised
 from align_cbrl.problem import Critic, Critique, Evaluation, Follower, Leader, Objective, Problem
 from align_cbrl.randomly_truncated import IterativeFollower, RandomlyTruncated, Truncated
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.search import Climb, Halving, successive_halving
+from align_cbrl.worst_group import WorstGroup
 from align_cbrl.zeroth_order import ZerothOrder
 
 __version__ = "0.1.0"
@@ -49,7 +52,11 @@ __all__ = [
     "CVaR",
     "EntropicRisk",
     "WorstContext",
+    "WorstGroup",
+    "CrossFitted",
     "PreferenceLikelihood",
+    "PreferenceData",
+    "Regularised",
     # how its gradient is estimated
     "Hypergradient",
     "PolicyResponse",

@@ -1,14 +1,15 @@
 """Objectives: what the leader wants of the best response.
 
 `ExpectedUtility` is the plain one. The others wrap an objective and may be combined: a price on divergence, a
-constraint, and risk over nature's draw. `PreferenceLikelihood` is for rollouts of one step.
+constraint, and risk over nature's draw. `PreferenceLikelihood` is for rollouts of one step. `WorstGroup`, `CrossFitted`
+and `PreferenceData` have files of their own.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ class Constrained(_Wrapping):
 
     The leader climbs the Lagrangian J_u - mu (J_c - bound). After every leader step the multiplier follows the
     constraint, mu <- max(0, mu + rate (J_c - bound)), J_c estimated from the step's own rollouts. The cost is asked
-    for twice a step: once in the Lagrangian, once for the multiplier.
+    for twice a step: once in the Lagrangian, once for the multiplier. A `Judge` answers the second time from its cache.
 
     Attributes:
         objective: an expectation, J_u.
@@ -256,14 +257,23 @@ class Constrained(_Wrapping):
         self.objective.load_state_dict(state["objective"])
 
 
-class _OverContexts(_Wrapping):
+class OverContexts(_Wrapping):
     """A function of what the wrapped objective is worth in each context, instead of its mean.
 
     The credit of a step is its utility times the derivative of the function with respect to its context's value,
     divided by the context's probability: the same path counts for more where the function is steeper. On samples a
     context's value is the mean over its paths, and its probability their share; both are consistent, and biased by
-    O(1 / paths of the context), since one sample makes the weight and what is weighted.
+    O(1 / paths of the context), since one sample makes the weight and what is weighted. `CrossFitted` removes that.
     """
+
+    def labels(self, rollouts: Rollouts) -> list[Any]:
+        """What each path's value belongs to, [B]: its context."""
+        labels: list[int] = rollouts.contexts.tolist()
+        return labels
+
+    def risk(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The objective from the values [K] and probabilities [K] of whatever `labels` names."""
+        return self.aggregate(values, probabilities)
 
     @abc.abstractmethod
     def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
@@ -274,24 +284,25 @@ class _OverContexts(_Wrapping):
         mask = rollouts.mask.to(utility.device)
         weight = rollouts.path_weight(utility.dtype).to(utility.device)  # [B]
         totals = _discounted(utility, mask, self.discount)  # [B]
-        contexts, place = torch.unique(rollouts.contexts.to(utility.device), return_inverse=True)
+        names, place = number_labels(self.labels(rollouts))
+        place = place.to(utility.device)
 
         def by_context(value: Tensor) -> Tensor:  # [B] -> [K]
-            return torch.zeros(len(contexts), dtype=value.dtype, device=value.device).index_add(0, place, value)
+            return torch.zeros(len(names), dtype=value.dtype, device=value.device).index_add(0, place, value)
 
         mass = by_context(weight)
         if bool((mass == 0).any()):
             raise InputError(
-                f"{type(self).__name__}: every path of context {int(contexts[mass == 0][0])} has weight zero, so that "
-                "its value is unknown"
+                f"{type(self).__name__}: every path of context {names[int((mass == 0).nonzero()[0])]!r} has weight zero, "
+                "so that its value is unknown"
             )
         probabilities = mass / mass.sum()
         with torch.enable_grad():
             values = by_context(weight * totals) / mass
-            value = self.aggregate(values, probabilities)
+            value = self.risk(values, probabilities)
             if not values.requires_grad:
                 leaf = values.detach().requires_grad_(True)
-                (slope,) = torch.autograd.grad(self.aggregate(leaf, probabilities), leaf)
+                (slope,) = torch.autograd.grad(self.risk(leaf, probabilities), leaf)
             else:
                 (slope,) = torch.autograd.grad(value, values, retain_graph=True)
         importance = slope.detach() / probabilities
@@ -299,7 +310,7 @@ class _OverContexts(_Wrapping):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanVariance(_OverContexts):
+class MeanVariance(OverContexts):
     """The mean over contexts less `aversion` times their variance: E f - kappa Var f, f_c the value in context c.
 
     Attributes:
@@ -326,7 +337,7 @@ class MeanVariance(_OverContexts):
 
 
 @dataclasses.dataclass(frozen=True)
-class CVaR(_OverContexts):
+class CVaR(OverContexts):
     """The mean over the worst `share` of nature's draw: the conditional value at risk of f_c (Rockafellar and Uryasev).
 
     Attributes:
@@ -356,7 +367,7 @@ class CVaR(_OverContexts):
 
 
 @dataclasses.dataclass(frozen=True)
-class EntropicRisk(_OverContexts):
+class EntropicRisk(OverContexts):
     """The entropic certainty equivalent over nature's draw, -(1 / theta) log E exp(-theta f).
 
     Attributes:
@@ -384,7 +395,7 @@ class EntropicRisk(_OverContexts):
 
 
 @dataclasses.dataclass(frozen=True)
-class WorstContext(_OverContexts):
+class WorstContext(OverContexts):
     """The worst context's value, however rare it is; or a soft minimum.
 
     Attributes:
@@ -422,15 +433,24 @@ class PreferenceLikelihood(Objective):
 
         J = E_c E_{y, y' ~ pi*} l(y, y'),    l = p log sigma(r - r') + (1 - p) log sigma(r' - r),
 
-    where p = sigma((score - score') / scale) is the probability that y is preferred (Bradley and Terry). x enters
-    twice: in the likelihood, the direct term, and in what pairs there are, the response. Pairs are those within a
-    group. J is quadratic in the policy, so that the credit of y is twice its mean over partners. A group's mean,
-    which `GroupCritic` compares with, holds the partners as well; that shrinks the covariance by (G - 2) / (G - 1),
-    which the credit makes up for: groups of at least 3 are needed, and the estimate is then unbiased.
+    where p is the probability that y is preferred to y': sigma((score - score') / scale) where a judge scores answers
+    (Bradley and Terry), or what a judge of pairs says. x enters twice: in the likelihood, the direct term, and in what
+    pairs there are, the response. Pairs are those within a group. J is quadratic in the policy, so that the credit of
+    y is twice its mean over partners. A group's mean, which `GroupCritic` compares with, holds the partners as well;
+    that shrinks the covariance by (G - 2) / (G - 1), which the credit makes up for: groups of at least 3 are needed,
+    and the estimate is then unbiased. The factor is the same however many partners an answer has, as long as all have
+    as many (docs/objectives.md).
 
     Attributes:
         score: maps (leader, rollouts) to scores [B, 1] that do not depend on x: a judge, or a table.
         scale: of the score, > 0: smaller means surer preferences.
+        preference: instead of `score`, maps (rollouts, first, second), the latter row numbers long [M], to the
+            probabilities [M] that the first row's answer is preferred: a `PairwiseJudge`, or a table.
+        partners: with how many others of its group each answer is paired: an even number, or None for all of them.
+            A judge of pairs is asked about G * partners / 2 pairs a group.
+
+    Raises:
+        InputError: neither or both of score and preference; a scale that is not positive; an odd number of partners.
 
     Example:
         >>> objective = PreferenceLikelihood(lambda leader, rollouts: rollouts.steps["score"][:, None])
@@ -438,32 +458,40 @@ class PreferenceLikelihood(Objective):
         True
     """
 
-    score: Callable[[Leader, Rollouts], Tensor]
+    score: Callable[[Leader, Rollouts], Tensor] | None = None
     scale: float = 1.0
+    preference: Callable[[Rollouts, Tensor, Tensor], Tensor] | None = None
+    partners: int | None = None
     discount: float = 0.0
     depends_on_leader: bool = True
 
     def __post_init__(self) -> None:
         _check_number("PreferenceLikelihood.scale", self.scale, low=0)
+        if (self.score is None) == (self.preference is None):
+            raise InputError("PreferenceLikelihood: expected either score or preference, one of the two")
+        if self.partners is not None and (self.partners < 2 or self.partners % 2):
+            raise InputError(f"PreferenceLikelihood.partners: expected an even number >= 2, got {self.partners}")
         if self.discount != 0 or not self.depends_on_leader:
             raise InputError("PreferenceLikelihood: expected discount 0 and depends_on_leader True; they are not free")
 
     def pair(self, reward_difference: Tensor, score_difference: Tensor) -> Tensor:
         """The expected log-likelihood l of a pair, from r - r' and score - score', of any shape."""
-        preferred = torch.sigmoid(score_difference / self.scale)
-        forward = torch.nn.functional.logsigmoid(reward_difference)
-        backward = torch.nn.functional.logsigmoid(-reward_difference)
-        return preferred * forward + (1 - preferred) * backward
+        return pair_likelihood(reward_difference, torch.sigmoid(score_difference / self.scale))
 
     def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
-        """The reward r_x and the score side by side, [B, 2]: what pairs are made of."""
-        score = self.score(leader, rollouts)
-        if tuple(score.shape) != tuple(rollouts.mask.shape) or rollouts.horizon != 1:
+        """What pairs are made of: the reward r_x and the score side by side [B, 2], or the reward alone [B, 1]."""
+        if rollouts.horizon != 1:
             raise InputError(
-                f"PreferenceLikelihood.score: expected shape ({rollouts.size}, 1), rollouts of one step, got "
-                f"{tuple(score.shape)} for a horizon of {rollouts.horizon}"
+                f"PreferenceLikelihood: expected rollouts of one step, got a horizon of {rollouts.horizon}"
             )
         reward = leader.reward(rollouts)
+        if self.score is None:
+            return reward
+        score = self.score(leader, rollouts)
+        if tuple(score.shape) != (rollouts.size, 1):
+            raise InputError(
+                f"PreferenceLikelihood.score: expected shape ({rollouts.size}, 1), got {tuple(score.shape)}"
+            )
         return torch.cat([reward, score.detach().to(reward)], 1)
 
     def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
@@ -471,7 +499,11 @@ class PreferenceLikelihood(Objective):
         return (weight[:, :1] * leader.reward(rollouts)).sum()
 
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
-        """Mean over groups of the mean over their pairs. Raises InputError for groups of fewer than 3."""
+        """Mean over groups of the mean over their pairs; a judge of pairs is asked here, once about each pair.
+
+        Raises:
+            InputError: groups of fewer than 3, more partners than others in a group, or preferences outside [0, 1].
+        """
         group = rollouts.group[:, 0].to(utility.device)
         path_weight = rollouts.path_weight(utility.dtype).to(utility.device)
         _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
@@ -484,17 +516,74 @@ class PreferenceLikelihood(Objective):
         for size in sizes.unique().tolist():  # groups of one size at a time: [N G] -> [N, G]
             rows = (sizes[place] == size).nonzero()[:, 0]
             rows = rows[torch.argsort(place[rows], stable=True)].view(-1, size)
-            reward, score, weight = utility[rows, 0], utility[rows, 1], path_weight[rows]
-            likelihood = self.pair(
-                reward[:, :, None] - reward[:, None, :], score[:, :, None] - score[:, None, :]
-            )  # [N, G, G]
-            partner = weight[:, None, :] * (1 - torch.eye(size, dtype=weight.dtype, device=weight.device))
+            reward, weight = utility[rows, 0], path_weight[rows]
+            paired = self._paired(size).to(weight)  # [G, G]
+            preferred = self._preferred(utility, rollouts, rows, paired)  # [N, G, G]
+            likelihood = pair_likelihood(reward[:, :, None] - reward[:, None, :], preferred)
+            partner = weight[:, None, :] * paired
             mean = (partner * likelihood).sum(2) / partner.sum(2).clamp(min=torch.finfo(weight.dtype).tiny)  # [N, G]
             of_group = weight * partner.sum(2)
             total = of_group.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
             value = value + (of_group / total * mean).sum()
             credit[rows] = (2 * (size - 1) / (size - 2) * mean).detach()
         return Evaluation(value=value / len(sizes), credit=credit[:, None])
+
+    def _paired(self, size: int) -> Tensor:
+        """bool [G, G]: who is paired with whom. Answers stand on a ring, each paired with its nearest neighbours."""
+        distance = (torch.arange(size)[:, None] - torch.arange(size)[None, :]) % size
+        if self.partners is None:
+            return distance > 0
+        if self.partners > size - 1:
+            raise InputError(
+                f"PreferenceLikelihood.partners: expected at most {size - 1}, the others of a group of {size}, got "
+                f"{self.partners}"
+            )
+        return (distance > 0) & (torch.minimum(distance, size - distance) <= self.partners // 2)
+
+    def _preferred(self, utility: Tensor, rollouts: Rollouts, rows: Tensor, paired: Tensor) -> Tensor:
+        """The probability that row i's answer is preferred to row j's, [N, G, G]; 1/2 where they are no pair."""
+        if self.preference is None:
+            score = utility[rows, 1]
+            return torch.sigmoid((score[:, :, None] - score[:, None, :]) / self.scale)
+        i, j = torch.triu(paired, 1).nonzero(as_tuple=True)
+        said = self.preference(rollouts, rows[:, i].reshape(-1), rows[:, j].reshape(-1))  # [N * pairs]
+        if tuple(said.shape) != (rows.shape[0] * len(i),) or not bool(((said >= 0) & (said <= 1)).all()):
+            raise InputError(
+                f"PreferenceLikelihood.preference: expected {rows.shape[0] * len(i)} probabilities in [0, 1], one a "
+                f"pair, got shape {tuple(said.shape)}: {said.flatten()[:4].tolist()}..."
+            )
+        said = said.to(utility).view(rows.shape[0], -1)
+        preferred = torch.full((rows.shape[0], *paired.shape), 0.5, dtype=utility.dtype, device=utility.device)
+        preferred[:, i, j], preferred[:, j, i] = said, 1 - said
+        return preferred
+
+
+def pair_likelihood(reward_difference: Tensor, preferred: Tensor | float) -> Tensor:
+    """p log sigma(d) + (1 - p) log sigma(-d), the expected log-likelihood of a pair (Bradley and Terry).
+
+    Args:
+        reward_difference: d = r(first) - r(second), of any shape.
+        preferred: p, the probability that the first is preferred; 1 where that is known.
+
+    Example:
+        >>> pair_likelihood(torch.tensor(0.0), 1.0).item() == torch.tensor(0.5).log().item()
+        True
+    """
+    forward = torch.nn.functional.logsigmoid(reward_difference)
+    backward = torch.nn.functional.logsigmoid(-reward_difference)
+    return preferred * forward + (1 - preferred) * backward
+
+
+def number_labels(labels: Sequence[Any]) -> tuple[list[Any], Tensor]:
+    """The distinct labels in the order in which they first occur, and for each row the number of its own: long [B].
+
+    Example:
+        >>> number_labels(["law", "art", "law"])
+        (['law', 'art'], tensor([0, 1, 0]))
+    """
+    number: dict[Any, int] = {}
+    place = [number.setdefault(label, len(number)) for label in labels]
+    return list(number), torch.tensor(place)
 
 
 def _discounted(utility: Tensor, mask: Tensor, discount: float) -> Tensor:
