@@ -28,7 +28,7 @@ _COMMANDS = (
 )
 
 
-def start() -> None:
+def initialize() -> None:
     """Join the other processes of this run, if a launcher started several; called before anything is built.
 
     The processes talk through NCCL where there is a GPU for each, else through gloo. Calling it again does nothing.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.config import fingerprint as fingerprint_of
-from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, is_main, start, world_size
+from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, world_size
 from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.functional import best_response_gap, effective_sample_size, tilt_weights
 from align_cbrl.hypergradient import Hypergradient, PolicyResponse
@@ -117,8 +117,8 @@ class HPGD:
         A first Ctrl-C finishes the leader step under way, saves a checkpoint, and raises KeyboardInterrupt; a second
         one stops at once.
 
-        In several processes (docs/scaling.md) the leader starts as it is on rank 0, every rank takes the same steps, and
-        rank 0 alone writes; all of them read the checkpoint.
+        In several processes (docs/scaling.md) the leader starts as it is on rank 0, every rank takes the same steps,
+        and rank 0 alone writes; all of them read the checkpoint.
 
         Args:
             resume: continue from the newest valid checkpoint in `out`, if there is one.
@@ -129,11 +129,11 @@ class HPGD:
             KeyboardInterrupt, RunStopped: stopped early; the run can be resumed.
             CheckpointError: the checkpoint is of another configuration, or none is valid, or the disk is full.
         """
-        start()
+        initialize()
         if world_size() > 1 and not self.hypergradient.over_ranks:
             raise InputError(
-                f"{type(self.hypergradient).__name__}: expected one process, got {world_size()}; only PolicyResponse and "
-                "its variants gather what other processes sampled"
+                f"{type(self.hypergradient).__name__}: expected one process, got {world_size()}; only PolicyResponse "
+                "and its variants gather what other processes sampled"
             )
         if resume and self.out is not None:
             self._restore(self.out)

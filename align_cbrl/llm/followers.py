@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from align_cbrl.distributed import initialize, rank, world_size
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.functional import tilt_weights
 from align_cbrl.llm.completions import Completions, check_prompts, sample_completions
@@ -51,6 +52,7 @@ class LanguageFollower(Follower):
     def __init__(
         self, model: str | Path, prompts: Dataset, temperature: float, *, max_completion_length: int = 64
     ) -> None:
+        initialize()  # before anything of accelerate's, which would decide alone how many processes there are
         check_temperature("temperature", temperature)
         check_prompts(prompts, 1)
         self.model_path = str(model)
@@ -89,7 +91,8 @@ class RLOOFollower(LanguageFollower):
 
     Args:
         model, prompts, temperature, max_completion_length: as for `LanguageFollower`.
-        prompts_per_step: distinct prompts in each training batch.
+        prompts_per_step: distinct prompts in each training batch, over all processes: one process and several train on
+            batches of the same size. Each gets an equal part of the completions, in which a group may be cut in two.
         group_size: completions per prompt, at least 2; 4 or more recommended.
         learning_rate: of the policy's AdamW, constant.
         interval: optimizer steps between leader steps.
@@ -99,7 +102,8 @@ class RLOOFollower(LanguageFollower):
         settings: other fields of `trl.RLOOConfig`; those that bias the response are refused.
 
     Raises:
-        InputError: see `LanguageFollower`; fewer prompts than a generation batch; group size 1; biased settings.
+        InputError: see `LanguageFollower`; fewer prompts than a generation batch; group size 1; biased settings; a
+            batch that the processes cannot share equally.
     """
 
     def __init__(
@@ -122,6 +126,11 @@ class RLOOFollower(LanguageFollower):
         if group_size < 2:
             raise InputError(f"group_size: expected at least 2 completions a prompt, got {group_size}")
         check_prompts(prompts, prompts_per_step)
+        if prompts_per_step * group_size % world_size():
+            raise InputError(
+                f"prompts_per_step={prompts_per_step}, group_size={group_size}: expected a batch that {world_size()} "
+                f"processes can share equally, got {prompts_per_step * group_size} completions"
+            )
         self.prompts_per_step, self.group_size = prompts_per_step, group_size
         self.interval, self.warmup, self.inside, self.seed = interval, warmup, inside, seed
         folder = tempfile.mkdtemp(prefix="align_cbrl_rloo_")  # trl insists on one; nothing of value goes there
@@ -129,7 +138,7 @@ class RLOOFollower(LanguageFollower):
         self._config = boltzmann_config(
             temperature,
             output_dir=folder,
-            per_device_train_batch_size=prompts_per_step * group_size,
+            per_device_train_batch_size=prompts_per_step * group_size // world_size(),
             num_generations=group_size,
             max_completion_length=max_completion_length,
             learning_rate=learning_rate,
@@ -177,7 +186,7 @@ class RLOOFollower(LanguageFollower):
             return True if on_step is None else on_step(step)
 
         self._on_step = after_step
-        set_seed(trainer.args.seed)
+        set_seed(trainer.args.seed + rank())  # ranks answer the same prompt differently
         trainer.train()
 
     def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
@@ -231,6 +240,13 @@ class RLOOFollower(LanguageFollower):
                 f"sees the follower's own batch of {self.prompts_per_step} prompts x {self.group_size} completions; "
                 "ask for no more prompts and the same group size, or set inside=False"
             )
+        per_rank = self.prompts_per_step * self.group_size // world_size()
+        seen = min(per_rank, contexts_per_step * group_size - rank() * per_rank)  # of this rank's completions
+        if contexts_per_step * group_size <= (world_size() - 1) * per_rank:
+            raise InputError(
+                f"contexts_per_step={contexts_per_step}: expected enough prompts for each of {world_size()} processes, "
+                f"of the {self.prompts_per_step} that the follower trains on; ask for {self.prompts_per_step}"
+            )
         warmup = self.warmup if start == 0 else 0
         trainer = self._built()
 
@@ -238,7 +254,7 @@ class RLOOFollower(LanguageFollower):
             if step <= warmup or (step - warmup) % self.interval:
                 return True
             assert trainer.observed is not None  # a step has been taken
-            rollouts = trainer.observed.rollouts().select(slice(0, contexts_per_step * group_size))
+            rollouts = trainer.observed.rollouts().select(slice(0, seen))
             return on_rollouts(rollouts, {"follower_steps": float(self._steps)})
 
         self.train(leader, warmup + (steps - start) * self.interval, on_step)
