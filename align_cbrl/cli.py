@@ -1,4 +1,4 @@
-"""The command line: `align-cbrl run` and `align-cbrl validate`."""
+"""The command line: `align-cbrl run`, `report`, `compare` and `validate`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import importlib
 import json
 import math
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from align_cbrl.config import load_config, nearest
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
+from align_cbrl.run_folder import ABOUT, CONFIG, read_summary
 
 _DESCRIPTION = """\
 Contextual bilevel reinforcement learning for RLHF.
@@ -37,6 +39,8 @@ examples:
   align-cbrl run docstrings --set hpgd.steps=50 seed=1     change values of the configuration
   align-cbrl run docstrings --out runs/docstrings --resume
                                                            continue after a stop, or start
+  align-cbrl report runs/docstrings                        write its report again
+  align-cbrl compare runs/docstrings runs/docstrings-mine  runs side by side
   align-cbrl run four_rooms                                fines on a map: a cell of the table
   align-cbrl run four_rooms --config table.yaml            the whole table
   align-cbrl validate                                      every gradient route against the referee
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{run,validate}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="{run,report,compare,validate}")
 
     run = commands.add_parser(
         "run",
@@ -98,6 +102,24 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume", action="store_true", help="continue the run in the output folder; start it where there is none"
     )
+
+    report = commands.add_parser(
+        "report",
+        help="write a finished run's report again",
+        description="Write report.html and its figures again, from what the folder of a finished run holds.",
+    )
+    report.set_defaults(command=_report)
+    report.add_argument("folder", metavar="DIR", type=Path, help="where `align-cbrl run` wrote")
+
+    compare = commands.add_parser(
+        "compare",
+        help="put runs side by side",
+        description="Settings that differ, final rows, learned rewards and curves of several runs: tables on the "
+        "terminal, and all of it in compare.html. Of different recipes, what they share.",
+    )
+    compare.set_defaults(command=_compare)
+    compare.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="where `align-cbrl run` wrote")
+    compare.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="for compare.html (default: here)")
 
     validate = commands.add_parser(
         "validate",
@@ -138,7 +160,40 @@ def _run(options: argparse.Namespace) -> int:
     recipe: Any = importlib.import_module(f"recipes.{options.recipe}.recipe")
     config = load_config(recipe.Config, path, options.overrides)
     out.mkdir(parents=True, exist_ok=True)
-    recipe.run(config, out, options.resume)
+    try:
+        recipe.run(config, out, options.resume)
+    except InputError:
+        _release(out)
+        raise
+    return 0
+
+
+def _release(out: Path) -> None:
+    """Remove a folder in which nothing happened before the mistake was found, so that the corrected command may run."""
+    if {file.name for file in out.iterdir()} <= {ABOUT, CONFIG}:
+        shutil.rmtree(out)
+
+
+def _report(options: argparse.Namespace) -> int:
+    name = read_summary(options.folder)["recipe"]
+    names = recipe_names()
+    if name not in names:
+        raise InputError(f"{options.folder}: its recipe {name!r} is not installed here; {nearest(name, names)}")
+    recipe: Any = importlib.import_module(f"recipes.{name}.recipe")
+    if not hasattr(recipe, "report"):
+        raise InputError(f"{options.folder}: the recipe {name!r} writes no report")
+    recipe.report(options.folder)
+    print(f"report: {options.folder / 'report.html'}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    module: Any = importlib.import_module("align_cbrl.compare")
+    runs = module.read_runs(options.folders)
+    for title, table in module.comparison(runs):
+        print(f"\n{title}")
+        print(_aligned([table.columns, *table.rows], left=range(2)) if table.rows else "none")
+    print(f"\nreport: {module.write_comparison(options.out, runs)}")
     return 0
 
 
@@ -191,11 +246,15 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
         previous = row["problem"]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    texts = (0, 1, 7)  # left-aligned; the rest are numbers
+    return _aligned(lines, left=(0, 1, 7))
+
+
+def _aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """The lines with their columns aligned: those of words to the left, those of numbers to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
-            v.ljust(w) if i in texts else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True))
+            v.ljust(w) if i in left else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from align_cbrl.distributed import is_main
 from align_cbrl.errors import InputError
 
 
 class MetricsLog:
     """Appends rows to a JSON-lines file, each on the disk's way as soon as it is written.
 
-    Numbers that are not finite become null: JSON has no word for them.
+    Numbers that are not finite become null: JSON has no word for them. In several processes rank 0 alone writes.
 
     Args:
         path: the file; its folder is created. Rows that are already there are kept.
@@ -43,7 +44,9 @@ class MetricsLog:
         Raises:
             InputError: a value that JSON cannot hold.
         """
-        line = json.dumps({key: _finite(value, key) for key, value in row.items()}, allow_nan=False)
+        line = json.dumps(finite(row, "metrics"), allow_nan=False)
+        if not is_main():
+            return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(self.path)
@@ -54,7 +57,7 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop the rows whose `step` is `step` or later, about to be redone, and a last line torn by a kill."""
         self.close()
-        if not self.path.exists():
+        if not (is_main() and self.path.exists()):
             return
         kept = [row for row in self.read(self.path) if row.get("step", -1) < step]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -100,21 +103,34 @@ class MetricsLog:
         self.close()
 
 
-def _finite(value: Any, key: str) -> Any:
+def finite(value: Any, name: str) -> Any:
+    """`value` as JSON holds it: one-element tensors as numbers, and null for numbers that are not finite.
+
+    Args:
+        value: numbers, strings, booleans, None, one-element tensors, and lists and mappings of these.
+        name: what it is called in an error.
+
+    Raises:
+        InputError: a value that JSON cannot hold.
+
+    Example:
+        >>> finite({"value": float("nan"), "weights": (1.0, None)}, "row")
+        {'value': None, 'weights': [1.0, None]}
+    """
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _finite(v, f"{key}.{k}") for k, v in value.items()}
+        return {str(k): finite(v, f"{name}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v, f"{key}.{i}") for i, v in enumerate(value)]
+        return [finite(v, f"{name}[{i}]") for i, v in enumerate(value)]
     if hasattr(value, "item") and getattr(value, "size", None) is not None:  # a tensor or a NumPy scalar
         try:
-            return _finite(value.item(), key)
+            return finite(value.item(), name)
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"metrics[{key!r}]: expected one number, got {type(value).__name__}: {error}") from error
-    raise InputError(f"metrics[{key!r}]: expected a number, a string or None, got {type(value).__name__}")
+            raise InputError(f"{name}: expected one number, got {type(value).__name__}: {error}") from error
+    raise InputError(f"{name}: expected a number, a string or None, got {type(value).__name__}")
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -8,12 +8,14 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from align_cbrl.errors import InputError
 
 Cell = str | float | int | None
-_LEGEND = 4  # curves in a panel, above which one legend stands below the picture
+_LEGEND = 4  # names in a panel, above which one legend stands below the picture
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a5b", "#8a6bb1", "#b8892b", "#5b6770")
+_STROKES = ("-", "--", ":", "-.")  # one more for each round through the colours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,31 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     highlight: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A heat table: what each row reaches on each column's measure, with each column's best marked.
+
+    Columns are measured in units of their own, so a cell's shade compares it with its column only.
+
+    Attributes:
+        corner: above the row names, what rows and columns are, as "trained for / measured by".
+        columns: the measures.
+        rows: the names of the rows.
+        values: one number a column for each row; None, or a number that is not finite, is a dash.
+        errors: standard errors in the same shape, or None.
+        best: whether the largest or the smallest number is the best, for all columns or for each.
+        caption: a line under the table.
+    """
+
+    corner: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    errors: Sequence[Sequence[float | None]] | None = None
+    best: Literal["largest", "smallest"] | Sequence[Literal["largest", "smallest"]] = "largest"
+    caption: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +83,17 @@ class Sample:
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+Item = Table | Matrix | Figure | Sample
+"""What a section shows under its text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A head, paragraphs (separated by empty lines), and then tables, figures and samples in the order given."""
 
     title: str
     text: str = ""
-    content: Sequence[Table | Figure | Sample] = ()
+    content: Sequence[Item] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +105,28 @@ class Panel:
         x_label: with the unit, if there is one.
         y_label: likewise.
         curves: by name, (x, y), and optionally (x, y, half-width of a band around y). Values that are not finite, or
-            None, leave a gap.
+            None, leave a gap. A name has one colour in all panels; from the seventh on, another stroke too.
+        points: by name, likewise, drawn as dots with error bars.
+        levels: horizontal reference lines by name.
+        log_x, log_y: whether an axis is logarithmic; what is not positive is then left out.
     """
 
     title: str
     x_label: str
     y_label: str
-    curves: Mapping[str, tuple[Sequence[float | None], ...]]
+    curves: Mapping[str, tuple[Sequence[float | None], ...]] = dataclasses.field(default_factory=dict)
+    points: Mapping[str, tuple[Sequence[float | None], ...]] = dataclasses.field(default_factory=dict)
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    log_x: bool = False
+    log_y: bool = False
 
 
 def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
     """Write one HTML file that needs no other: the style and the images are inside.
 
     Raises:
-        InputError: a table row with another number of cells than columns, or an image that is not a readable PNG.
+        InputError: a table or matrix row with another number of cells than columns, or an image that is not a readable
+            PNG.
     """
     body = "\n".join(_section(section) for section in sections)
     lead = f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else ""
@@ -114,7 +153,7 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
     if not panels:
         raise InputError("curves_png: expected at least one panel")
     for panel in panels:
-        for name, values in panel.curves.items():
+        for name, values in (*panel.curves.items(), *panel.points.items()):
             if len(values) not in (2, 3) or len({len(v) for v in values}) != 1:
                 raise InputError(
                     f"curves_png: panel {panel.title!r}, curve {name!r}: expected (x, y) or (x, y, half-width) of "
@@ -132,41 +171,66 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
     with rc_context({"font.family": "sans-serif", "font.size": 10.5, "axes.titlesize": 11.5}):
         canvas = Canvas(figsize=(3.8 * columns, 3.0 * rows), dpi=190, layout="constrained", facecolor="white")
         FigureCanvasAgg(canvas)
-        names = list(dict.fromkeys(name for panel in panels for name in panel.curves))  # one colour a name throughout
-        colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-        crowded = any(len(panel.curves) > _LEGEND for panel in panels)  # too many for a legend that hides no curve
+        names = list(dict.fromkeys(name for panel in panels for name in (*panel.curves, *panel.points)))
+        pens = {
+            name: (COLOURS[i % len(COLOURS)], _STROKES[i // len(COLOURS) % len(_STROKES)])
+            for i, name in enumerate(names)
+        }
+        # Too many for a legend that hides no curve.
+        crowded = any(len({*panel.curves, *panel.points, *panel.levels}) > _LEGEND for panel in panels)
         for position, panel in enumerate(panels, start=1):
-            axes = canvas.add_subplot(rows, columns, position)
-            for name, (x, y, *band) in panel.curves.items():
-                horizontal, vertical = _gaps(x), _gaps(y)
-                dots = "o" if len(vertical) < 2 else None  # a line of one point cannot be seen
-                axes.plot(horizontal, vertical, color=colour[name], linewidth=1.8, label=name, marker=dots)
-                if band:
-                    half = _gaps(band[0])
-                    low = [v - h for v, h in zip(vertical, half, strict=True)]
-                    high = [v + h for v, h in zip(vertical, half, strict=True)]
-                    axes.fill_between(horizontal, low, high, color=colour[name], alpha=0.15, linewidth=0)
-            axes.set_title(panel.title, loc="left", fontweight="bold", color="#22272e", pad=8)
-            axes.set_xlabel(panel.x_label, color="#57606a")
-            axes.set_ylabel(panel.y_label, color="#57606a")
-            axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color("#b9bfc6")
-            axes.tick_params(colors="#57606a", length=0)
-            axes.margins(x=0.02)
-            if len(panel.curves) > 1 and not crowded:
-                axes.legend(frameon=False, fontsize=9.5, handlelength=1.4, labelcolor="#22272e")
+            _draw(canvas.add_subplot(rows, columns, position), panel, pens, legend=not crowded)
         if crowded:
-            lines = {str(line.get_label()): line for axes in canvas.axes for line in axes.get_lines()}
+            shown = {}
+            for axes in canvas.axes:
+                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                    shown.setdefault(label, handle)
             canvas.legend(
-                list(lines.values()), list(lines), loc="outside lower center", ncols=min(len(lines), 6), frameon=False,
-                fontsize=9.5, handlelength=1.4, labelcolor="#22272e",
+                list(shown.values()), list(shown), loc="outside lower center", ncols=min(len(shown), 2 * columns),
+                frameon=False, fontsize=9.5, handlelength=1.8, labelcolor="#22272e",
             )  # fmt: skip
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, format="png")
     return path
+
+
+def _draw(axes: Any, panel: Panel, pens: Mapping[str, tuple[str, str]], *, legend: bool) -> None:
+    """One panel, with the colour and stroke of each name."""
+    if panel.log_x:
+        axes.set_xscale("log", nonpositive="mask")
+    if panel.log_y:
+        axes.set_yscale("log", nonpositive="mask")
+    for name, level in panel.levels.items():
+        axes.axhline(level, color="#8b949e", linewidth=1.2, linestyle=(0, (4, 3)), label=name, zorder=1)
+    for name, (x, y, *band) in panel.curves.items():
+        colour, stroke = pens[name]
+        horizontal, vertical = _gaps(x), _gaps(y)
+        dots = "o" if len(vertical) < 2 else None  # a line of one point cannot be seen
+        axes.plot(horizontal, vertical, color=colour, linestyle=stroke, linewidth=1.8, label=name, marker=dots)
+        if band:
+            half = _gaps(band[0])
+            low = [v - h for v, h in zip(vertical, half, strict=True)]
+            high = [v + h for v, h in zip(vertical, half, strict=True)]
+            axes.fill_between(horizontal, low, high, color=colour, alpha=0.15, linewidth=0)
+    for name, (x, y, *error) in panel.points.items():
+        label = None if name in panel.curves else name  # a curve through its own points is named once
+        axes.errorbar(
+            _gaps(x), _gaps(y), yerr=_gaps(error[0]) if error else None, color=pens[name][0], linestyle="none",
+            marker="o", markersize=4.5, alpha=0.8, markeredgewidth=0, elinewidth=1.2, label=label,
+        )  # fmt: skip
+    axes.set_title(panel.title, loc="left", fontweight="bold", color="#22272e", pad=8)
+    axes.set_xlabel(panel.x_label, color="#57606a")
+    axes.set_ylabel(panel.y_label, color="#57606a")
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#b9bfc6")
+    axes.tick_params(which="both", colors="#57606a", length=0)
+    axes.margins(x=0.02 if panel.curves else 0.06)
+    handles, _ = axes.get_legend_handles_labels()
+    if legend and len(handles) > 1:
+        axes.legend(frameon=False, fontsize=9.5, handlelength=1.8, labelcolor="#22272e")
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
@@ -179,6 +243,8 @@ def _section(section: Section) -> str:
     for item in section.content:
         if isinstance(item, Table):
             parts.append(_table(item))
+        elif isinstance(item, Matrix):
+            parts.append(_matrix(item))
         elif isinstance(item, Figure):
             parts.append(_figure(item))
         else:
@@ -209,6 +275,50 @@ def _table(table: Table) -> str:
         f'<figure class="table"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>{caption}</figure>"
     )
+
+
+def _matrix(matrix: Matrix) -> str:
+    width = len(matrix.columns)
+    errors = matrix.errors if matrix.errors is not None else [[None] * width] * len(matrix.rows)
+    for name, rows in (("values", matrix.values), ("errors", errors)):
+        if len(rows) != len(matrix.rows) or any(len(row) != width for row in rows):
+            raise InputError(
+                f"Matrix.{name}: expected {len(matrix.rows)} rows ({', '.join(matrix.rows)}) of {width} numbers, got "
+                f"{len(rows)} rows of {sorted({len(row) for row in rows})}"
+            )
+    wanted = [matrix.best] * width if isinstance(matrix.best, str) else list(matrix.best)
+    if len(wanted) != width or not {"largest", "smallest"}.issuperset(wanted):
+        raise InputError(f"Matrix.best: expected 'largest' or 'smallest', or {width} of these, got {matrix.best!r}")
+    columns = [_gaps([row[j] for row in matrix.values]) for j in range(width)]
+    marked = [
+        (max if wish == "largest" else min)((v for v in column if math.isfinite(v)), default=math.nan)
+        for wish, column in zip(wanted, columns, strict=True)
+    ]
+    lines = []
+    for i, name in enumerate(matrix.rows):
+        cells = [f'<th scope="row">{html.escape(name)}</th>']
+        for j, column in enumerate(columns):
+            value, error = column[i], errors[i][j]
+            known = [v for v in column if math.isfinite(v)]
+            share = 0.5 if not known or max(known) == min(known) else (value - min(known)) / (max(known) - min(known))
+            share = share if wanted[j] == "largest" else 1 - share
+            style = f' style="background:{_shade(share)}"' if math.isfinite(value) else ""
+            best = ' class="best"' if value == marked[j] else ""
+            note = "" if error is None or not math.isfinite(error) else f"<small>± {error:.2g}</small>"
+            cells.append(f"<td{best}{style}>{_cell(value)}{note}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in matrix.columns)
+    caption = f"<figcaption>{html.escape(matrix.caption)}</figcaption>" if matrix.caption else ""
+    return (
+        f'<figure class="table"><div class="scroll"><table class="matrix"><thead><tr><th>{html.escape(matrix.corner)}'
+        f"</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{caption}</figure>"
+    )
+
+
+def _shade(share: float) -> str:
+    """From white at a column's worst to the accent's tint at its best."""
+    worst, best = (255, 255, 255), (169, 200, 229)
+    return "#" + "".join(f"{round(w + share * (b - w)):02x}" for w, b in zip(worst, best, strict=True))
 
 
 def _is_numeric(value: Cell) -> bool:
@@ -277,6 +387,11 @@ tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 .highlight td { background: #edf3f9; font-weight: 600; }
 .highlight td:first-child { box-shadow: inset 3px 0 0 var(--accent); }
+.matrix th[scope="row"] { color: var(--ink); border-bottom: 1px solid var(--line); }
+.matrix th[scope="col"] { text-align: center; white-space: normal; vertical-align: bottom; }
+.matrix td { text-align: center; white-space: nowrap; padding: 8px 10px; border: 1px solid #fff; }
+.matrix small { display: block; color: var(--soft); font-size: 0.78rem; line-height: 1.2; }
+.matrix .best { font-weight: 700; box-shadow: inset 0 0 0 2px var(--accent); }
 .sample { margin: 22px 0 0; padding-top: 20px; border-top: 1px solid var(--line); }
 h2 + .sample { margin-top: 4px; padding-top: 0; border-top: 0; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;

@@ -1,27 +1,12 @@
-"""A study in parts: its folder belongs to one configuration, and finished parts are found again."""
+"""A study in parts: finished ones are found again."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align_cbrl import CheckpointError
-from align_cbrl.config import fingerprint
 from align_cbrl.metrics import MetricsLog
-
-
-def claim(out: Path, config: Any) -> None:
-    """Mark `out` as this configuration's.
-
-    Raises:
-        CheckpointError: it is another one's.
-    """
-    mark = out / "fingerprint.json"
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) != fingerprint(config):
-        raise CheckpointError(f"{out} holds a run of another configuration; choose another --out")
-    mark.write_text(json.dumps(fingerprint(config)), encoding="utf-8")
 
 
 def measured(file: Path, count: int, measure: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:

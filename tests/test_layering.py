@@ -17,7 +17,8 @@ CORE = Path(align_cbrl.__file__).parent
 TOYS = Path(toy_cmdp.__file__).parent
 # Each module may import the modules of its own line and of those above; the layer below the core is llm/.
 LAYERS = (
-    {"errors", "config", "imports", "functional", "distributed", "checkpoints", "metrics", "report", "run_folder", "compare"},
+    {"errors", "config", "imports", "functional", "distributed", "checkpoints", "metrics", "report"},
+    {"run_folder", "compare"},
     {"rollouts"},
     {"problem"},
     {"random_numbers", "search", "critics", "objectives"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 
 from align_cbrl import Hypergradient, InputError, PolicyResponse, Problem
-from align_cbrl.config import to_dict
+from align_cbrl.config import load_config
+from align_cbrl.metrics import MetricsLog
 from align_cbrl.problem import step_seed
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
-from recipes.parts import claim, measured
+from align_cbrl.run_folder import CONFIG, claim, read_summary, write_summary
+from recipes.parts import measured
 from toy_cmdp import ExactCritic, ExactFollower, ImplicitHypergradient, expected_policy_response, random_cmdp
 from toy_cmdp.frozen_policy import present
 from toy_cmdp.iterative import SoftValueIteration
@@ -63,7 +64,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    claim(out, config)
+    claim(out, config, recipe="convergence")
     problems = measured(out / "problems.jsonl", config.problems, lambda number: measure(config, config.seed + number))
 
     rows = []
@@ -83,18 +84,24 @@ def run(config: Config, out: Path, resume: bool) -> None:
         for name in ("bias", "kl")
     }
     summary = {
-        "recipe": "convergence",
         "rows": rows,
         "floor": floor,
         "slopes": slopes,
         "seconds": time.perf_counter() - began,
-        "config": to_dict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, problems, rows, floor, slopes)
+    write_summary(out, summary)
+    report(out)
     for name, value in slopes.items():
         print(f"{name} against delta: slope {value['mean']:.2f} ± {value['se']:.2f}")
     print(f"report: {out / 'report.html'}")
+
+
+def report(out: Path) -> None:
+    """Write report.html and its figures from a finished run's folder."""
+    summary = read_summary(out)
+    problems = MetricsLog.read(out / "problems.jsonl")
+    config = load_config(Config, out / CONFIG)
+    _report(out, config, problems, summary["rows"], summary["floor"], summary["slopes"])
 
 
 def measure(config: Config, seed: int) -> dict[str, Any]:

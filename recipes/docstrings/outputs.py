@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align_cbrl.config import to_dict
 from align_cbrl.metrics import MetricsLog
 from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
-from recipes.docstrings.run_folder import write_json
-from recipes.docstrings.stages import Workbench
+from align_cbrl.run_folder import Rows, read_summary, write_summary
 
 FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
 CURVES = (
@@ -31,25 +29,28 @@ LABELS = {
 }
 
 
-def write_outputs(out: Path, bench: Workbench, rows: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
-    """Write summary.json, curves.png and report.html from the evaluated rows (see `evaluate`)."""
-    leader = rows["hpgd"]["leader"]
+def summarize(out: Path, plain: Path, rows: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    """Write summary.json from the evaluated rows (see `evaluate`); `plain` is the folder of plain RLHF's policy."""
     summary = {
-        "recipe": "docstrings",
         "rows": [{"name": name, **{key: row[key] for key in FIGURES}} for name, row in rows.items()],
-        "leader": leader,
+        "leader": rows["hpgd"]["leader"],
         "seconds": dict(seconds),
-        "plain": str(bench.plain.resolve()),
-        "config": to_dict(bench.config),
+        "plain": str(plain.resolve()),
     }
-    write_json(out / "summary.json", summary)
+    write_summary(out, summary)
+
+
+def report(out: Path) -> None:
+    """Write report.html and curves.png from a finished run's folder."""
+    summary, rows = read_summary(out), Rows(out / "rows.json").done
+    leader, seconds = summary["leader"], summary["seconds"]
     _draw_curves(out)
     gain = rows["hpgd"]["judge"]["mean"] - rows["plain"]["judge"]["mean"]
     kept = rows["fresh"]["judge"]["mean"] - rows["plain"]["judge"]["mean"]
     write_report(
         out / "report.html",
         title="Pleasing the judge, not the proxy",
-        subtitle=f"Docstrings, seed {bench.config.seed}: HPGD tunes the reward around an RLOO follower.",
+        subtitle=f"Docstrings, seed {summary['config']['seed']}: HPGD tunes the reward around an RLOO follower.",
         sections=[
             Section(
                 "Result",

@@ -8,14 +8,14 @@ import datasets
 import transformers
 from transformers import AutoModelForCausalLM
 
+from align_cbrl.run_folder import Clock, Rows, claim
 from recipes.docstrings.config import Config
 from recipes.docstrings.evaluation import evaluate
-from recipes.docstrings.outputs import print_table, write_outputs
-from recipes.docstrings.run_folder import Clock, Rows, claim
+from recipes.docstrings.outputs import print_table, report, summarize
 from recipes.docstrings.stages import prepare
 from recipes.docstrings.tuning import describe_leader, train_fresh, tune
 
-__all__ = ["Config", "run"]
+__all__ = ["Config", "report", "run"]
 
 FRESH_SEED = 1_000_003
 """Added to the seed for the fresh follower: other prompts in another order, other samples."""
@@ -39,7 +39,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
     # Bars of a fraction of a second, a hundred times over, would bury the run's own.
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    claim(out, config)
+    claim(out, config, recipe="docstrings")
     clock, rows = Clock(out / "seconds.json"), Rows(out / "rows.json")
     bench = prepare(config, out.parent / "cache", clock.seconds)
     clock.save()
@@ -67,5 +67,6 @@ def run(config: Config, out: Path, resume: bool) -> None:
         with clock.measure("evaluate"):
             rows.add("fresh", evaluate(bench, follower.policy, follower, frozen))
 
-    write_outputs(out, bench, rows.done, clock.seconds)
+    summarize(out, bench.plain, rows.done, clock.seconds)
+    report(out)
     print_table(out)

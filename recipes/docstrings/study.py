@@ -22,12 +22,12 @@ import torch
 
 from align_cbrl.config import load_config
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.run_folder import Clock, Rows, write_json
 from recipes.docstrings.baselines import random_search, regression
 from recipes.docstrings.config import Config
 from recipes.docstrings.evaluation import mean_and_error
 from recipes.docstrings.outputs import CURVES, LABELS, policy_logs
 from recipes.docstrings.recipe import run
-from recipes.docstrings.run_folder import Clock, Rows, write_json
 from recipes.docstrings.stages import prepare
 
 FIGURES = ("judge", "proxy", "kl", "gap")

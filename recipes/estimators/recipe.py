@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from align_cbrl import InputError
-from align_cbrl.config import to_dict
+from align_cbrl.config import load_config
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 from recipes.estimators.study import ORACLES, Cell, measure
-from recipes.parts import claim
 from toy_cmdp.validate import PROBLEMS
 
 _SHOWN = ("plug-in", "visit-averaged", "BC-HG", "policy response", "direct only", "exact critic")
@@ -56,7 +56,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
     Raises:
         CheckpointError: `out` holds a run of another configuration.
     """
-    claim(out, config)
+    claim(out, config, recipe="estimators")
     (out / "cells").mkdir(parents=True, exist_ok=True)
 
     cells = _cells(config)
@@ -67,9 +67,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
             began = time.perf_counter()
             result = measure(cell, config.directions)
             result["wall_seconds"] = time.perf_counter() - began
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            temporary.replace(path)
+            write_json(path, result)
             print(f"{number} of {len(cells)}: {cell.key}, {result['wall_seconds']:.1f} s")
         results.append(json.loads(path.read_text(encoding="utf-8")))
 
@@ -83,19 +81,23 @@ def run(config: Config, out: Path, resume: bool) -> None:
         for name, numbers in result["estimators"].items()
     ]
     summary = {
-        "recipe": "estimators",
         "rows": rows,
         "coverage": coverage,
         "problems": problems,
         "seconds": sum(result["wall_seconds"] for result in results),
-        "config": to_dict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, rows, coverage, problems)
+    write_summary(out, summary)
+    report(out)
     for row in rows:
         if row["temperature"] is None:
             print(f"{row['steps']} steps, {row['estimator']}: relative MSE {row['median']:.3g}")
     print(f"report: {out / 'report.html'}")
+
+
+def report(out: Path) -> None:
+    """Write report.html and its figure from a finished run's folder."""
+    summary = read_summary(out)
+    _report(out, load_config(Config, out / CONFIG), summary["rows"], summary["coverage"], summary["problems"])
 
 
 def _cells(config: Config) -> list[Cell]:

@@ -15,11 +15,12 @@ import torch
 
 import toy_cmdp
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyResponse
-from align_cbrl.config import fingerprint, to_dict
+from align_cbrl.config import fingerprint, load_config, to_dict
 from align_cbrl.metrics import MetricsLog
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 from recipes.four_rooms.figures import before_and_after_png, fines_png
-from recipes.four_rooms.table import TableConfig, rows, run_units
+from recipes.four_rooms.table import GROWING, TableConfig, read_units, rows, run_units
 
 _MAP_CAPTION = (
     "Fines on the map, and the follower's discounted occupancy without and with them, for each of its two goals. "
@@ -59,10 +60,23 @@ def run(config: Config, out: Path, resume: bool) -> None:
     Raises:
         CheckpointError: `out` holds a run of another configuration.
     """
+    claim(out, config, recipe="four_rooms", free=("steps", *(f"table.{name}" for name in GROWING)))
     if config.table is None:
         _run_cell(config, out, resume)
     else:
         _run_table(config, config.table, out, resume)
+    report(out)
+    print(f"report: {out / 'report.html'}")
+
+
+def report(out: Path) -> None:
+    """Write report.html and its figures from a finished run's folder."""
+    config, summary = load_config(Config, out / CONFIG), read_summary(out)
+    if config.table is None:
+        _report(out, config, summary["rows"][0], json.loads((out / "weights.json").read_text(encoding="utf-8")))
+    else:
+        records = read_units(config.table, out)
+        _table_report(out, config, config.table, records, rows(records))
 
 
 def _run_cell(config: Config, out: Path, resume: bool) -> None:
@@ -95,17 +109,9 @@ def _run_cell(config: Config, out: Path, resume: bool) -> None:
     value = toy_cmdp.leader_value(problem).item()
     row = {"temperature": config.temperature, "price": config.price, "start": start, "value": value}
     weights = torch.cat([p.detach().flatten() for p in problem.parameters]).tolist()
-    (out / "weights.json").write_text(json.dumps(weights) + "\n", encoding="utf-8")
-    summary = {
-        "recipe": "four_rooms",
-        "rows": [row],
-        "seconds": time.perf_counter() - began,
-        "config": to_dict(config),
-    }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, row, weights)
+    write_json(out / "weights.json", weights)
+    write_summary(out, {"rows": [row], "seconds": time.perf_counter() - began})
     print(f"exact leader value: {start:.4f} at the start, {value:.4f} after {config.steps} steps")
-    print(f"report: {out / 'report.html'}")
 
 
 def _report(out: Path, config: Config, row: dict[str, float], weights: Sequence[float]) -> None:
@@ -141,18 +147,14 @@ def _run_table(config: Config, table: TableConfig, out: Path, resume: bool) -> N
             log.append({"step": step, **{k: v for k, v in record.items() if k not in ("weights", "fingerprint")}})
     result = rows(records)
     summary = {
-        "recipe": "four_rooms",
-        "rows": [{name: _or_none(value) for name, value in row.items()} for row in result],
+        "rows": result,
         "seconds": time.perf_counter() - began,
         "processor_seconds": sum(record["seconds"] for record in records),
         "environment_steps": max((record["environment_steps"] or 0 for record in records), default=0),
-        "config": to_dict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _table_report(out, config, table, records, result)
+    write_summary(out, summary)
     for row in result:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    print(f"report: {out / 'report.html'}")
 
 
 def _table_report(
@@ -231,7 +233,3 @@ def _band(steps: Sequence[float], values: Sequence[Sequence[float]]) -> tuple[Se
     """x, mean over seeds, and its standard error."""
     error = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values]
     return steps, [statistics.fmean(v) for v in values], error
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -29,6 +29,8 @@ from toy_cmdp.follower import require_exact
 from toy_cmdp.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.search import ExactClimb, SampledClimb
 
+GROWING = ("temperatures", "prices", "seeds", "processes")
+"""Settings that may differ when a table is resumed: it may be larger, or faster."""
 _HORIZON = 200  # longest sampled path; one that is cut loses what is worth 0.99^200 of its return
 
 
@@ -147,7 +149,7 @@ def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list
     folder.mkdir(parents=True, exist_ok=True)
     every = units(config)
     settings = to_dict(config)
-    for name in ("temperatures", "prices", "seeds", "processes"):  # a resumed table may be larger, or faster
+    for name in GROWING:
         del settings[name]
     mark = fingerprint({**settings, "slip": slip})
     done: dict[Unit, dict[str, Any]] = {}
@@ -169,6 +171,21 @@ def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list
             bar.update()
             bar.set_postfix(value=f"{record['value']:.3f}", refresh=False)
     return [done[unit] for unit in every]
+
+
+def read_units(config: TableConfig, out: Path) -> list[dict[str, Any]]:
+    """The searches of a finished table, in its order.
+
+    Raises:
+        InputError: one is missing.
+    """
+    records = []
+    for unit in units(config):
+        record = _read(out / "units" / f"{unit.name}.json")
+        if record is None:
+            raise InputError(f"{out / 'units'}: expected {unit.name}.json, which is missing; resume the run")
+        records.append(record)
+    return records
 
 
 def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

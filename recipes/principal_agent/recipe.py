@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from align_cbrl import DirectOnly, InputError, Problem
-from align_cbrl.config import to_dict
+from align_cbrl.config import load_config
 from align_cbrl.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
-from recipes.parts import claim
+from align_cbrl.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
 from toy_cmdp.closed_forms import optimal_bonus
 from toy_cmdp.follower import require_exact
@@ -63,7 +63,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    claim(out, config)
+    claim(out, config, recipe="principal_agent")
 
     sweep = _part(out / "closed_form.json", lambda: closed_form(config))
     contract = _part(out / "contract.json", lambda: contract_by_outcome(config))
@@ -82,18 +82,22 @@ def run(config: Config, out: Path, resume: bool) -> None:
             }
         )
     summary = {
-        "recipe": "principal_agent",
         "rows": rows,
         "closed_form": sweep,
         "contract": contract,
         "seconds": time.perf_counter() - began,
-        "config": to_dict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, rows, sweep, contract)
+    write_summary(out, summary)
+    report(out)
     for row in rows:
         print(f"{row['name']}: profit {row['profit']['mean']:.4f} ± {row['profit']['se']:.4f}")
     print(f"report: {out / 'report.html'}")
+
+
+def report(out: Path) -> None:
+    """Write report.html and its figures from a finished run's folder."""
+    summary = read_summary(out)
+    _report(out, load_config(Config, out / CONFIG), summary["rows"], summary["closed_form"], summary["contract"])
 
 
 def ascend(problem: Problem, steps: int, learning_rate: float) -> None:
@@ -260,9 +264,7 @@ def _standard_error(values: Tensor) -> float:
 def _part(path: Path, compute: Callable[[], Any]) -> Any:
     """What `path` holds, or else what `compute` returns, kept there for a resumed run."""
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(compute(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, compute())
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from align_cbrl import InputError, Problem
-from align_cbrl.config import to_dict
+from align_cbrl.config import load_config
 from align_cbrl.problem import step_seed
 from align_cbrl.randomly_truncated import RandomlyTruncated, gradients_after
 from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
-from recipes.parts import claim, measured
+from align_cbrl.run_folder import CONFIG, claim, read_summary, write_summary
+from recipes.parts import measured
 from toy_cmdp import ExactFollower, expected_policy_response, random_cmdp
 from toy_cmdp.follower import require_exact
 from toy_cmdp.frozen_policy import PresentPolicyResponse
@@ -59,23 +59,27 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    claim(out, config)
+    claim(out, config, recipe="rtq")
     problems = measured(out / "problems.jsonl", config.problems, lambda number: measure(config, config.seed + number))
 
     rows = [_row(config, level, problems) for level in range(1, config.max_level + 1)]
     budgets = [_budget_row(budget, i, problems) for i, budget in enumerate(config.budgets)]
     decay = [_statistics([p["change"][k] for p in problems]) for k in range(config.max_level)]
     summary = {
-        "recipe": "rtq",
         "rows": rows,
         "budgets": budgets,
         "change": decay,
         "seconds": time.perf_counter() - began,
-        "config": to_dict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, rows, budgets, decay)
+    write_summary(out, summary)
+    report(out)
     print(f"report: {out / 'report.html'}")
+
+
+def report(out: Path) -> None:
+    """Write report.html and its figures from a finished run's folder."""
+    summary = read_summary(out)
+    _report(out, load_config(Config, out / CONFIG), summary["rows"], summary["budgets"], summary["change"])
 
 
 def build(config: Config, seed: int) -> Problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -13,9 +12,10 @@ from typing import Any, Literal
 import torch
 
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, Problem, Rollouts
-from align_cbrl.config import fingerprint, to_dict
+from align_cbrl.config import fingerprint, load_config, to_dict
 from align_cbrl.metrics import MetricsLog
 from align_cbrl.report import Figure, Section, Table, write_report
+from align_cbrl.run_folder import CONFIG, claim, read_summary, write_summary
 from recipes.tax_design.figures import behaviour, behaviour_png, progress_png
 from toy_cmdp.exact import ImplicitHypergradient, context_values, leader_value
 from toy_cmdp.follower import ExactFollower
@@ -83,15 +83,13 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    before = _exact_problem(config, seed=None)
-    start = leader_value(before).item()
+    claim(out, config, recipe="tax_design", free=("steps", "seed", "seeds", "tail"))
+    start = leader_value(_exact_problem(config, seed=None)).item()
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         name = f"seed-{seed}"
         runs.append(_ascend(config, seed, out / name, resume))
         print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in runs[-1].items()))
-    after = _exact_problem(config, seed=None)
-    _set_rates(after, [statistics.fmean(r[name] for r in runs) for name in RATES])
 
     row: dict[str, Any] = {"temperature": config.temperature, "follower": config.follower, "seeds": config.seeds}
     row["start"] = start
@@ -105,15 +103,21 @@ def run(config: Config, out: Path, resume: bool) -> None:
         reference = _ascend(exact, config.seed, out / "exact", resume)
         rows.append({"temperature": config.temperature, "follower": "exact", "seeds": 1, "start": start, **reference})
     summary = {
-        "recipe": "tax_design",
         "rows": rows,
         "runs": runs,
         "seconds": time.perf_counter() - began,
-        "config": to_dict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _report(out, config, rows, before, after)
+    write_summary(out, summary)
+    report(out)
     print(f"report: {out / 'report.html'}")
+
+
+def report(out: Path) -> None:
+    """Write report.html and its figures from a finished run's folder."""
+    config, summary = load_config(Config, out / CONFIG), read_summary(out)
+    before, after = _exact_problem(config, seed=None), _exact_problem(config, seed=None)
+    _set_rates(after, [statistics.fmean(r[name] for r in summary["runs"]) for name in RATES])
+    _report(out, config, summary["rows"], before, after)
 
 
 def _ascend(config: Config, seed: int, out: Path, resume: bool) -> dict[str, float]:
