@@ -28,12 +28,12 @@ class CrossFitted(Objective):
 
         credit_i = sum_j W_j s_ij (u_i - u_j),    s_ij = the slope without i and j, over the context's probability.
 
-    Where the slope is linear in the values, as for `MeanVariance`, the estimate is unbiased given the contexts. Elsewhere what
-    remains is the curvature of the slope times the variance of a mean of G - 2 (docs/objectives.md).
+    Where the slope is linear in the values, as for `MeanVariance`, the estimate is unbiased given the contexts.
+    Elsewhere what remains is the curvature of the slope times the variance of a mean of G - 2 (docs/objectives.md).
 
-    A batch of a few prompts also says little about nature's law: which quarter of all prompts is the worst, or
-    how a group does that the batch happens to lack. The values of the last `memory` contexts, of earlier steps, are kept
-    beside the batch's own. They are as old as memory / (contexts a step) steps, and probabilities are shares among both.
+    A batch of a few prompts also says little about nature's law: which quarter of all prompts is the worst, or how a
+    group does that the batch happens to lack. The values of the last `memory` contexts, of earlier steps, are kept
+    beside the batch's own. They are up to memory / (contexts a step) steps old, and probabilities are shares of both.
 
     Args:
         objective: a risk over contexts: `CVaR`, `MeanVariance`, `EntropicRisk`, `WorstContext` or `WorstGroup`.
@@ -45,7 +45,7 @@ class CrossFitted(Objective):
 
     Example:
         >>> from align_cbrl import ExpectedUtility, MeanVariance
-        >>> steps = {"score": torch.tensor([1.0, 3.0, 2.0, 6.0, 6.0, 6.0])}
+        >>> steps = {"score": torch.tensor([1.0, 3.0, 2.0, 6.0, 6.0, 6.0]).double()}
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0, 0, 1, 1, 1]), steps=steps)
         >>> score = ExpectedUtility(lambda leader, rollouts: rollouts.steps["score"][:, None])
         >>> CrossFitted(MeanVariance(score, 0.1)).evaluate(None, rollouts).value.item()  # 4 - 0.1 * 4
@@ -99,8 +99,8 @@ class CrossFitted(Objective):
         )
         if int(sizes.min()) < 3:
             raise InputError(
-                f"{name}: expected groups of at least 3 completions, got one of {int(sizes.min())}; two make a pair and "
-                "the others weigh it"
+                f"{name}: expected groups of at least 3 completions, got one of {int(sizes.min())}; two make a pair "
+                "and the others weigh it"
             )
         zero = score.new_zeros(len(points))
         mass, total = zero.index_add(0, place, weight), zero.index_add(0, place, weight * score)

@@ -293,8 +293,8 @@ class OverContexts(_Wrapping):
         mass = by_context(weight)
         if bool((mass == 0).any()):
             raise InputError(
-                f"{type(self).__name__}: every path of context {names[int((mass == 0).nonzero()[0])]!r} has weight zero, "
-                "so that its value is unknown"
+                f"{type(self).__name__}: every path of context {names[int((mass == 0).nonzero()[0])]!r} has weight "
+                "zero, so that its value is unknown"
             )
         probabilities = mass / mass.sum()
         with torch.enable_grad():

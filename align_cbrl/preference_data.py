@@ -123,7 +123,7 @@ class Regularised(Objective):
             raise InputError(f"Regularised.weight: expected a positive number, got {self.weight}")
         if isinstance(self.objective, (Regularised, PreferenceData)):
             raise InputError(
-                f"Regularised.objective: expected what the follower is wanted to do, got {type(self.objective).__name__}"
+                f"Regularised.objective: expected what is wanted of the follower, got {type(self.objective).__name__}"
             )
 
     @property
