@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +24,9 @@ from align_cbrl.hypergradient import Hypergradient, PolicyResponse
 from align_cbrl.metrics import MetricsLog
 from align_cbrl.problem import Problem, per_path
 from align_cbrl.rollouts import Rollouts
+
+Observer = Callable[[dict[str, float], Rollouts], None]
+"""Called after each leader step with its row of metrics and the rollouts it was taken on; changes neither."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ class HPGD:
         out: folder for metrics.jsonl and checkpoints/; None keeps everything in memory.
         fingerprint: identifies what the run was configured with; a checkpoint of another one is refused. Defaults
             to one of `config` and the shapes and discounts of the problem.
+        observers: called after each leader step, in every process; a tracker of experiments, say.
 
     Attributes:
         step: leader steps taken.
@@ -96,6 +100,7 @@ class HPGD:
         config: HPGDConfig | None = None,
         out: str | Path | None = None,
         fingerprint: str | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if not all(group.get("maximize", False) for group in optimizer.param_groups):
             raise InputError("optimizer: expected maximize=True, since the leader ascends; it would descend as it is")
@@ -105,6 +110,7 @@ class HPGD:
         self.config = HPGDConfig() if config is None else config
         self.out = None if out is None else Path(out)
         self.fingerprint = self._default_fingerprint() if fingerprint is None else fingerprint
+        self.observers = tuple(observers)
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._seconds = {"leader": 0.0, "follower": 0.0}
@@ -166,6 +172,8 @@ class HPGD:
                 row = self._leader_step(rollouts, metrics)
                 if log is not None:
                     log.append(row)
+                for observer in self.observers:
+                    observer(row, rollouts)
                 bar.update()
                 bar.set_postfix(objective=f"{row['objective']:.4g}", refresh=False)
                 done = self.step >= self.config.steps
