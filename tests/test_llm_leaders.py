@@ -139,7 +139,7 @@ def test_reward_functions_refused(returned: Any, message: str) -> None:
 
 def test_a_lambda_cannot_be_saved(tmp_path: Path) -> None:
     mixture = RewardMixture({"short": lambda prompts, completions, **columns: [0.0] * len(completions)})
-    with pytest.raises(InputError, match=r"terms\['short'\]: expected a reward model or a function defined at the top"):
+    with pytest.raises(InputError, match=r"term 'short': expected a reward model or a function defined at the top"):
         mixture.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"no reward\.json in"):
         load_reward(tmp_path / "nowhere")
@@ -204,7 +204,7 @@ def test_reward_models_refused(tmp_path: Path, folder: Path, reward_model_folder
     tokenizer.save_pretrained(padless)
     with pytest.raises(InputError, match="its tokenizer has no pad token"):
         RewardModel(padless)
-    with pytest.raises(InputError, match="trainable: expected 'head' or 'all', got 'body'"):
+    with pytest.raises(InputError, match="trainable: got 'body'; there are: all, head, lora"):
         RewardModelLeader(RewardModel(reward_model_folder), "body")
     with pytest.raises(InputError, match="strength: expected a positive number, got 0"):
         RewardModelLeader(RewardModel(reward_model_folder), strength=0.0)

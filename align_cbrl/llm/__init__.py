@@ -4,14 +4,21 @@ from align_cbrl.llm.completions import Completions, sample_completions, score_ar
 from align_cbrl.llm.data import load_prompts
 from align_cbrl.llm.followers import LanguageFollower, RLOOFollower, TiltedFollower
 from align_cbrl.llm.judges import Judge
-from align_cbrl.llm.leaders import LanguageLeader, RewardMixture, RewardModelLeader, load_leader, load_reward
+from align_cbrl.llm.leaders import LanguageLeader, load_leader, load_reward
+from align_cbrl.llm.lora import LoRA
+from align_cbrl.llm.reward_mixture import RewardMixture
+from align_cbrl.llm.reward_model_leader import RewardModelLeader
 from align_cbrl.llm.reward_models import RewardModel
+from align_cbrl.llm.shaping import LengthShaping, Shaped
 from align_cbrl.llm.training import train_follower
 
 __all__ = [
     "LanguageLeader",
     "RewardMixture",
     "RewardModelLeader",
+    "LoRA",
+    "Shaped",
+    "LengthShaping",
     "RewardModel",
     "load_leader",
     "load_reward",

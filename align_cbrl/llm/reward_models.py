@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,44 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.completions import batches
 
+HEADS = ("score", "classifier", "v_head")
+"""What classifiers call their last layer: Llama, GPT-2 and Qwen "score", BERT "classifier"."""
+
 
 class RewardModel:
     """A scalar sequence classifier as a trl-style reward function.
 
     The text scored is the prompt followed by the completion and, if the tokenizer has one, the end-of-sequence token,
-    as trl's RewardTrainer formats plain-text pairs. Conversations go through the tokenizer's chat template.
+    as trl's RewardTrainer formats plain-text pairs. Conversations, lists of messages, go through the tokenizer's chat
+    template, whose text is tokenised as it stands.
 
     Args:
-        path: hub id or folder of any `AutoModelForSequenceClassification` with one label.
+        path: hub id or folder of any `AutoModelForSequenceClassification` with one label; or a folder with a peft
+            adapter for one, which is merged into its base.
         batch_size: rows scored together.
         max_length: in tokens; longer texts lose their beginning.
 
     Raises:
-        InputError: the folder does not load, the model has several labels, or its tokenizer lacks a pad token.
+        InputError: the folder does not load, holds no weights for the head (a causal language model) or another part,
+            the model has several labels, its tokenizer lacks a pad token, or an adapter lies on lm_head.
     """
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
 
     def __init__(self, path: str | Path, batch_size: int = 64, max_length: int = 1024) -> None:
         self.path = str(path)
         self.batch_size = batch_size
         self.max_length = max_length
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
-            self.model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(self.path)
+            if (Path(path) / "adapter_config.json").is_file():
+                self.tokenizer, self.model = _load_adapted(Path(path))
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+                self.model, missing = _load_classifier(self.path)
+                _check_missing(self.path, missing)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(
                 f"reward model {self.path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
@@ -50,6 +66,8 @@ class RewardModel:
                 "tokenizer.pad_token and save it beside the model"
             )
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.use_cache = False  # nothing is generated; keys and values would be kept in vain
+        self.tokenizer.truncation_side = "left"
         self.model.eval()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -57,25 +75,61 @@ class RewardModel:
         with torch.no_grad():
             return self.score(prompts, completions).tolist()
 
-    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """Scores [B], differentiable in the model's parameters."""
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Scores [B], differentiable in the model's parameters; at least single precision.
+
+        Args:
+            prompts: B texts, or B lists of messages.
+            completions: the same.
+            parameters: other values of some of `model`'s parameters, by name, to score at.
+
+        Raises:
+            InputError: a score that is NaN or infinite, conversations without a chat template, or no completions.
+        """
+        if len(completions) == 0 or len(prompts) != len(completions):
+            raise InputError(
+                f"reward model {self.path!r}: expected as many prompts as completions, at least one, got "
+                f"{len(prompts)} and {len(completions)}"
+            )
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        return torch.cat([self._score_batch(texts[piece]) for piece in batches(len(texts), self.batch_size)])
+        special = isinstance(prompts[0], str)  # a chat template writes its own special tokens
+        pieces = batches(len(texts), self.batch_size)
+        scores = torch.cat([self._score_batch(texts[piece], special, parameters) for piece in pieces])
+        if not (finite := torch.isfinite(scores)).all():
+            i = int((~finite).nonzero()[0])
+            raise InputError(
+                f"reward model {self.path!r}: expected finite scores, got {scores[i].item()} for completion {i}: "
+                f"{completions[i]!r}"
+            )
+        return scores
 
     @property
     def head(self) -> nn.Module:
         """The last layer, from the hidden state of the text's end to the score."""
-        for name in ("score", "classifier", "v_head"):
-            if isinstance(module := getattr(self.model, name, None), nn.Module):
-                return module
-        raise InputError(f"reward model {self.path!r}: no head named score, classifier or v_head; train all parameters")
+        module: nn.Module = getattr(self.model, self.head_name)
+        return module
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write model and tokenizer to a folder that `RewardModel` loads."""
-        self.model.save_pretrained(path)
+    @property
+    def head_name(self) -> str:
+        """What `model` calls its last layer. Raises InputError when it has none by a known name."""
+        for name in HEADS:
+            if isinstance(getattr(self.model, name, None), nn.Module):
+                return name
+        raise InputError(f"reward model {self.path!r}: no head named {', '.join(HEADS)}; train all parameters")
+
+    def save_pretrained(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write model and tokenizer to a folder that `RewardModel` loads.
+
+        Args:
+            path: the folder.
+            weights: what to write in place of the model's own state, such as that of its base without an adapter.
+        """
+        self.model.save_pretrained(path, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(path)
 
-    def _score_batch(self, texts: list[str]) -> Tensor:
+    def _score_batch(self, texts: list[str], special: bool, parameters: Mapping[str, Tensor] | None) -> Tensor:
         encoded = self.tokenizer(
             texts,
             return_tensors="pt",
@@ -83,14 +137,68 @@ class RewardModel:
             padding_side="right",
             truncation=True,
             max_length=self.max_length,
+            add_special_tokens=special,
         )
         device = self.model.device
-        output = self.model(
-            input_ids=encoded["input_ids"].to(device), attention_mask=encoded["attention_mask"].to(device)
-        )
-        return output.logits[:, 0]  # [b, 1] -> [b]
+        inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+        if parameters is None:
+            output = self.model(**inputs)
+        else:
+            output = torch.func.functional_call(self.model, dict(parameters), kwargs=inputs)
+        scores: Tensor = output.logits[:, 0]  # [b, 1] -> [b]
+        return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
     def _text(self, prompt: Any, completion: Any) -> str:
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and isinstance(completion, str):
             return f"{prompt}{completion}{self.tokenizer.eos_token or ''}"
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise InputError(
+                f"reward model {self.path!r}: expected prompt and completion both as texts or both as lists of "
+                f"messages, got {type(prompt).__name__} and {type(completion).__name__}"
+            )
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"reward model {self.path!r}: the prompts are conversations, and its tokenizer has no chat template; "
+                "set tokenizer.chat_template and save it beside the model, or use plain-text prompts"
+            )
         return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+
+
+def _load_classifier(path: str, **config: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The classifier in `path`, and the names of weights that it lacks: transformers draws those at random."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **config)
+    return model, sorted(info["missing_keys"])
+
+
+def _check_missing(path: str, missing: list[str]) -> None:
+    if heads := [name for name in missing if name.split(".")[0] in HEADS]:
+        raise InputError(
+            f"reward model {path!r}: holds no weights for the score head ({', '.join(heads)}), so it is a language "
+            "model, not a reward model, and its scores would be random; train one with trl's RewardTrainer first"
+        )
+    if missing:
+        raise InputError(f"reward model {path!r}: lacks the weights {', '.join(missing[:3])}, which would be random")
+
+
+def _load_adapted(path: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and merged model of a folder with a peft adapter."""
+    from align_cbrl.llm.lora import import_peft  # that module builds on this one
+
+    peft = import_peft()
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = config.get("target_modules") or []
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise InputError(
+            f"reward model {str(path)!r}: its adapter lies on lm_head, which a reward model does not have; it is an "
+            "adapter of a language model"
+        )
+    base = config["base_model_name_or_path"]
+    if (path / base).is_dir():  # beside the adapter, as this library saves it
+        base = str(path / base)
+    tokens = path if (path / "tokenizer_config.json").is_file() else base
+    tokenizer = AutoTokenizer.from_pretrained(str(tokens))
+    model, missing = _load_classifier(base, num_labels=1)
+    held = {name.split(".")[0] for name in config.get("modules_to_save") or []}
+    _check_missing(str(path), [name for name in missing if name.split(".")[0] not in held])
+    merged = peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    return tokenizer, merged

@@ -1,0 +1,58 @@
+"""What a reward is measured on before its leader moves: completions of the reference, several a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.rollouts import Rollouts
+
+
+def within_prompts(scores: Tensor, rollouts: Rollouts) -> tuple[Tensor, int]:
+    """Scores less the mean of their prompt's group, and the degrees of freedom that this leaves.
+
+    Only differences between completions of one prompt move a policy, so spreads are measured within groups.
+
+    Args:
+        scores: [B, K], or [B].
+        rollouts: whose `group` says which completions answer the same prompt.
+
+    Returns:
+        The centred scores, and B less the number of groups: squares summed over B, divided by it, are variances.
+
+    Raises:
+        InputError: no prompt has two completions.
+
+    Example:
+        >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0, 1, 1]), steps={})
+        >>> within_prompts(torch.tensor([1.0, 3.0, 5.0, 5.0]), rollouts)
+        (tensor([-1.,  1.,  0.,  0.]), 2)
+    """
+    _, place, sizes = torch.unique(rollouts.group[:, 0].to(scores.device), return_inverse=True, return_counts=True)
+    freedom = len(scores) - len(sizes)
+    if freedom == 0:
+        raise InputError(
+            f"calibrate: expected at least two completions of some prompt, got {len(scores)} completions of "
+            f"{len(sizes)} prompts; raise group_size"
+        )
+    total = torch.zeros(len(sizes), *scores.shape[1:], dtype=scores.dtype, device=scores.device)
+    total = total.index_add(0, place, scores)
+    mean = total / sizes.reshape(-1, *[1] * (scores.ndim - 1))
+    return scores - mean[place], freedom
+
+
+def deviation_within_prompts(name: str, scores: Tensor, rollouts: Rollouts) -> float:
+    """Standard deviation within a prompt of `scores` [B], by which a reward is standardised.
+
+    Raises:
+        InputError: no prompt has two completions, or all completions of each prompt score the same.
+    """
+    within, freedom = within_prompts(scores, rollouts)
+    deviation = float((within.pow(2).sum() / freedom).sqrt())
+    if deviation <= 1e-8:
+        raise InputError(
+            f"{name}: cannot be standardised, since it gives all completions of a prompt the same score; calibrate on "
+            "rollouts whose completions differ"
+        )
+    return deviation
