@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
+from align_cbrl.distributed import broadcast_, gather_rows, is_main
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm.followers import RLOOFollower
 from align_cbrl.llm.leaders import LanguageLeader
@@ -33,7 +34,8 @@ def train_follower(
 ) -> None:
     """Train `follower` for `steps` optimizer steps on the leader's present reward.
 
-    Always continues from the newest valid checkpoint in `out`.
+    Always continues from the newest valid checkpoint in `out`. In several processes all train on the leader of rank 0,
+    and rank 0 alone writes.
 
     Args:
         follower: a fresh follower, or one to continue.
@@ -41,7 +43,7 @@ def train_follower(
         steps: optimizer steps in all.
         out: folder for metrics.jsonl (`step`, `reward`, `kl`, `gap` in nats, and the monitor's) and checkpoints/.
         fingerprint: of the configuration; a checkpoint of another one is refused.
-        monitor: further metrics of the newest batch.
+        monitor: further metrics of the newest batch; in several processes, of rank 0's part of it.
         log_every: steps between rows.
         checkpoint_every: steps between checkpoints.
         progress: show a progress bar.
@@ -50,6 +52,7 @@ def train_follower(
     Raises:
         CheckpointError: `out` holds a run of another configuration, or the disk is full.
     """
+    broadcast_(leader)
     found = load_checkpoint(out / "checkpoints", fingerprint=fingerprint)
     done = 0
     if found is not None:
@@ -57,7 +60,7 @@ def train_follower(
         follower.load_state_dict(state)
     log = MetricsLog(out / "metrics.jsonl")
     log.truncate_after(done + 1)
-    bar = tqdm(total=steps, initial=done, desc=name, disable=not progress)
+    bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
 
     def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
         nonlocal done
@@ -83,9 +86,10 @@ def train_follower(
 
 
 def _summary(follower: RLOOFollower, leader: LanguageLeader, rollouts: Rollouts) -> dict[str, float]:
-    assert rollouts.log_policy is not None and rollouts.log_prior is not None  # RLOO gives both
     with torch.no_grad():
-        reward = leader.reward(rollouts)[:, 0].double().cpu()
+        reward = gather_rows(leader.reward(rollouts)[:, 0].double().cpu())
+    rollouts = rollouts.over_ranks()  # a group may straddle ranks
+    assert rollouts.log_policy is not None and rollouts.log_prior is not None  # RLOO gives both
     divergence = (rollouts.log_policy - rollouts.log_prior)[:, 0]
     gap = best_response_gap(reward / follower.temperature - divergence, rollouts.group[:, 0])
     return {"reward": reward.mean().item(), "kl": divergence.mean().item(), "gap": gap.mean().item()}
