@@ -34,14 +34,19 @@ class PreferenceData(Objective):
             several steps.
 
     Example:
-        >>> from toy_cmdp.preferences import preferences
-        >>> problem = preferences()
-        >>> def answers(action):
-        ...     contexts = torch.tensor([0, 1])
-        ...     return Rollouts.bandit(contexts=contexts, steps={"action": action, "state": 0 * action})
-        >>> data = PreferenceData(answers(torch.tensor([[0], [1]])), answers(torch.tensor([[2], [0]])))
-        >>> data.likelihood(problem.leader).item() < 0
-        True
+        >>> from align_cbrl import Leader
+        >>> class Bonus(Leader):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.x = torch.nn.Parameter(torch.tensor(2.0))
+        ...
+        ...     def reward(self, rollouts):
+        ...         return self.x * rollouts.steps["polite"][:, None]
+        >>> def answers(polite):
+        ...     return Rollouts.bandit(contexts=torch.arange(2), steps={"polite": torch.tensor(polite)})
+        >>> data = PreferenceData(chosen=answers([1.0, 1.0]), rejected=answers([0.0, 1.0]))
+        >>> round(data.likelihood(Bonus()).item(), 4)  # the mean of log sigma(2) and log sigma(0)
+        -0.41
     """
 
     depends_on_leader = True

@@ -1,0 +1,172 @@
+"""A judge behind a URL: one POST of JSON a batch, at a bounded rate, with a token from the environment."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from align_cbrl.errors import InputError
+
+_LARGEST_ANSWER = 64 * 2**20  # bytes
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class JudgeUnavailable(RuntimeError):
+    """A remote judge did not answer this time; asking again may help.
+
+    Attributes:
+        retry_after: seconds that it asked to wait, or None.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would become a GET, and would carry the token to another host."""
+
+    def redirect_request(self, *arguments: Any, **keywords: Any) -> None:
+        return None
+
+
+class RemoteJudge:
+    """A scoring function that asks a server; `Judge` adds cache, budget, batches and further attempts.
+
+    The body of a request is a JSON object of lists of equal length: "prompts", "completions" ("completions_a" and
+    "completions_b" for a `PairwiseJudge`) and the columns asked for. The answer is a list of numbers, or an object
+    with one under "scores".
+
+    Args:
+        url: https, or http on this very machine or without a token.
+        columns: of the data, sent along.
+        rate: most requests a second; None for no limit.
+        timeout: seconds without a byte after which a request has failed.
+        token_variable: environment variable with a bearer token. It is read at every request and kept nowhere.
+        version: of the judge behind the URL, part of its identity in a cache: change it when the judge changes.
+
+    Raises:
+        InputError: a URL that is neither http nor https, a token that would travel unencrypted, a rate or timeout that
+            is not positive.
+
+    Example:
+        >>> RemoteJudge("https://judge.example/score", rate=2.0).identity
+        'https://judge.example/score version 1'
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        columns: Sequence[str] = (),
+        rate: float | None = None,
+        timeout: float = 60.0,
+        token_variable: str | None = None,
+        version: str = "1",
+    ) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"RemoteJudge.url: expected http://... or https://..., got {url!r}")
+        if parts.username or parts.password:
+            raise InputError(
+                "RemoteJudge.url: expected no password in it; name an environment variable in token_variable"
+            )
+        if token_variable is not None and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            raise InputError(f"RemoteJudge.url: {url!r} would carry the token unencrypted; use https")
+        for name, value in (("rate", rate), ("timeout", timeout)):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"RemoteJudge.{name}: expected a positive number, got {value}")
+        self.url = url
+        self.columns = list(columns)
+        self.rate = rate
+        self.timeout = timeout
+        self.token_variable = token_variable
+        self.identity = f"{url} version {version}"
+        self._next = 0.0  # the time before which the rate allows no further request
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def __call__(self, **arguments: Sequence[Any]) -> list[Any]:
+        """What the server says of one batch.
+
+        Raises:
+            JudgeUnavailable: no connection, no answer in time, an answer that is not JSON, or a status of 408, 425, 429
+                or 5xx: worth another attempt.
+            InputError: another status (the request or the token is wrong), no scores in the answer, or an environment
+                variable that is not set.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.token_variable is not None:
+            token = os.environ.get(self.token_variable, "").strip()
+            if not token:
+                raise InputError(
+                    f"judge {self.url}: expected a token in the environment variable {self.token_variable}"
+                )
+            headers["Authorization"] = f"Bearer {token}"
+        body = json.dumps(arguments, default=_plain).encode()
+        self._wait_for_the_rate()
+        try:
+            request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
+            with self._opener.open(request, timeout=self.timeout) as response:
+                text = response.read(_LARGEST_ANSWER + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(200).decode(errors="replace").strip()
+            message = f"judge {self.url}: status {error.code} {error.reason}: {said}"
+            if error.code in (408, 425, 429) or error.code >= 500:
+                raise JudgeUnavailable(message, _seconds(error.headers.get("Retry-After"))) from error
+            raise InputError(f"{message}; repair the request, the URL or the token") from error
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
+            raise JudgeUnavailable(f"judge {self.url}: no answer: {error}") from error
+        if len(text) > _LARGEST_ANSWER:
+            raise InputError(f"judge {self.url}: its answer is longer than {_LARGEST_ANSWER} bytes")
+        try:
+            answer = json.loads(text)
+        except ValueError as error:
+            raise JudgeUnavailable(f"judge {self.url}: expected JSON, got {text[:80]!r}") from error
+        scores = answer.get("scores") if isinstance(answer, dict) else answer
+        if not isinstance(scores, list):
+            raise InputError(
+                f"judge {self.url}: expected a list of numbers or an object with one under 'scores', got {text[:80]!r}"
+            )
+        return scores
+
+    def _wait_for_the_rate(self) -> None:
+        if self.rate is None:
+            return
+        now = time.monotonic()
+        if now < self._next:
+            time.sleep(self._next - now)
+        self._next = max(now, self._next) + 1 / self.rate
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A Retry-After header, seconds or a date, as seconds from now.
+
+    Example:
+        >>> _seconds("3"), _seconds("soon")
+        (3.0, None)
+    """
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise InputError(f"remote judge: a {type(value).__name__} cannot be sent as JSON; leave its column out")

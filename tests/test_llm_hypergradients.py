@@ -1,0 +1,259 @@
+"""Hypergradients of every leader and objective on a language model whose completions can all be enumerated.
+
+Exact: the best response over all 57 completions of each prompt, J as a differentiable function of x, and autograd.
+Sampled: completions drawn from that best response, through `PolicyResponse`. The two must agree within four standard
+errors, along x's exact gradient and along random directions. Estimates of the risks whose slopes are not linear have a bias
+of order 1 / G, so that those take large groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import enumerable_lm as lm
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from align_cbrl import (
+    Constrained,
+    CrossFitted,
+    CVaR,
+    ExpectedUtility,
+    KLPriced,
+    Leader,
+    MeanVariance,
+    Objective,
+    PolicyResponse,
+    PreferenceLikelihood,
+    Problem,
+    Rollouts,
+    WorstGroup,
+)
+from align_cbrl.llm import RewardMixture, RewardModel, RewardModelLeader
+
+TEMPERATURE = 0.7
+TOPICS = ["law", "art", "law", "art"]  # of the four prompts
+
+
+@dataclasses.dataclass
+class World:
+    """All completions of all prompts: [P, N] tables, and the rollouts that hold each once."""
+
+    enumeration: lm.Enumeration
+    tokenizer: Any
+    log_prior: Tensor  # [P, N]
+    cost: Tensor  # [P, N]
+    texts: list[str]
+    reward_model: Path
+
+    def rollouts(self, prompt: Tensor, answer: Tensor, log_policy: Tensor | None = None) -> Rollouts:
+        """Rows (prompt, answer), groups being prompts."""
+        where = (prompt, answer)
+        return Rollouts.bandit(
+            contexts=prompt,
+            steps={
+                "prompt": [lm.PROMPTS[p] for p in prompt.tolist()],
+                "completion": [self.texts[a] for a in answer.tolist()],
+                "completion_ids": [self.enumeration.completions[a] for a in answer.tolist()],
+                "topic": [TOPICS[p] for p in prompt.tolist()],
+                "row": prompt * len(self.texts) + answer,
+            },
+            log_policy=None if log_policy is None else log_policy[where],
+            log_prior=self.log_prior[where],
+        )
+
+    def everything(self) -> Rollouts:
+        """Every completion of every prompt, once."""
+        prompts, count = len(lm.PROMPTS), len(self.texts)
+        return self.rollouts(torch.arange(prompts).repeat_interleave(count), torch.arange(count).repeat(prompts))
+
+    def table(self, values: Tensor) -> Callable[[Any, Rollouts], Tensor]:
+        """A utility that looks its values up."""
+        return lambda leader, rollouts: values.reshape(-1)[rollouts.steps["row"]][:, None]
+
+    def response(self, leader: Leader) -> tuple[Tensor, Tensor]:
+        """r_x and log pi* [P, N], differentiable in x."""
+        reward = leader.reward(self.everything()).double().view(self.log_prior.shape)
+        temperature = leader.follower_temperature()
+        temperature = TEMPERATURE if temperature is None else temperature.double()
+        return reward, torch.log_softmax(self.log_prior + reward / temperature, -1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = lm.build(tmp_path_factory.mktemp("enumerable"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    enumeration = lm.Enumeration.random(seed=11)
+    log_prior = enumeration.log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer)
+    torch.manual_seed(5)
+    config = LlamaConfig.from_pretrained(folder, num_labels=1)
+    reward_model = tmp_path_factory.mktemp("reward_model")
+    LlamaForSequenceClassification(config).save_pretrained(reward_model)
+    tokenizer.save_pretrained(reward_model)
+    # Prompts differ in what they are worth, so that the worst of them are clearly the worst.
+    enumeration.utility = enumeration.utility + torch.tensor([0.0, 1.5, 0.5, 2.0])[:, None]
+    return World(
+        enumeration,
+        tokenizer,
+        torch.log_softmax(log_prior, -1),
+        torch.randn(log_prior.shape, generator=torch.Generator().manual_seed(12), dtype=torch.float64),
+        tokenizer.batch_decode(enumeration.completions, skip_special_tokens=True),
+        reward_model,
+    )
+
+
+# ---- objectives: how the library is told, the exact J, and the size of groups that shows four standard errors ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    make: Callable[[World], Objective]
+    exact: Callable[[World, Tensor, Tensor], Tensor]  # reward, log pi* -> J
+    group: int
+
+
+def expected(world: World) -> ExpectedUtility:
+    return ExpectedUtility(world.table(world.enumeration.utility))
+
+
+def values(world: World, log_policy: Tensor) -> Tensor:
+    """What each prompt is worth, [P]."""
+    return (log_policy.exp() * world.enumeration.utility).sum(-1)
+
+
+def divergence(world: World, log_policy: Tensor) -> Tensor:
+    return (log_policy.exp() * (log_policy - world.log_prior)).sum(-1).mean()
+
+
+def exact_likelihood(world: World, reward: Tensor, log_policy: Tensor) -> Tensor:
+    utility, policy = world.enumeration.utility, log_policy.exp()
+    preferred = torch.sigmoid((utility[:, :, None] - utility[:, None, :]) / 0.8)
+    difference = reward[:, :, None] - reward[:, None, :]
+    pair = preferred * torch.nn.functional.logsigmoid(difference)
+    pair = pair + (1 - preferred) * torch.nn.functional.logsigmoid(-difference)
+    return (policy[:, :, None] * policy[:, None, :] * pair).sum((1, 2)).mean()
+
+
+def said(world: World) -> Callable[[Rollouts, Tensor, Tensor], Tensor]:
+    """The preferences of `exact_likelihood`, said pair by pair."""
+
+    def preference(rollouts: Rollouts, first: Tensor, second: Tensor) -> Tensor:
+        score = world.enumeration.utility.reshape(-1)[rollouts.steps["row"]]
+        return torch.sigmoid((score[first] - score[second]) / 0.8)
+
+    return preference
+
+
+def of_topics(worth: Tensor) -> Tensor:
+    return torch.stack([worth[[0, 2]].mean(), worth[[1, 3]].mean()])
+
+
+OBJECTIVES = {
+    "expected": Wanted(expected, lambda w, r, p: values(w, p).mean(), 8),
+    "preference": Wanted(
+        lambda w: PreferenceLikelihood(w.table(w.enumeration.utility), scale=0.8), exact_likelihood, 8
+    ),
+    "preference of pairs": Wanted(
+        lambda w: PreferenceLikelihood(preference=said(w), partners=2), exact_likelihood, 8
+    ),
+    "cvar": Wanted(
+        lambda w: CrossFitted(CVaR(expected(w), 0.6)), lambda w, r, p: CVaR(expected(w), 0.6).aggregate(
+            values(w, p), torch.full((4,), 0.25, dtype=torch.float64)), 64,
+    ),
+    "worst_group": Wanted(
+        lambda w: CrossFitted(WorstGroup(expected(w), "topic")), lambda w, r, p: of_topics(values(w, p)).min(), 64
+    ),
+    "mean_variance": Wanted(
+        lambda w: CrossFitted(MeanVariance(expected(w), 0.5)),
+        lambda w, r, p: values(w, p).mean() - 0.5 * values(w, p).var(correction=0), 8,
+    ),
+    "kl_priced": Wanted(
+        lambda w: KLPriced(expected(w), 0.3), lambda w, r, p: values(w, p).mean() - 0.3 * divergence(w, p), 8
+    ),
+    "constrained": Wanted(
+        lambda w: Constrained(expected(w), ExpectedUtility(w.table(w.cost)), bound=0.1, rate=0.1, multiplier=0.7),
+        lambda w, r, p: values(w, p).mean() - 0.7 * ((p.exp() * w.cost).sum(-1).mean() - 0.1), 8,
+    ),
+}  # fmt: skip
+
+
+# ---- leaders ----
+
+
+def length(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(c.split())) for c in completions]
+
+
+def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(c.count("a") - c.count("e")) for c in completions]
+
+
+def mixture(world: World, **options: Any) -> Leader:
+    terms = {"proxy": RewardModel(world.reward_model), "length": length, "letters": letters}
+    leader = RewardMixture(terms, {"proxy": 0.6, "length": 0.3, "letters": 0.4}, budget=3.0, **options)
+    leader.calibrate(world.everything())
+    return leader
+
+
+def reward_model(world: World, trainable: str) -> Leader:
+    model = RewardModel(world.reward_model)
+    model.model.double()
+    leader = RewardModelLeader(model, trainable, strength=1.2)
+    leader.double()
+    leader.calibrate(world.everything())
+    return leader
+
+
+LEADERS: dict[str, Callable[[World], Leader]] = {
+    "linear": lambda w: lm.LinearLeader(w.enumeration, torch.tensor([0.5, -0.3, 0.2, 0.4, -0.1], dtype=torch.float64)),
+    "mixture": mixture,
+    "head": lambda w: reward_model(w, "head"),
+    "all": lambda w: reward_model(w, "all"),
+}
+
+
+# ---- the comparison ----
+
+
+def flat(gradients: list[Tensor | None], parameters: list[Tensor]) -> Tensor:
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for g, p in pairs])
+
+
+def deviation(world: World, leader: Leader, wanted: Wanted, *, batches: int, seed: int = 0, **changes: Any) -> float:
+    """The largest of the deviations from the exact hypergradient, in standard errors."""
+    objective = changes.pop("objective", None) or wanted.make(world)
+    follower = type("Enumerated", (), {"temperature": TEMPERATURE, "discount": 0.0})()
+    problem = Problem(leader, objective, follower)
+    parameters = problem.parameters
+    reward, log_policy = world.response(leader)
+    exact = torch.autograd.grad(wanted.exact(world, reward, log_policy), parameters, allow_unused=True)
+    exact = flat(list(exact), parameters)
+    assert exact.norm() > 1e-3  # or else there would be nothing to be compared
+
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(6, len(exact), generator=generator, dtype=torch.float64)
+    directions = torch.cat([exact[None], directions])
+    log_policy, group = log_policy.detach(), changes.get("group", wanted.group)
+    prompt = torch.arange(len(lm.PROMPTS)).repeat_interleave(group)
+    estimates = []
+    for _ in range(batches):
+        answer = torch.multinomial(log_policy.exp(), group, replacement=True, generator=generator).reshape(-1)
+        for p in parameters:
+            p.grad = None
+        PolicyResponse(chunks=2).backward(problem, world.rollouts(prompt, answer, log_policy))
+        estimates.append(directions @ flat([p.grad for p in parameters], parameters))
+    along = torch.stack(estimates)
+    error = along.std(0) / batches**0.5
+    return float(((along.mean(0) - directions @ exact) / error).abs().max())
+
+
+@pytest.mark.parametrize("wanted", OBJECTIVES)
+@pytest.mark.parametrize("leader", ["linear", "mixture"])
+def test_hypergradients_within_four_standard_errors(world: World, leader: str, wanted: str) -> None:
+    assert deviation(world, LEADERS[leader](world), OBJECTIVES[wanted], batches=60) <= 4
