@@ -5,6 +5,8 @@ Shapes: B paths, T steps. All functions are free of state, of randomness and of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,41 @@ def best_response_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
     count = sizes.to(log_ratio.dtype)
     mean = _group_sum(log_ratio, place, len(sizes)) / count
     return (_group_logsumexp(log_ratio, place, len(sizes)) - count.log() - mean).clamp(min=0)
+
+
+def debiased_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
+    """`best_response_gap` with the bias of its logarithm removed to first order, for each group.
+
+    log mean exp over G samples falls short of log Z by c / G + O(1 / G^2). Quenouille's jackknife combines it with its
+    leave-one-out values, G L_G - (G - 1) mean_i L_{-i}, whose error is O(1 / G^2). Close to the best response it is
+    unbiased where the plain gap is (G - 1) / G of the truth. It is no longer a bound, and one group's may be negative.
+
+    Args:
+        log_ratio: rho_i [N] as for `tilt_weights`, for samples drawn from pi.
+        group: long [N], at least two samples each.
+
+    Returns:
+        [number of groups], in the order of the sorted group numbers; zero for a group of one sample.
+
+    Example:
+        >>> log_ratio = torch.tensor([0.1, -0.1, 0.0, 0.0], dtype=torch.float64)
+        >>> debiased_gap(log_ratio, torch.tensor([0, 0, 1, 1])).tolist()  # about a half of the sample variance
+        [0.00998337764..., 0.0]
+    """
+    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
+    gap = torch.zeros(len(sizes), dtype=log_ratio.dtype, device=log_ratio.device)
+    for size in sizes.unique().tolist():  # groups of one size at a time: [N G] -> [N, G]
+        if size == 1:
+            continue
+        rows = (sizes[place] == size).nonzero()[:, 0]
+        rows = rows[torch.argsort(place[rows], stable=True)].view(-1, size)
+        rho = log_ratio[rows]  # [N, G]
+        alone = torch.eye(size, dtype=torch.bool, device=rho.device)
+        without = rho[:, None, :].expand(-1, size, -1).masked_fill(alone, -torch.inf)  # [N, G, G]
+        whole = torch.logsumexp(rho, 1) - math.log(size)
+        left_out = torch.logsumexp(without, 2).mean(1) - math.log(size - 1)
+        gap[place[rows[:, 0]]] = size * whole - (size - 1) * left_out - rho.mean(1)
+    return gap
 
 
 def _group_sum(value: Tensor, place: Tensor, groups: int) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,14 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from align_cbrl.certificate import certify, corrected
 from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.config import fingerprint as fingerprint_of
 from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, world_size
 from align_cbrl.errors import InputError, RunStopped
-from align_cbrl.functional import best_response_gap, effective_sample_size, tilt_weights
 from align_cbrl.hypergradient import Hypergradient, PolicyResponse
 from align_cbrl.metrics import MetricsLog
-from align_cbrl.problem import Problem, per_path
+from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 
 Observer = Callable[[dict[str, float], Rollouts], None]
@@ -38,6 +40,9 @@ class HPGDConfig:
         contexts_per_step: contexts drawn afresh for each leader step.
         group_size: paths (completions) per context.
         max_gradient_norm: the leader's gradient is scaled down to this norm; None leaves it.
+        correction: of samples of a follower that lags, by importance weights within each prompt's group: "on", "off",
+            or "auto", where `Certificate.correction_pays` decides at every leader step. For one-step problems with
+            log-probabilities; elsewhere there is none.
         seed: of contexts and paths.
         checkpoint_every: leader steps between checkpoints.
         progress: show a progress bar.
@@ -47,6 +52,7 @@ class HPGDConfig:
     contexts_per_step: int = 8
     group_size: int = 8
     max_gradient_norm: float | None = 1.0
+    correction: str = "auto"
     seed: int = 0
     checkpoint_every: int = 10
     progress: bool = True
@@ -55,6 +61,8 @@ class HPGDConfig:
         for name in ("steps", "contexts_per_step", "group_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"HPGDConfig.{name}: expected a positive number, got {getattr(self, name)}")
+        if self.correction not in ("auto", "on", "off"):
+            raise InputError(f"HPGDConfig.correction: expected 'auto', 'on' or 'off', got {self.correction!r}")
 
 
 class HPGD:
@@ -73,12 +81,12 @@ class HPGD:
     Attributes:
         step: leader steps taken.
         history: one dictionary of metrics a leader step: `step`, `objective`, `gradient_norm`, `leader_seconds`,
-            `follower_seconds`, `leader_share` (of wall time so far), the follower's own metrics and, for one-step
-            problems with log-probabilities, `gap` (nats to the best response, a lower bound in expectation) and
-            `effective_sample_size` (of the importance weights that would close it, as a share of the group).
+            `follower_seconds`, `leader_share` (of wall time so far), `skipped_steps` (without a gradient, so far), the
+            estimator's and the follower's own metrics and, for one-step problems with log-probabilities, those of
+            `Certificate.metrics` and `corrected` (1 where the samples were weighted).
 
     Raises:
-        InputError: an optimizer that would descend.
+        InputError: an optimizer that would descend; in `run`, a gradient that is not finite.
 
     Example:
         >>> import toy_cmdp
@@ -116,6 +124,7 @@ class HPGD:
         self._seconds = {"leader": 0.0, "follower": 0.0}
         self._returned_at = 0.0
         self._interrupted = False
+        self._told: set[str] = set()  # what has been warned of
 
     def run(self, resume: bool = False) -> None:
         """Take leader steps until `config.steps`.
@@ -205,13 +214,29 @@ class HPGD:
     def _leader_step(self, rollouts: Rollouts, metrics: dict[str, float]) -> dict[str, float]:
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        row = self.hypergradient.backward(self.problem, rollouts)
-        row.update(self._best_response_certificate(rollouts))
+        rollouts, certificate = self._certified(rollouts)
+        row = {**self.hypergradient.backward(self.problem, rollouts), **certificate}
+        if not math.isfinite(row["gradient_norm"]):
+            raise InputError(
+                f"{type(self.problem.leader).__name__}: its gradient is not finite at leader step {self.step + 1} "
+                f"(norm {row['gradient_norm']}), although rewards and utilities are; look for a square root or a "
+                "logarithm at zero. The leader was left as it is"
+            )
         if self.config.max_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
         row.update(self.problem.objective.update(self.problem.leader, rollouts))
-        self.optimizer.step()
-        self.problem.leader.project()
+        skipped = row["gradient_norm"] == 0
+        row["skipped_steps"] = (self.history[-1].get("skipped_steps", 0.0) if self.history else 0.0) + skipped
+        if skipped:  # an optimizer with momentum would go on where nothing points
+            self._tell_once(
+                "skipped",
+                "the leader's gradient is zero, so that its step is skipped (metric skipped_steps): no prompt's "
+                "completions differ in what they are rewarded and judged for; raise the follower's temperature, draw "
+                "larger groups, or use a judge with finer scores",
+            )
+        else:
+            self.optimizer.step()
+            self.problem.leader.project()
         self.step += 1
         now = time.perf_counter()
         self._seconds["leader"] += now - began
@@ -227,29 +252,28 @@ class HPGD:
         self.history.append(row)
         return row
 
-    def _best_response_certificate(self, rollouts: Rollouts) -> dict[str, float]:
-        one_step = rollouts.horizon == 1 and bool(torch.as_tensor(self.problem.follower.discount).max() == 0)
-        if not one_step or rollouts.log_policy is None or rollouts.log_prior is None:
-            return {}
-        with torch.no_grad():
-            reward = self.problem.leader.reward(rollouts)[:, 0].double()
-            # In several processes a group may straddle ranks: the certificate is that of the whole batch.
-            reward, rollouts = gather_rows(reward), rollouts.over_ranks()
-            temperature = per_path(self.problem.temperature, rollouts.contexts.to(reward.device))
-        log_policy, log_prior = (v[:, 0].to(reward) for v in (rollouts.log_policy, rollouts.log_prior))
-        log_ratio = reward / temperature - (log_policy - log_prior)
-        group = rollouts.group[:, 0].to(reward.device)
-        if rollouts.weight is None:
-            weight = tilt_weights(log_ratio, group)
-            gap = {"gap": best_response_gap(log_ratio, group).mean().item()}
-        else:  # the follower has weighted its samples already: they stand for pi*
-            weight, gap = rollouts.weight.to(reward), {}
-        size = effective_sample_size(weight, group).sum().item() / rollouts.size
-        return {
-            **gap,
-            "effective_sample_size": size,
-            "kl": float((rollouts.path_weight() * (log_policy - log_prior).to(rollouts.mask.device)).mean()),
-        }
+    def _certified(self, rollouts: Rollouts) -> tuple[Rollouts, dict[str, float]]:
+        """The rollouts, weighted where the follower's lag makes that worth while, and the certificate's metrics."""
+        certificate = certify(
+            self.problem,
+            rollouts,
+            self.history,
+            chunks=self.hypergradient.chunks,
+            correctable=self.config.correction != "off",
+        )
+        if certificate is None:
+            return rollouts, {}
+        if certificate.alarm is not None:
+            self._tell_once("alarm", f"leader step {self.step + 1}: {certificate.alarm} (docs/certificate.md)")
+        wanted = certificate.correction_pays if self.config.correction == "auto" else self.config.correction == "on"
+        wanted = wanted and certificate.weight is not None
+        metrics = {**certificate.metrics(), "corrected": float(wanted)}
+        return corrected(rollouts, certificate) if wanted else rollouts, metrics
+
+    def _tell_once(self, subject: str, message: str) -> None:
+        if subject not in self._told and is_main():
+            warnings.warn(message, stacklevel=2)
+        self._told.add(subject)
 
     def _default_fingerprint(self) -> str:
         leader, follower = self.problem.leader, self.problem.follower

@@ -6,15 +6,17 @@ import abc
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from align_cbrl.critics import GroupCritic
+from align_cbrl.degenerate import degenerate_groups
 from align_cbrl.distributed import gather_rows, own_rows, sum_gradients_, together, world_size
-from align_cbrl.errors import InputError
+from align_cbrl.errors import InputError, first_line
 from align_cbrl.functional import discount_powers, eligibility_trace
 from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
 from align_cbrl.rollouts import Rollouts, check_finite
@@ -28,9 +30,11 @@ class Hypergradient(abc.ABC):
     Attributes:
         over_ranks: whether, in a run of several processes, each of which has a part of the rollouts, `backward` leaves
             every rank with the gradient on all of them.
+        chunks: into how many pieces it cuts the paths to bound memory; 1 when it does not.
     """
 
     over_ranks: ClassVar[bool] = False
+    chunks: int = 1
 
     @abc.abstractmethod
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
@@ -64,7 +68,7 @@ def accumulate(problem: Problem, gradients: Sequence[Tensor | None]) -> float:
     return math.sqrt(squares)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PolicyResponse(Hypergradient):
     """HPGD: the gradient through the Boltzmann best response, by one backward pass whatever the size of x.
 
@@ -74,16 +78,22 @@ class PolicyResponse(Hypergradient):
                  + [gammaF^{k+1} V_F(s_{k+1}) + (gamma / lambda) w_k V_lambda(s_{k+1})] log P_k }
 
     with everything detached but the objective's value, r, log P, log rho and log prior (Thoma et al. 2024;
-    derived in docs/derivation.md). Where the leader sets lambda, that of r_k / lambda is differentiated too. Completions of a language model are the case T = 1, where it is
-    the covariance of utility and reward gradient within each prompt's group, divided by the temperature.
+    derived in docs/derivation.md). Where the leader sets lambda, that of r_k / lambda is differentiated too.
+    Completions of a language model are the case T = 1, where it is the covariance of utility and reward gradient within
+    each prompt's group, divided by the temperature.
 
     Attributes:
         critic: gives A_F and, for leaders that move transitions or the initial state, V_F and V_lambda.
-        chunks: into how many pieces the paths are cut for the backward pass; bounds memory, changes no result.
+        chunks: into how many pieces the paths are cut for the backward pass; bounds memory, changes no result. It is
+            doubled, for good, whenever a piece does not fit into memory; the judge is not asked again for that.
+
+    Metrics besides those of `Hypergradient`: `degenerate_groups`, for one step: the share of groups that were skipped,
+    since their completions are identical or are all judged alike.
 
     Raises:
         InputError: a leader on whose parameters nothing depends; a reward of another shape, or NaN or infinite; a
-            credit that is not finite; a critic without the values that this leader needs.
+            credit that is not finite; a critic without the values that this leader needs; memory that does not hold a
+            single path's backward pass.
     """
 
     critic: Critic = dataclasses.field(default_factory=GroupCritic)
@@ -93,7 +103,6 @@ class PolicyResponse(Hypergradient):
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`."""
         leader, objective = problem.leader, problem.objective
-        pieces = rollouts.chunks(self.chunks)
         before = [None if p.grad is None else p.grad.detach().clone() for p in problem.parameters]
         if world_size() > 1:  # what is summed over ranks below is this gradient only
             problem.leader.zero_grad(set_to_none=True)
@@ -101,7 +110,7 @@ class PolicyResponse(Hypergradient):
         # First pass, without graph: the whole batch's utilities, hence its credit, advantage and trace. In several
         # processes the judge is asked about a rank's own paths, and every rank then knows the whole batch's numbers.
         with torch.no_grad(), together("computing the utilities"):
-            utility = torch.cat([objective.utility(leader, piece) for piece in pieces])
+            utility = torch.cat([objective.utility(leader, piece) for piece in rollouts.chunks(self.chunks)])
             check_finite("utility", utility, rollouts)
         whole, own_paths = rollouts.over_ranks(), own_rows(rollouts.size)
         with torch.enable_grad():
@@ -111,32 +120,73 @@ class PolicyResponse(Hypergradient):
         with torch.no_grad():
             critique = self.critic.evaluate(problem, whole, evaluation.credit)
             check_finite("advantage", critique.advantage, whole)
+            metrics = {}
+            if whole.horizon == 1:
+                empty, metrics["degenerate_groups"] = degenerate_groups(
+                    rollouts, whole, evaluation.credit, critique.advantage
+                )
+                kept = torch.where(empty[:, None], 0.0, critique.advantage)
+                critique = dataclasses.replace(critique, advantage=kept)
             trace = self._trace(problem, whole, critique)  # [B, T]
         direct, trace, critique = direct[own_paths], trace[own_paths], _rows(critique, own_paths)
 
-        # Second pass, chunk by chunk: the surrogate, whose weights are all known by now.
-        start = 0
-        for piece in pieces:
-            here = slice(start, start + piece.size)
-            start += piece.size
-            surrogate = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / whole.size
-            own = objective.direct_term(leader, piece, _masked(direct[here], piece))
-            if own is not None:
-                surrogate = surrogate + own
-            if not surrogate.requires_grad:
-                raise InputError(
-                    f"{type(leader).__name__}: neither its reward nor anything else depends on its parameters, so no "
-                    "incentive can be learned; compute the reward from them with gradients enabled (no torch.no_grad, "
-                    "no .detach())"
-                )
-            surrogate.backward()
+        # Second pass, chunk by chunk: the surrogate, whose weights are all known by now. It is what takes memory, and
+        # begins anew in smaller chunks when that runs out. The utilities stay: a judge would have to be paid again.
+        origin = [None] * len(before) if world_size() > 1 else before
+        while True:
+            shortage = None
+            try:
+                for piece, here in _with_rows(rollouts.chunks(self.chunks)):
+                    share = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / whole.size
+                    own = objective.direct_term(leader, piece, _masked(direct[here], piece))
+                    _differentiable(leader, share if own is None else share + own).backward()
+                    del share, own
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                shortage = first_line(error)  # the error itself holds on to what fills the memory
+            if shortage is None:
+                break
+            for parameter, old in zip(problem.parameters, origin, strict=True):
+                parameter.grad = None if old is None else old.clone()
+            self._cut_smaller(rollouts.size, shortage)
         if world_size() > 1:
             sum_gradients_(problem.parameters)
             for parameter, old in zip(problem.parameters, before, strict=True):
                 if old is not None:
                     parameter.grad = old if parameter.grad is None else parameter.grad + old
 
-        return {"objective": evaluation.value.item(), "gradient_norm": _norm_of_change(problem, before)}
+        return {
+            "objective": evaluation.value.item(),
+            "gradient_norm": _norm_of_change(problem, before),
+            **metrics,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of chunks, which may have grown."""
+        return {"chunks": self.chunks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; more chunks than it holds stay."""
+        self.chunks = max(self.chunks, state.get("chunks", 1))
+
+    def _cut_smaller(self, paths: int, shortage: str) -> None:
+        length = -(-paths // self.chunks)
+        if length == 1:
+            raise InputError(
+                f"{type(self).__name__}: memory does not hold the leader's backward pass for a single path "
+                f"({shortage}); train fewer of its parameters (a head, LoRA), turn on gradient checkpointing, shorten "
+                "the completions, or use a device with more memory"
+            )
+        self.chunks = min(2 * self.chunks, paths)
+        warnings.warn(
+            f"the leader's backward pass ran out of memory with chunks of {length} paths ({shortage}); it goes on in "
+            f"{self.chunks} chunks of {-(-paths // self.chunks)}: set PolicyResponse(chunks={self.chunks}) to start "
+            "there",
+            stacklevel=3,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what is left in pieces that do not fit
 
     def _trace(self, problem: Problem, rollouts: Rollouts, critique: Critique) -> Tensor:
         """The weight of each step in the response, [B, T]."""
@@ -151,7 +201,7 @@ class PolicyResponse(Hypergradient):
         """The sum over a chunk's paths of everything but the direct term, differentiable in x."""
         leader, leader_discount = problem.leader, problem.objective.discount
         reward = leader.reward(piece)
-        _check_reward(leader, reward, piece)
+        check_reward(leader, reward, piece)
         weight = piece.path_weight(reward.dtype).to(reward.device)[:, None]  # [B, 1]
         # A follower with reward r at temperature lambda is one with reward r / lambda at temperature 1. What moves with
         # lambda is that reward; V_lambda / lambda below is its value, whose own motion the trace has taken up.
@@ -181,6 +231,31 @@ class PolicyResponse(Hypergradient):
         return total
 
 
+def _with_rows(pieces: Sequence[Rollouts]) -> Iterator[tuple[Rollouts, slice]]:
+    """Each piece, and where its paths stand in the whole."""
+    start = 0
+    for piece in pieces:
+        yield piece, slice(start, start + piece.size)
+        start += piece.size
+
+
+def _differentiable(leader: Leader, surrogate: Tensor) -> Tensor:
+    if not surrogate.requires_grad:
+        raise InputError(
+            f"{type(leader).__name__}: neither its reward nor anything else depends on its parameters, so no "
+            "incentive can be learned; compute the reward from them with gradients enabled (no torch.no_grad, "
+            "no .detach())"
+        )
+    return surrogate
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's, or the CPU allocator's, which has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 class DirectOnly(PolicyResponse):
     """The gradient of a leader who takes the follower's policy as given: no response term (a biased baseline).
 
@@ -191,7 +266,8 @@ class DirectOnly(PolicyResponse):
         return torch.zeros_like(critique.advantage)
 
 
-def _check_reward(leader: Leader, reward: Tensor, rollouts: Rollouts) -> None:
+def check_reward(leader: Leader, reward: Tensor, rollouts: Rollouts) -> None:
+    """Raise `InputError` unless a leader's reward is [B, T] and finite wherever a step was taken."""
     name = type(leader).__name__
     if tuple(reward.shape) != tuple(rollouts.mask.shape):
         raise InputError(

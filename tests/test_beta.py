@@ -71,8 +71,8 @@ class WithoutBeta(PolicyResponse):
     def _surrogate(self, problem: Problem, piece: Rollouts, *rest: Any) -> Tensor:
         beta = problem.temperature
         assert isinstance(beta, Tensor)
-        follower = dataclasses.replace(problem, leader=_Silent(problem.leader, float(beta)))
-        return super()._surrogate(follower, piece, *rest)
+        silent = dataclasses.replace(problem, leader=_Silent(problem.leader, beta.item()))
+        return super()._surrogate(silent, piece, *rest)
 
 
 class _Silent:
