@@ -119,6 +119,7 @@ def load_leader(path: str | Path) -> LanguageLeader:
         InputError: there is none, or its reward.json is damaged or from a newer version.
     """
     # Imported here: these modules build on this one.
+    from align_cbrl.llm.beta import LearnedBeta
     from align_cbrl.llm.reward_mixture import RewardMixture
     from align_cbrl.llm.reward_model_leader import RewardModelLeader
     from align_cbrl.llm.shaping import LengthShaping, Shaped
@@ -130,7 +131,7 @@ def load_leader(path: str | Path) -> LanguageLeader:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         kinds: dict[str, Any] = {
-            kind.__name__: kind for kind in (RewardMixture, RewardModelLeader, Shaped, LengthShaping)
+            kind.__name__: kind for kind in (RewardMixture, RewardModelLeader, Shaped, LengthShaping, LearnedBeta)
         }
         kind = record["kind"]
         if kind not in kinds:
