@@ -8,17 +8,23 @@ from typing import Any
 
 import enumerable_lm as lm
 import pytest
+import tiny_reward_models
 import torch
 from datasets import Dataset, DatasetDict
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from align_cbrl import InputError, Rollouts, RunStopped
+from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem, Rollouts, RunStopped
 from align_cbrl.llm import (
     Judge,
+    LanguageLeader,
+    LengthShaping,
+    LoRA,
     RewardMixture,
     RewardModel,
     RewardModelLeader,
     RLOOFollower,
+    Shaped,
     TiltedFollower,
     load_leader,
     load_prompts,
@@ -49,6 +55,13 @@ def reward_model_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     LlamaForSequenceClassification(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reward models in double precision, by architecture."""
+    root = tmp_path_factory.mktemp("classifiers")
+    return {name: tiny_reward_models.build(root / name, name) for name in tiny_reward_models.ARCHITECTURES}
 
 
 def rollouts(completions: list[str], groups: int) -> Rollouts:
@@ -208,6 +221,344 @@ def test_reward_models_refused(tmp_path: Path, folder: Path, reward_model_folder
         RewardModelLeader(RewardModel(reward_model_folder), "body")
     with pytest.raises(InputError, match="strength: expected a positive number, got 0"):
         RewardModelLeader(RewardModel(reward_model_folder), strength=0.0)
+
+
+# ---- every leader ----
+
+TEXTS = ["a", "b a", "c d", "e", "f f a", "a c b d", "b", "d e f", "e e", "c"]
+
+
+def make_leader(name: str, classifiers: dict[str, Path]) -> LanguageLeader:
+    """A leader in double precision, away from its start, calibrated on TEXTS."""
+    terms = {"words": words, "letters": letters}
+    if name in ("free", "positive", "softmax"):
+        leader: LanguageLeader = RewardMixture(terms, {"words": 0.5, "letters": 0.2}, constraint=name)  # type: ignore[arg-type]
+    elif name == "shaped mixture":
+        leader = Shaped(words, RewardMixture({"letters": letters}, {"letters": 0.1}), strength=0.7)
+    elif name == "length":
+        leader = LengthShaping(letters, target=3.0, weight=0.4, learn_target=True)
+    else:
+        architecture, trainable = name.split()[-2:]
+        model = RewardModel(classifiers[architecture], batch_size=4)
+        leader = RewardModelLeader(model, trainable, strength=1.5, lora=LoRA(2, 3.0) if trainable == "lora" else None)  # type: ignore[arg-type]
+        if name.startswith("shaped"):
+            leader = Shaped(words, leader)
+    leader.calibrate(rollouts(TEXTS, 2))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in leader.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return leader
+
+
+def normalise_in_double_precision(leader: LanguageLeader) -> None:
+    """Llama and Qwen normalise in single precision whatever the model's own is, which differences would show."""
+    for module in leader.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+
+            def forward(x: Tensor, module: Any = module) -> Tensor:
+                return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+            module.forward = forward
+
+
+LEADERS = (
+    "free", "positive", "softmax", "length", "shaped mixture", "llama head", "llama lora", "llama all", "gpt2 head",
+    "gpt2 lora", "gpt2 all", "qwen2 lora", "qwen3 lora", "qwen3 all", "shaped llama lora", "shaped gpt2 head",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEADERS)
+def test_the_gradient_of_a_score_is_its_finite_difference(name: str, classifiers: dict[str, Path]) -> None:
+    leader = make_leader(name, classifiers)
+    leader.train()  # dropout stays off
+    normalise_in_double_precision(leader)
+    batch, weight = rollouts(TEXTS, 2), torch.linspace(-1, 2, len(TEXTS), dtype=torch.float64)
+    moving = [p for p in leader.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in moving]
+    (weight * leader.reward(batch)[:, 0]).sum().backward()
+    slope = sum((p.grad * d).sum().item() for p, d in zip(moving, direction, strict=True) if p.grad is not None)
+
+    def moved(step: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(moving, direction, strict=True):
+                p.add_(step * d)
+            value = (weight * leader.reward(batch)[:, 0]).sum().item()
+            for p, d in zip(moving, direction, strict=True):
+                p.sub_(step * d)
+        return value
+
+    h = 1e-4
+    central = [(moved(k * h) - moved(-k * h)) / (2 * k * h) for k in (1, 2)]
+    assert slope == pytest.approx((4 * central[0] - central[1]) / 3, rel=1e-7)
+    assert abs(slope) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["softmax", "length", "llama lora", "gpt2 all", "shaped llama lora"])
+def test_one_chunk_is_eight_chunks(name: str, classifiers: dict[str, Path], folder: Path) -> None:
+    leader = make_leader(name, classifiers)
+    follower = TiltedFollower(folder, lm.prompt_dataset(), 0.5)
+    judged = ExpectedUtility(lambda leader, r: torch.tensor([[float(len(c))] for c in r.steps["completion"]]).double())
+    problem = Problem(leader, judged, follower)
+    batch = rollouts(TEXTS, 2)
+    gradients = []
+    for chunks in (1, 8):
+        leader.zero_grad()
+        PolicyResponse(chunks=chunks).backward(problem, batch)
+        gradients.append(torch.cat([p.grad.flatten() for p in problem.parameters if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+    assert gradients[0].norm() > 1e-3
+
+
+def test_gradient_checkpointing_changes_memory_only(classifiers: dict[str, Path]) -> None:
+    gradients, saved = [], []
+    for checkpointing in (False, True):
+        leader = RewardModelLeader(
+            RewardModel(classifiers["gpt2"]), "all", gradient_checkpointing=checkpointing
+        ).train()
+        kept: list[int] = []
+
+        def pack(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = leader.reward(rollouts(TEXTS, 2)).sum()
+        total.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in leader.parameters() if p.grad is not None]))
+        saved.append(sum(kept))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-12)
+    assert saved[1] < saved[0] / 4
+
+
+# ---- weights of a mixture ----
+
+
+def test_softmax_weights_start_where_told_and_share_a_fixed_sum() -> None:
+    terms = {"words": words, "letters": letters, "basename": lm.length_reward}
+    mixture = RewardMixture(terms, {"words": 0.4, "letters": 0.1, "basename": 0.2}, constraint="softmax")
+    assert mixture.weights() == pytest.approx({"words": 0.4, "letters": 0.1, "basename": 0.2})
+    alone = RewardMixture(terms, {"words": 0.7}, constraint="softmax")
+    assert alone.weights() == pytest.approx({"words": 0.7 / 1.02, "letters": 0.007 / 1.02, "basename": 0.007 / 1.02})
+    with torch.no_grad():
+        alone.logits.copy_(torch.tensor([3.0, -40.0, 5.0]))
+    before = alone.effective_weight().detach()
+    alone.project()
+    assert alone.logits.max() == 0 and alone.logits.min().item() == pytest.approx(torch.log(torch.tensor(0.01)).item())
+    assert sum(alone.weights().values()) == pytest.approx(0.7)
+    assert before[0] / before[2] == pytest.approx((alone.effective_weight()[0] / alone.effective_weight()[2]).item())
+
+
+@pytest.mark.parametrize("constraint", ["free", "positive", "softmax"])
+def test_weights_stay_within_budget_and_constraint(constraint: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    terms = {"words": words, "letters": letters, "basename": lm.length_reward}  # the last is a copy of the first
+    mixture = RewardMixture(terms, {"words": 0.8}, budget=0.8, constraint=constraint)  # type: ignore[arg-type]
+    batch = rollouts(TEXTS, 2)
+    mixture.calibrate(batch)
+    features = mixture.features(batch.steps["prompt"], TEXTS)
+    within = features - torch.stack([features[batch.contexts == g].mean(0) for g in range(2)])[batch.contexts]
+    for _ in range(50):
+        with torch.no_grad():
+            for p in mixture.parameters():
+                p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        mixture.project()
+        weight = mixture.effective_weight().detach()
+        assert ((within @ weight).pow(2).sum() / 8).sqrt() <= 0.8 * (1 + 1e-9)
+        assert constraint == "free" or (weight >= 0).all()
+        assert constraint != "softmax" or weight.sum().item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "constraint", "message"),
+    [
+        ({"words": -0.1}, "positive", "expected no negative weight under the constraint 'positive'"),
+        ({"words": 0.5, "letters": -0.1}, "softmax", "expected no negative weight under the constraint 'softmax'"),
+        ({}, "softmax", "a softmax shares a positive sum among the terms, got all zero"),
+        ({"words": 0.8, "letters": 0.8}, "softmax", "their sum 1.6 exceeds the budget 1"),
+        ({"words": 0.5}, "sofmax", "got 'sofmax'; did you mean 'softmax'"),
+        ({"words": float("nan")}, "free", "expected finite numbers"),
+    ],
+)
+def test_starts_refused(weights: dict[str, float], constraint: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RewardMixture({"words": words, "letters": letters}, weights, constraint=constraint)
+
+
+def test_calibration_needs_two_completions_of_a_prompt_that_differ(classifiers: dict[str, Path]) -> None:
+    alone, same = rollouts(["a", "b"], 2), rollouts(["a", "a"], 1)
+    with pytest.raises(InputError, match="expected at least two completions of some prompt, got 2 completions of 2"):
+        RewardMixture({"words": words}).calibrate(alone)
+    with pytest.raises(InputError, match="cannot be standardised, since it gives all completions of a prompt the same"):
+        RewardModelLeader(RewardModel(classifiers["llama"])).calibrate(same)
+    with pytest.raises(InputError, match="frozen: cannot be standardised"):
+        LengthShaping(words, target=3.0).calibrate(same)
+
+
+# ---- adapters ----
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_adapters_budget_is_on_the_weights_that_it_changes(architecture: str, classifiers: dict[str, Path]) -> None:
+    reference = RewardModel(classifiers[architecture]).model.state_dict()
+    leader = RewardModelLeader(RewardModel(classifiers[architecture]), "lora", budget=0.05, lora=LoRA(3, 5.0))
+    assert leader.change() == 0
+    adapter = leader.adapter
+    assert adapter is not None
+    names = {name.split(".")[0] for name in adapter.layers} | {n for n, p in leader.network.named_parameters()
+                                                              if p.requires_grad and "lora" not in n}  # fmt: skip
+    assert "score" not in names and len(names) == 1
+    with torch.no_grad():
+        for up in adapter.ups().values():
+            up.normal_(std=0.3, generator=torch.Generator().manual_seed(up.numel()))
+    for _ in range(2):  # before and after the projection, measured on the merged matrices themselves
+        changed = start = 0.0
+        for name, layer in adapter.layers.items():
+            start += reference[f"{name}.weight"].pow(2).sum().item()
+            changed += layer.get_delta_weight("default").pow(2).sum().item()  # type: ignore[operator]
+        assert leader.change() == pytest.approx((changed / start) ** 0.5, rel=1e-9)
+        leader.project()
+    assert leader.change() == pytest.approx(0.05, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("lm_head",), "a reward model has no lm_head"),
+        (("q_proj", "score"), "'score' is the score head, a single row.*use trainable='head'"),
+        (("q_prj",), "has no layer 'q_prj'; did you mean .*'q_proj'"),
+        (("norm",), "'model.norm' is no linear layer"),
+        ((), "expected at least one name"),
+    ],
+)
+def test_adapters_refused(targets: tuple[str, ...], message: str, classifiers: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=message):
+        RewardModelLeader(RewardModel(classifiers["llama"]), "lora", lora=LoRA(target_modules=targets))
+
+
+def test_leaders_of_reward_models_refused(classifiers: dict[str, Path]) -> None:
+    model = RewardModel(classifiers["llama"])
+    with pytest.raises(InputError, match="lora: belongs to trainable='lora', got trainable='head'"):
+        RewardModelLeader(model, "head", lora=LoRA())
+    with pytest.raises(InputError, match="gradient_checkpointing: saves nothing with trainable='head'"):
+        RewardModelLeader(model, "head", gradient_checkpointing=True)
+    for settings, message in (({"rank": 0}, "rank: expected at least 1"), ({"alpha": 0.0}, "alpha: expected a pos")):
+        with pytest.raises(InputError, match=message):
+            LoRA(**settings)
+    RewardModelLeader(model, "lora")
+    with pytest.raises(InputError, match="holds an adapter already"):
+        RewardModelLeader(model, "lora")
+
+
+# ---- shaping ----
+
+
+@pytest.mark.parametrize("trainable", ["head", "lora"])
+def test_a_correction_starts_at_zero_and_keeps_its_spread(trainable: Any, classifiers: dict[str, Path]) -> None:
+    batch = rollouts(TEXTS, 2)
+    inner = RewardModelLeader(RewardModel(classifiers["llama"]), trainable, budget=100.0)
+    shaped = Shaped(words, inner, strength=0.6, budget=0.3)
+    shaped.calibrate(batch)
+    frozen = shaped.frozen_score(batch.steps["prompt"], TEXTS)
+    torch.testing.assert_close(shaped.reward(batch)[:, 0].detach(), frozen, rtol=0, atol=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in inner.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    assert shaped.spread() > 0.3
+    shaped.project()
+    correction = (shaped.reward(batch)[:, 0] - frozen).detach()
+    within = correction - torch.stack([correction[batch.contexts == g].mean() for g in range(2)])[batch.contexts]
+    spread = (within.pow(2).sum() / 8).sqrt().item()
+    assert 0.2 < spread <= 0.3 * (1 + 1e-5)
+    frozen_within = frozen - torch.stack([frozen[batch.contexts == g].mean() for g in range(2)])[batch.contexts]
+    assert (frozen_within.pow(2).sum() / 8).sqrt().item() == pytest.approx(0.6)
+
+
+def test_a_mixture_as_a_correction_keeps_the_smaller_budget() -> None:
+    shaped = Shaped(words, RewardMixture({"letters": letters}, {"letters": 0.1}), budget=0.3)
+    shaped.calibrate(rollouts(TEXTS, 2))
+    with torch.no_grad():
+        for p in shaped.parameters():
+            p.fill_(5.0)
+    shaped.project()
+    assert shaped.spread() == pytest.approx(0.3)
+
+
+def test_corrections_refused(classifiers: dict[str, Path]) -> None:
+    model = RewardModel(classifiers["llama"])
+    with pytest.raises(InputError, match="the weights of a softmax have a fixed sum"):
+        Shaped(words, RewardMixture({"letters": letters}, constraint="softmax"))
+    with pytest.raises(InputError, match="the correction trains this very model"):
+        Shaped(model, RewardModelLeader(model, "head"))
+    with pytest.raises(InputError, match="all of whose parameters move is no small correction"):
+        Shaped(words, RewardModelLeader(model, "all"))
+    with pytest.raises(InputError, match="expected a RewardMixture or a RewardModelLeader, got function"):
+        Shaped(words, letters)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"call calibrate\(rollouts\) first"):
+        Shaped(words, RewardModelLeader(RewardModel(classifiers["llama"]), "head")).project()
+
+
+def token_rollouts() -> Rollouts:
+    ids = [[2] * (1 + (3 * i) % 7) for i in range(len(TEXTS))]
+    return Rollouts.bandit(
+        contexts=torch.arange(len(TEXTS)) % 2,
+        steps={"prompt": ["a b"] * len(TEXTS), "completion": TEXTS, "completion_ids": ids},
+    )
+
+
+def test_length_is_charged_in_deviations_beyond_the_target() -> None:
+    batch = token_rollouts()
+    leader = LengthShaping(letters, target=4.0, weight=0.5, width=1e-3, strength=0.0, budget=2.0)
+    leader.calibrate(batch)
+    assert (leader.unit, leader.target) == ("tokens", pytest.approx(4.0))
+    lengths = torch.tensor([float(len(ids)) for ids in batch.steps["completion_ids"]], dtype=torch.float64)
+    within = lengths - torch.stack([lengths[batch.contexts == g].mean() for g in range(2)])[batch.contexts]
+    deviation = (within.pow(2).sum() / 8).sqrt()
+    want = -0.5 * (lengths - 4).clamp(min=0) / deviation
+    torch.testing.assert_close(leader.reward(batch)[:, 0].detach(), want, rtol=0, atol=1e-3)
+    with torch.no_grad():
+        leader.weight.fill_(-9.0)
+    leader.project()
+    assert leader.weight.item() == -2.0
+    charge = leader.reward(batch)[:, 0].detach()
+    within = charge - torch.stack([charge[batch.contexts == g].mean() for g in range(2)])[batch.contexts]
+    assert (within.pow(2).sum() / 8).sqrt() <= 2.0
+    with pytest.raises(InputError, match="calibrated on lengths in tokens and got completions without completion_ids"):
+        leader.score(["a"], ["b"])
+
+
+def test_a_learned_target_stays_among_the_lengths_seen() -> None:
+    leader = LengthShaping(letters, target=4.0, weight=0.5, learn_target=True)
+    leader.calibrate(token_rollouts())
+    for value, want in ((99.0, 7.0), (-99.0, 1.0)):
+        with torch.no_grad():
+            leader.scaled_target.fill_(value)
+        leader.project()
+        assert leader.target == pytest.approx(want)
+    texts = LengthShaping(letters, target=4.0, weight=0.5)
+    texts.calibrate(rollouts(TEXTS, 2))
+    assert texts.unit == "characters"
+    assert not texts.scaled_target.requires_grad
+    messages = [[{"role": "assistant", "content": "abcdefgh"}]]
+    torch.testing.assert_close(texts.correction_score(["a"], messages), texts.correction_score(["a"], ["abcdefgh"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 0.0}, "target: expected a positive number, got 0"),
+        ({"target": 3.0, "width": 0.0}, "width: expected a positive number"),
+        ({"target": 3.0, "weight": 2.0}, "weight: expected at most the budget 1.0 in size, got 2.0"),
+        ({"target": 3.0, "strength": -1.0}, "strength: expected a number >= 0, got -1"),
+    ],
+)
+def test_length_limits_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LengthShaping(words, **settings)  # type: ignore[arg-type]
 
 
 # ---- judges ----

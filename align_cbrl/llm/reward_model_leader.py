@@ -100,7 +100,9 @@ class RewardModelLeader(LanguageLeader):
         self._origin_path = str(folder.resolve()) if folder.is_dir() else model.path
         self._origin_norm = self._origin.norm()
         if gradient_checkpointing:
-            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            # Called gradient_checkpointing_enable by earlier versions of transformers 5.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(self.network, new if hasattr(self.network, new) else old)({"use_reentrant": False})
         self.train(self.training)
 
     def train(self, mode: bool = True) -> RewardModelLeader:
