@@ -119,7 +119,8 @@ class Adapter:
 
     def save(self, path: Path) -> None:
         """Write the adapter as peft does, for the base in `../model`."""
-        self.config.save_pretrained(path)
+        # Not as a classifier's: peft would then look for a trained head in the file.
+        dataclasses.replace(self.config, task_type=None).save_pretrained(path)
         safetensors.torch.save_file(
             {name: value.detach().contiguous().cpu() for name, value in self._tensors().items()},
             path / "adapter_model.safetensors",

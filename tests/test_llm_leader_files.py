@@ -1,0 +1,381 @@
+"""Leaders on disk: written, read again to the same scores and the same budget, carried to the hub, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import enumerable_lm as lm
+import peft
+import pytest
+import tiny_reward_models
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import align_cbrl
+from align_cbrl import InputError, Rollouts
+from align_cbrl.imports import load_object
+from align_cbrl.llm import (
+    LanguageLeader,
+    LengthShaping,
+    LoRA,
+    RewardMixture,
+    RewardModel,
+    RewardModelLeader,
+    Shaped,
+    leaders,
+    load_leader,
+    load_reward,
+)
+
+PROMPTS = ["a b"] * 8
+TEXTS = ["a", "b a", "c d", "e", "f f a", "a c b d", "b", "d e f"]
+IDS = [[2] * (1 + (3 * i) % 5) for i in range(8)]
+REFERENCE = Rollouts.bandit(
+    contexts=torch.arange(8) % 2, steps={"prompt": PROMPTS, "completion": TEXTS, "completion_ids": IDS}
+)
+WORDS = load_object("enumerable_lm.length_reward")
+OWN = "def {name}(prompts, completions, **columns):\n    return [float(c.count('{letter}')) for c in completions]\n"
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("classifiers")
+    return {name: tiny_reward_models.build(root / name, name) for name in tiny_reward_models.ARCHITECTURES}
+
+
+def move(leader: LanguageLeader, size: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in leader.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
+def make(name: str, classifiers: dict[str, Path]) -> LanguageLeader:
+    if name in ("free", "positive", "softmax"):
+        terms = {"words": WORDS, "model": RewardModel(classifiers["gpt2"])}
+        return RewardMixture(terms, {"words": 0.5, "model": 0.2}, constraint=name)  # type: ignore[arg-type]
+    if name == "length":
+        return LengthShaping(RewardModel(classifiers["llama"]), target=3.0, weight=0.2, learn_target=True)
+    if name == "shaped mixture":
+        return Shaped(RewardModel(classifiers["llama"]), RewardMixture({"words": WORDS}, {"words": 0.1}))
+    *shaped, architecture, trainable = name.split()
+    lora = LoRA(2, 3.0) if trainable == "lora" else None
+    checkpointing = name == "qwen3 all"
+    leader = RewardModelLeader(
+        RewardModel(classifiers[architecture]),
+        trainable,  # type: ignore[arg-type]
+        1.5,
+        budget=0.4,
+        lora=lora,
+        gradient_checkpointing=checkpointing,
+    )
+    return Shaped(WORDS, leader, budget=0.2) if shaped else leader
+
+
+LEADERS = (
+    "free", "positive", "softmax", "length", "shaped mixture", "llama head", "llama lora", "llama all", "gpt2 head",
+    "gpt2 lora", "gpt2 all", "qwen2 lora", "qwen3 lora", "qwen3 all", "shaped llama lora", "shaped gpt2 head",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEADERS)
+def test_a_saved_leader_is_the_same_leader(name: str, classifiers: dict[str, Path], tmp_path: Path) -> None:
+    leader = make(name, classifiers)
+    leader.calibrate(REFERENCE)
+    move(leader)
+    leader.save_pretrained(tmp_path / "reward")
+    arguments: dict[str, Any] = {"prompts": PROMPTS, "completions": TEXTS[::-1], "completion_ids": IDS[::-1]}
+    want = leader.score(**arguments)
+    assert load_reward(tmp_path / "reward")(**arguments) == want.tolist()
+    again = type(leader).from_pretrained(tmp_path / "reward")
+    # Still the same to learn on: gradients, and what the budget is measured from, after being moved further.
+    want.sum().backward()
+    again.score(**arguments).sum().backward()
+    for p, q in zip(leader.parameters(), again.parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None and q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    for one in (leader, again):
+        move(one, 3.0)
+        one.project()
+    # Parameters that loading and saving lists in another order would be moved otherwise: none is.
+    torch.testing.assert_close(again.score(**arguments), leader.score(**arguments), rtol=1e-9, atol=1e-9)
+    again.save_pretrained(tmp_path / "twice")
+    assert load_reward(tmp_path / "twice")(**arguments) == again.score(**arguments).tolist()
+
+
+def test_the_budget_of_a_loaded_leader_is_measured_from_where_it_started(
+    classifiers: dict[str, Path], tmp_path: Path
+) -> None:
+    for trainable in ("head", "lora", "all"):
+        leader = RewardModelLeader(RewardModel(classifiers["llama"]), trainable, budget=0.1)  # type: ignore[arg-type]
+        move(leader)
+        leader.project()
+        assert leader.change() == pytest.approx(0.1)
+        leader.save_pretrained(tmp_path / trainable)
+        assert RewardModelLeader.from_pretrained(tmp_path / trainable).change() == pytest.approx(0.1)
+
+
+def test_a_start_that_is_gone_matters_only_to_the_budget(classifiers: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(classifiers["llama"], base)
+    leader = RewardModelLeader(RewardModel(base), "all")
+    leader.save_pretrained(tmp_path / "reward")
+    shutil.rmtree(base)
+    again = RewardModelLeader.from_pretrained(tmp_path / "reward")
+    torch.testing.assert_close(again.score(PROMPTS, TEXTS), leader.score(PROMPTS, TEXTS))
+    with pytest.raises(InputError, match=r"its budget is measured from '.*base', which does not load; put it back"):
+        again.project()
+    tiny_reward_models.build(base, "llama", seed=5)
+    with pytest.raises(InputError, match="is not the model it started from, whose parameters had the norm"):
+        again.project()
+    shutil.rmtree(base)
+    tiny_reward_models.build(base, "qwen2")
+    with pytest.raises(InputError, match="is another architecture"):
+        again.project()
+
+
+def test_an_adapter_lies_beside_its_base_and_peft_reads_it(classifiers: dict[str, Path], tmp_path: Path) -> None:
+    leader = RewardModelLeader(RewardModel(classifiers["llama"]), "lora", lora=LoRA(2, 3.0, ("q_proj", "down_proj")))
+    move(leader)
+    leader.save_pretrained(tmp_path)
+    want = leader.reward_model.score(PROMPTS, TEXTS)
+    untouched = RewardModel(tmp_path / "model").score(PROMPTS, TEXTS)
+    torch.testing.assert_close(untouched, RewardModel(classifiers["llama"]).score(PROMPTS, TEXTS), rtol=0, atol=0)
+    assert (want - untouched).abs().max() > 1e-3
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    merged = RewardModel(classifiers["llama"])
+    merged.model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(merged.score(PROMPTS, TEXTS), want, rtol=1e-9, atol=1e-9)
+    # A peft adapter's folder is a reward model too, merged into its base.
+    torch.testing.assert_close(RewardModel(tmp_path / "adapter").score(PROMPTS, TEXTS), want, rtol=1e-6, atol=1e-6)
+
+
+def test_files_and_folders_are_named_safely(tmp_path: Path, classifiers: dict[str, Path]) -> None:
+    terms: dict[str, Any] = {}
+    for place, letter in (("one", "a"), ("two", "b")):  # two files of the same name
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "own.py").write_text(OWN.format(name="count", letter=letter))
+        terms[place] = load_object(f"{tmp_path / place / 'own.py'}:count")
+    for name in ("../escape", "a/b", "a_b", "A_B", "", "é|x"):
+        terms[name] = RewardModel(classifiers["gpt2"])
+    mixture = RewardMixture(terms, {name: 0.1 * (i + 1) for i, name in enumerate(terms)}, budget=9.0)
+    folder = tmp_path / "deep" / "reward"
+    for _ in range(2):  # saving again changes nothing
+        mixture.save_pretrained(folder)
+        names = sorted(file.name for file in folder.iterdir())
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["deep", "one", "two"]  # nothing escaped
+        assert len(names) == 2 + 2 + 6 and "own_1.py" in names
+    for place in ("one", "two"):  # the saved reward stands alone, in a process that never saw the originals
+        shutil.rmtree(tmp_path / place)
+    for name in [name for name in sys.modules if name.startswith("own_")]:
+        del sys.modules[name]
+    again = load_leader(folder)
+    assert isinstance(again, RewardMixture)
+    assert again.weights() == mixture.weights()
+    assert again.score(PROMPTS, TEXTS).tolist() == mixture.score(PROMPTS, TEXTS).tolist()
+
+
+def test_the_free_mixtures_of_version_0_1_load(tmp_path: Path) -> None:
+    record = {
+        "kind": "RewardMixture",
+        "terms": {"words": {"function": "enumerable_lm.length_reward"}},
+        "weights": {"words": 0.5},
+        "budget": 1.0,
+        "shift": [2.0],
+        "scale": [4.0],
+        "correlation": [[1.0]],
+    }
+    (tmp_path / "reward.json").write_text(json.dumps(record))
+    mixture = RewardMixture.from_pretrained(tmp_path)
+    assert mixture.constraint == "free"
+    assert mixture.score(["a"], ["a b c d"]).tolist() == [0.25]
+
+
+@pytest.mark.parametrize("name", ["softmax", "shaped llama lora", "length", "gpt2 all"])
+def test_the_model_card_says_what_it_is(name: str, classifiers: dict[str, Path], tmp_path: Path) -> None:
+    leader = make(name, classifiers)
+    leader.calibrate(REFERENCE)
+    leader.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: align-cbrl\n")
+    assert f"# {type(leader).__name__}" in card and f"align-cbrl {align_cbrl.__version__}" in card
+    assert 'reward = load_reward("path/to/this/folder")' in card
+    for what, value in leader.describe().items():
+        assert f"| {what} | {value:.6g} |" in card if isinstance(value, float) else f"| {what} | {value} |" in card
+    assert "| budget |" in card
+    assert str(classifiers["gpt2"].parent) not in card
+    runs_code = "runs the code of, `enumerable_lm.length_reward`" in card
+    assert runs_code == (name in ("softmax", "shaped llama lora"))
+
+
+def test_pushing_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, **settings: Any) -> None:
+            calls.append(("create", {"repo_id": repo_id, **settings}))
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+            score = load_reward(folder_path)(prompts=["a"], completions=["a b c"])
+            names = sorted(file.name for file in Path(folder_path).iterdir())
+            calls.append(("upload", {"repo_id": repo_id, "score": score, "names": names}))
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(leaders, "HfApi", Api)
+    mixture = RewardMixture({"words": WORDS}, {"words": 0.5})
+    assert mixture.push_to_hub("me/reward", private=True) == "https://hub/me/reward"
+    assert calls == [
+        ("create", {"repo_id": "me/reward", "private": True, "exist_ok": True}),
+        ("upload", {"repo_id": "me/reward", "score": [1.5], "names": ["README.md", "reward.json"]}),
+    ]
+
+
+def test_saved_leaders_refused(tmp_path: Path) -> None:
+    mixture = RewardMixture({"words": WORDS}, {"words": 0.5})
+    mixture.save_pretrained(tmp_path)
+    file = tmp_path / "reward.json"
+    good = json.loads(file.read_text())
+    with pytest.raises(InputError, match=r"holds a RewardMixture; load it with RewardMixture\.from_pretrained"):
+        Shaped.from_pretrained(tmp_path)
+    for record, message in (
+        ({**good, "kind": "RewardMixtur"}, "as 'kind', got 'RewardMixtur'"),
+        ({k: v for k, v in good.items() if k != "budget"}, r"is damaged or from another version \(KeyError: 'budget'"),
+        ({**good, "terms": {"words": {"reward_model": "../x"}}}, "expected a name inside the saved leader's folder"),
+        ({**good, "terms": {"words": {"function": "../x.py:f"}}}, "expected a name inside the saved leader's folder"),
+        ([], "is damaged or from another version"),
+    ):
+        file.write_text(json.dumps(record))
+        with pytest.raises(InputError, match=message):
+            load_leader(tmp_path)
+    file.write_text('{"kind": ')
+    with pytest.raises(InputError, match="is damaged or from another version"):
+        load_reward(tmp_path)
+
+
+@pytest.mark.parametrize("term", [str.upper, len, load_object, "text", object()])
+def test_terms_that_cannot_be_found_again(term: Any, tmp_path: Path) -> None:
+    mixture = RewardMixture({"odd": term})
+    if getattr(term, "__module__", None) in ("builtins", "align_cbrl.imports"):  # importable: saved by name
+        mixture.save_pretrained(tmp_path)
+    else:
+        with pytest.raises(InputError, match="term 'odd': expected a reward model or a function defined at the top"):
+            mixture.save_pretrained(tmp_path)
+
+
+# ---- reward models from folders of many kinds ----
+
+
+def messages(prompt: str, answer: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("architecture", tiny_reward_models.ARCHITECTURES)
+def test_architectures_score_texts_and_conversations(architecture: str, classifiers: dict[str, Path]) -> None:
+    model = RewardModel(classifiers[architecture])
+    assert model.head_name == "score"
+    pairs = [messages("a b", "c"), messages("c d e", "f a"), messages("b e", "d")]
+    prompts, answers = [p for p, _ in pairs], [c for _, c in pairs]
+    plain = model(["a b", "c d e", "b e"], ["c", "f a", "d"])
+    # The template writes no end of sequence; the same tokens with it are another text.
+    ids = [model.tokenizer(f"{p[0]['content']} {c[0]['content']}")["input_ids"] for p, c in pairs]
+    with torch.no_grad():
+        want = [model.model(input_ids=torch.tensor([row])).logits.item() for row in ids]
+    assert model(prompts, answers) == pytest.approx(want, abs=1e-6)
+    assert plain != pytest.approx(want, abs=1e-3)
+    leader = RewardModelLeader(RewardModel(classifiers[architecture]), "lora")
+    leader.score(prompts, answers).sum().backward()
+    assert all(p.grad is not None for p in leader.parameters() if p.requires_grad)
+
+
+def test_a_template_writes_its_own_special_tokens(classifiers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(classifiers["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<eos> $A", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = RewardModel(tmp_path / "model")
+    seen: list[list[int]] = []
+    forward = model.model.forward
+
+    def spy(**inputs: Any) -> Any:
+        seen.append(inputs["input_ids"][0].tolist())
+        return forward(**inputs)
+
+    model.model.forward = spy
+    prompt, answer = messages("a b", "c")
+    model([prompt], [answer])
+    model(["a b"], [" c"])
+    assert seen == [[2, 3, 4], [1, 2, 3, 4, 1]]
+
+
+def test_conversations_refused(classifiers: dict[str, Path]) -> None:
+    model = RewardModel(classifiers["llama"])
+    prompt, answer = messages("a", "b")
+    with pytest.raises(InputError, match="expected prompt and completion both as texts or both as lists of messages"):
+        model([prompt], ["b"])
+    with pytest.raises(InputError, match="expected as many prompts as completions, at least one, got 0 and 0"):
+        model([], [])
+    model.tokenizer.chat_template = None
+    with pytest.raises(InputError, match=r"its tokenizer has no chat template; set tokenizer\.chat_template"):
+        model([prompt], [answer])
+
+
+def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
+    folder = lm.build(tmp_path / "policy")
+    with pytest.raises(InputError, match=r"holds no weights for the score head \(score.weight\), so it is a language"):
+        RewardModel(folder)
+
+
+def test_a_score_that_is_not_a_number_is_refused(classifiers: dict[str, Path]) -> None:
+    model = RewardModel(classifiers["llama"])
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="expected finite scores, got nan for completion 0: 'b'"):
+        model(["a"], ["b"])
+
+
+def test_long_texts_lose_their_beginning(classifiers: dict[str, Path]) -> None:
+    model = RewardModel(classifiers["llama"], max_length=3)
+    assert model(["a b c d e"], [" f a "]) == model(["d e f"], [" f a "])
+    assert model(["a b c d e"], [" f a "]) != model(["a b c d e"], [" f b "])
+
+
+def test_adapter_folders(classifiers: dict[str, Path], tmp_path: Path) -> None:
+    # As trl's RewardTrainer leaves it: a language model below, the head saved with the adapter.
+    policy = lm.build(tmp_path / "policy")
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    adapted = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    reference = RewardModel(classifiers["llama"])
+    reference.model = adapted.eval()
+    reference.model.config.pad_token_id = 0
+    want = reference(["a b"], ["c"])
+    assert RewardModel(tmp_path / "adapter")(["a b"], ["c"]) == pytest.approx(want, abs=1e-5)
+
+    adapter = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(adapter.read_text())
+    adapter.write_text(json.dumps({**settings, "modules_to_save": None}))
+    with pytest.raises(InputError, match="holds no weights for the score head"):
+        RewardModel(tmp_path / "adapter")
+    adapter.write_text(json.dumps({**settings, "target_modules": ["q_proj", "lm_head"]}))
+    with pytest.raises(InputError, match="its adapter lies on lm_head, which a reward model does not have"):
+        RewardModel(tmp_path / "adapter")
+    adapter.write_text(json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match="neither a hub id nor a folder that loads"):
+        RewardModel(tmp_path / "adapter")
