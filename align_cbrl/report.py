@@ -15,6 +15,7 @@ from align_cbrl.errors import InputError
 Cell = str | float | int | None
 _LEGEND = 4  # names in a panel, above which one legend stands below the picture
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a5b", "#8a6bb1", "#b8892b", "#5b6770")
+_SIZES = {1: (5.6, 3.5), 2: (5.2, 3.4), 3: (3.8, 3.0)}  # inches of a panel, by panels in a row
 _STROKES = ("-", "--", ":", "-.")  # one more for each round through the colours
 
 
@@ -169,7 +170,9 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     with rc_context({"font.family": "sans-serif", "font.size": 10.5, "axes.titlesize": 11.5}):
-        canvas = Canvas(figsize=(3.8 * columns, 3.0 * rows), dpi=190, layout="constrained", facecolor="white")
+        width, height = _SIZES[columns]
+        canvas = Canvas(figsize=(width * columns, height * rows), dpi=190, layout="constrained", facecolor="white")
+        canvas.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
         FigureCanvasAgg(canvas)
         names = list(dict.fromkeys(name for panel in panels for name in (*panel.curves, *panel.points)))
         pens = {
@@ -230,7 +233,7 @@ def _draw(axes: Any, panel: Panel, pens: Mapping[str, tuple[str, str]], *, legen
     axes.margins(x=0.02 if panel.curves else 0.06)
     handles, _ = axes.get_legend_handles_labels()
     if legend and len(handles) > 1:
-        axes.legend(frameon=False, fontsize=9.5, handlelength=1.8, labelcolor="#22272e")
+        axes.legend(fontsize=9.5, handlelength=1.8, labelcolor="#22272e", framealpha=0.75, edgecolor="none")
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
@@ -304,7 +307,7 @@ def _matrix(matrix: Matrix) -> str:
             share = share if wanted[j] == "largest" else 1 - share
             style = f' style="background:{_shade(share)}"' if math.isfinite(value) else ""
             best = ' class="best"' if value == marked[j] else ""
-            note = "" if error is None or not math.isfinite(error) else f"<small>± {error:.2g}</small>"
+            note = "" if error is None or not math.isfinite(value + error) else f"<small>± {error:.2g}</small>"
             cells.append(f"<td{best}{style}>{_cell(value)}{note}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in matrix.columns)
@@ -344,9 +347,20 @@ def _figure(figure: Figure) -> str:
         raise InputError(f"Figure: {figure.png} is not a PNG file")
     data = base64.b64encode(content).decode()
     caption = html.escape(figure.caption)
+    width = _printed_width(content)
+    style = "" if width is None else f' style="width:{width}px"'
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"{style}><figcaption>{caption}</figcaption>'
+        "</figure>"
     )
+
+
+def _printed_width(png: bytes) -> int | None:
+    """Width on the page in CSS pixels, 96 an inch, of an image that gives its resolution (the chunk pHYs)."""
+    at = png.find(b"pHYs", 0, 4096)
+    if at < 0 or png[at + 12 : at + 13] != b"\x01":  # pixels a metre
+        return None
+    return round(int.from_bytes(png[16:20], "big") / int.from_bytes(png[at + 4 : at + 8], "big") / 0.0254 * 96)
 
 
 def _sample(sample: Sample) -> str:
@@ -387,8 +401,10 @@ tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 .highlight td { background: #edf3f9; font-weight: 600; }
 .highlight td:first-child { box-shadow: inset 3px 0 0 var(--accent); }
+.matrix { table-layout: fixed; min-width: 640px; }
+.matrix th:first-child { width: 22%; white-space: normal; }
 .matrix th[scope="row"] { color: var(--ink); border-bottom: 1px solid var(--line); }
-.matrix th[scope="col"] { text-align: center; white-space: normal; vertical-align: bottom; }
+.matrix th[scope="col"] { padding: 8px; text-align: center; white-space: normal; vertical-align: bottom; }
 .matrix td { text-align: center; white-space: nowrap; padding: 8px 10px; border: 1px solid #fff; }
 .matrix small { display: block; color: var(--soft); font-size: 0.78rem; line-height: 1.2; }
 .matrix .best { font-weight: 700; box-shadow: inset 0 0 0 2px var(--accent); }

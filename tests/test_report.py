@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align_cbrl.errors import InputError
-from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.report import Figure, Matrix, Panel, Sample, Section, Table, curves_png, write_report
 
 
 class _WellFormed(HTMLParser):
@@ -106,3 +108,96 @@ def test_many_curves_share_a_legend_below_the_picture(tmp_path, monkeypatch):
     assert all(axes.get_legend() is not None for axes in few.axes)
     assert all(axes.get_legend() is None for axes in many.axes)
     assert len(many.legends[0].get_texts()) == 5
+
+
+def cells(page: str) -> list[list[tuple[bool, str]]]:
+    """The rows of a page's matrix: whether each cell is marked, and its text."""
+    body = page.split('class="matrix"', 1)[1].split("</table>", 1)[0]
+    return [
+        [
+            ("best" in attributes, re.sub("<[^>]*>", " ", text))
+            for attributes, text in re.findall(r"<td([^>]*)>(.*?)</td>", row)
+        ]
+        for row in body.split("<tr>")[2:]
+    ]
+
+
+def test_a_matrix_marks_the_best_of_each_column(tmp_path: Path) -> None:
+    matrix = Matrix(
+        "trained / measured",
+        ["score", "<cost>"],
+        ["a", "b", "c"],
+        [[0.5, 2.0], [0.75, None], [0.25, 1.0]],
+        [[0.01, 0.1], [None, 0.1], [0.02, math.nan]],
+        ["largest", "smallest"],
+        "Three seeds.",
+    )
+    page = write_report(tmp_path / "a.html", title="", sections=[Section("", "", [matrix])]).read_text()
+    assert cells(page) == [
+        [(False, "0.500 ± 0.01 "), (False, "2.000 ± 0.1 ")],
+        [(True, "0.750"), (False, "–")],
+        [(False, "0.250 ± 0.02 "), (True, "1.000")],
+    ]
+    shades = re.findall(r"background:(#\w{6})", page)
+    assert shades[0] == "#d4e4f2" and shades[2] == shades[4] == "#a9c8e5" and shades[1] == shades[3] == "#ffffff"
+    assert "&lt;cost&gt;" in page and "Three seeds." in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": [[1.0]]}, r"Matrix\.values: expected 1 rows \(a\) of 2 numbers, got 1 rows of \[1\]"),
+        ({"errors": [[1.0, 1.0]] * 2}, r"Matrix\.errors: expected 1 rows .* got 2 rows of \[2\]"),
+        ({"best": ["largest"]}, r"Matrix\.best: expected 'largest' or 'smallest', or 2 of these"),
+        ({"best": "biggest"}, r"Matrix\.best: expected 'largest' or 'smallest', or 2 of these, got 'biggest'"),
+    ],
+)
+def test_a_matrix_of_another_shape_is_named(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    matrix = Matrix(**{"corner": "", "columns": ["x", "y"], "rows": ["a"], "values": [[1.0, 2.0]], **arguments})
+    with pytest.raises(InputError, match=message):
+        write_report(tmp_path / "a.html", title="", sections=[Section("", "", [matrix])])
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The canvases that `curves_png` would have saved."""
+    from matplotlib.figure import Figure as Canvas
+
+    seen: list[Any] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda canvas, path, **_: seen.append(canvas))
+    return seen
+
+
+def test_points_levels_and_logarithmic_axes(tmp_path: Path, drawn: list[Any]) -> None:
+    curve = ([0.0, 0.1, 1.0], [1.0, 2.0, 3.0])
+    panel = Panel(
+        "KL", "nats", "score",
+        curves={"hpgd": curve},
+        points={"hpgd": (*curve, [0.1, 0.1, None]), "plain": curve},
+        levels={"target": 2.5},
+        log_x=True,
+    )  # fmt: skip
+    curves_png(tmp_path / "a.png", [panel])
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == "log" and axes.get_yscale() == "linear"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["target", "hpgd", "plain"]
+    level = axes.get_lines()[0]
+    assert list(level.get_ydata()) == [2.5, 2.5]
+    bars = axes.containers[0].lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars[:2]] == [[0.9, 1.1], [1.9, 2.1]]
+    same = {line.get_color() for line in axes.get_lines()[1:3]}
+    assert len(same) == 1  # a curve and its own points share their colour
+
+
+def test_the_seventh_curve_has_the_first_colour_and_another_stroke(tmp_path: Path, drawn: list[Any]) -> None:
+    curves = {f"curve {i}": ([0.0, 1.0], [0.0, float(i)]) for i in range(24)}
+    curves_png(tmp_path / "a.png", [Panel("many", "", "", curves)])
+    lines = drawn[0].axes[0].get_lines()
+    assert lines[0].get_color() == lines[6].get_color()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 24
+
+
+def test_a_picture_is_shown_at_its_printed_size(tmp_path: Path) -> None:
+    png = curves_png(tmp_path / "a.png", [Panel("one", "", "", {"x": ([0, 1], [0, 1])})])
+    page = write_report(tmp_path / "a.html", title="", sections=[Section("", "", [Figure(png, "")])]).read_text()
+    assert f'style="width:{round(5.6 * 96)}px"' in page
