@@ -48,7 +48,7 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
         CheckpointError: `out` holds a run of another recipe or configuration (which keys differ), or a damaged one.
 
     Example:
-        >>> import tempfile
+        >>> import dataclasses, tempfile
         >>> @dataclasses.dataclass
         ... class Config:
         ...     seed: int = 0
@@ -146,20 +146,15 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(trees: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted names whose values are not the same in all configurations, with the values; None where one has none.
+    """Dotted names whose values are not the same in all configurations, with the values; a missing one is None.
 
     Example:
         >>> differences([{"seed": 0, "hpgd": {"steps": 3}}, {"seed": 0, "hpgd": {"steps": 4}}])
         {'hpgd.steps': [3, 4]}
     """
     leaves = [flat(tree) for tree in trees]
-    names = dict.fromkeys(name for tree in leaves for name in tree)
-    missing = object()
-    return {
-        name: [tree.get(name) for tree in leaves]
-        for name in names
-        if any(tree.get(name, missing) != leaves[0].get(name, missing) for tree in leaves)
-    }
+    values = {name: [tree.get(name) for tree in leaves] for tree in leaves for name in tree}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def write_json(file: Path, value: Any) -> None:

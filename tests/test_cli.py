@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import sys
@@ -16,7 +17,8 @@ from align_cbrl import cli
 RECIPE = """
 import dataclasses
 from pathlib import Path
-from align_cbrl.errors import CheckpointError, RunStopped
+from align_cbrl.errors import CheckpointError, InputError, RunStopped
+from align_cbrl.run_folder import claim, read_summary, write_summary
 
 @dataclasses.dataclass
 class Config:
@@ -24,6 +26,9 @@ class Config:
     end: str = "done"
 
 def run(config: Config, out: Path, resume: bool) -> None:
+    claim(out, config, recipe="toy", free=["steps"])
+    if config.end == "wrong":
+        raise InputError("judge: no such file")
     (out / "ran.txt").write_text(f"{config.steps} {config.end} {resume}")
     if config.end == "interrupt":
         raise KeyboardInterrupt
@@ -31,6 +36,13 @@ def run(config: Config, out: Path, resume: bool) -> None:
         raise RunStopped("the judge keeps failing")
     if config.end == "checkpoint":
         raise CheckpointError("it belongs to another configuration")
+    if config.end == "late":
+        raise InputError("leader: its reward is NaN")
+    write_summary(out, {"rows": [{"name": "hpgd", "judge": config.steps / 10}], "leader": {"reward": "proxy +1"}})
+    report(out)
+
+def report(out: Path) -> None:
+    (out / "report.html").write_text(f"the judge gives {read_summary(out)['rows'][0]['judge']}")
 """
 
 
@@ -59,7 +71,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--config", "smoke.yaml"], "runs/toy-smoke", "2 done False"),
         (["--config", "smoke"], "runs/toy-smoke", "2 done False"),
         (["--config", "mine.yaml", "--out", "here"], "here", "9 done False"),
-        (["--set", "steps=7", "end=x", "--set", "steps=8", "--resume"], "runs/toy", "8 x True"),
+        (["--set", "steps=7", "end=done", "--set", "steps=8", "--resume"], "runs/toy", "8 done True"),
     ],
 )
 def test_run_hands_the_recipe_its_configuration(arguments: list[str], out: str, ran: str) -> None:
@@ -112,6 +124,70 @@ def test_a_run_that_ends_early_says_how_to_go_on(
 ) -> None:
     assert cli.main(["run", "toy", "--set", f"end={end}", "--out", "my runs"]) == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_mistake_found_at_the_start_leaves_no_folder_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "toy", "--set", "end=wrong"]) == 2
+    assert not Path("runs/toy").exists()
+    assert cli.main(["run", "toy"]) == 0
+    assert cli.main(["run", "toy", "--set", "end=late", "--out", "late"]) == 2  # something was done: nothing is lost
+    assert Path("late/ran.txt").exists()
+
+
+def test_report_is_written_again_from_the_folder_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "toy"]) == 0
+    Path("runs/toy").rename("moved")
+    Path("moved/report.html").unlink()
+    assert cli.main(["report", "moved"]) == 0
+    assert capsys.readouterr().out == "report: moved/report.html\n"
+    assert Path("moved/report.html").read_text() == "the judge gives 0.5"
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("nowhere", "nowhere: there is no such folder; expected one that `align-cbrl run` has written"),
+        ("recipes", "recipes: not the folder of a run: it has no run.json"),
+        ("unfinished", "the run of toy has not ended, there are no rows yet; continue it with align-cbrl run toy"),
+        ("foreign", "foreign: its recipe 'toi' is not installed here; did you mean 'toy'? There are: toy"),
+    ],
+)
+def test_what_has_no_report_is_named(folder: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "toy", "--set", "end=stop", "--out", "unfinished"]) == 3
+    assert cli.main(["run", "toy", "--out", "foreign"]) == 0
+    for name in ("run.json", "summary.json"):
+        file = Path("foreign", name)
+        file.write_text(file.read_text().replace('"toy"', '"toi"'))
+    capsys.readouterr()
+    assert cli.main(["report", folder]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main(["compare", "foreign", folder]) == 2
+
+
+def test_compare_prints_tables_and_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "toy", "--out", "a"]) == 0
+    assert cli.main(["run", "toy", "--set", "steps=6", "--out", "b"]) == 0
+    assert cli.main(["compare", "a", "b", "--out", "page"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "Settings that differ",
+        "setting  a  b",
+        "steps    5  6",
+        "",
+        "What they reached",
+        "row   figure    a    b",
+        "hpgd  judge   0.5  0.6",
+        "",
+        "Learned rewards",
+        "run  reward",
+        "a    proxy +1",
+        "b    proxy +1",
+        "",
+        "report: page/compare.html",
+    ]
+    assert "proxy +1" in Path("page/compare.html").read_text()
+    assert cli.main(["compare", "a"]) == 2
+    assert "error: compare: expected at least two folders" in capsys.readouterr().err
 
 
 @dataclasses.dataclass
@@ -178,8 +254,22 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(word in text for word in ("leader", "follower", "judge", "context", "examples:", "--resume", "validate"))
+    assert all(
+        word in text
+        for word in ("leader", "follower", "judge", "context", "examples:", "--resume", "report", "compare", "validate")
+    )
     assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 100
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     assert "recipes: toy" in capsys.readouterr().out
+
+
+def test_every_recipe_can_be_run_and_reported() -> None:
+    """By their source: importing all of them would take the time of a test suite."""
+    folders = [file.parent for file in Path(__file__).parents[1].glob("recipes/*/recipe.py")]
+    assert len(folders) >= 7
+    for folder in folders:
+        tree = ast.parse((folder / "recipe.py").read_text())
+        names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        names |= {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+        assert {"Config", "run", "report"} <= names, f"{folder.name}: expected Config, run and report"
