@@ -11,16 +11,17 @@ from tqdm import tqdm
 from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.distributed import broadcast_, gather_rows, is_main
 from align_cbrl.functional import best_response_gap
-from align_cbrl.llm.followers import RLOOFollower
 from align_cbrl.llm.leaders import LanguageLeader
+from align_cbrl.llm.trained import TrainedFollower
 from align_cbrl.metrics import MetricsLog
+from align_cbrl.problem import temperature_of
 from align_cbrl.rollouts import Rollouts
 
 Monitor = Callable[[Rollouts], dict[str, float]]
 
 
 def train_follower(
-    follower: RLOOFollower,
+    follower: TrainedFollower,
     leader: LanguageLeader,
     steps: int,
     *,
@@ -58,38 +59,33 @@ def train_follower(
     if found is not None:
         done, state = found
         follower.load_state_dict(state)
+    before = done
     log = MetricsLog(out / "metrics.jsonl")
     log.truncate_after(done + 1)
     bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
 
-    def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
+    def on_step(taken: int) -> bool:
         nonlocal done
-        done += log_every
-        log.append({"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})})
-        bar.update(log_every)
-        if done % checkpoint_every < log_every or done >= steps:
+        done = before + taken
+        if done % log_every == 0 or done == steps:
+            rollouts = follower.newest
+            log.append({"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})})
+        bar.update()
+        if done % checkpoint_every == 0 or done == steps:
             save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
         return True
 
     with bar, log:
         if done < steps:
-            follower.interval, follower.warmup = log_every, 0
-            follower.follow(
-                leader,
-                on_rollouts,
-                start=done // log_every,
-                steps=-(-steps // log_every),
-                contexts_per_step=follower.prompts_per_step,
-                group_size=follower.group_size,
-                seed=follower.seed,
-            )
+            follower.train(leader, steps - done, on_step)
 
 
-def _summary(follower: RLOOFollower, leader: LanguageLeader, rollouts: Rollouts) -> dict[str, float]:
+def _summary(follower: TrainedFollower, leader: LanguageLeader, rollouts: Rollouts) -> dict[str, float]:
     with torch.no_grad():
+        temperature = float(temperature_of(leader, follower))
         reward = gather_rows(leader.reward(rollouts)[:, 0].double().cpu())
     rollouts = rollouts.over_ranks()  # a group may straddle ranks
-    assert rollouts.log_policy is not None and rollouts.log_prior is not None  # RLOO gives both
+    assert rollouts.log_policy is not None and rollouts.log_prior is not None  # trained followers give both
     divergence = (rollouts.log_policy - rollouts.log_prior)[:, 0]
-    gap = best_response_gap(reward / follower.temperature - divergence, rollouts.group[:, 0])
+    gap = best_response_gap(reward / temperature - divergence, rollouts.group[:, 0])
     return {"reward": reward.mean().item(), "kl": divergence.mean().item(), "gap": gap.mean().item()}

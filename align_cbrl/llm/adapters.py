@@ -1,0 +1,101 @@
+"""Policies that are an adapter on a frozen model (LoRA, through peft)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from align_cbrl.errors import InputError
+
+
+class WithoutAdapter(nn.Module):
+    """A model with an adapter, as it is without: the reference policy, at no memory of its own.
+
+    It can be called, sampled from, and asked for its configuration like the model itself.
+
+    Args:
+        model: a peft model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model_with_adapter = model
+
+    def forward(self, *arguments: Any, **inputs: Any) -> Any:
+        """The model's output with the adapter switched off."""
+        with self.model_with_adapter.disable_adapter():
+            return self.model_with_adapter(*arguments, **inputs)
+
+    def generate(self, *arguments: Any, **inputs: Any) -> Any:
+        """Samples of the model with the adapter switched off."""
+        with self.model_with_adapter.disable_adapter():
+            return self.model_with_adapter.generate(*arguments, **inputs)
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model_with_adapter.config
+
+    @property
+    def device(self) -> Any:
+        """Where the model lies."""
+        return self.model_with_adapter.device
+
+    @property
+    def generation_config(self) -> Any:
+        """The model's settings of generation."""
+        return self.model_with_adapter.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.model_with_adapter.generation_config = value
+
+
+def check_adapter(adapter: Any) -> None:
+    """Refuse adapters that would not be trained.
+
+    Args:
+        adapter: a `peft.PeftConfig`.
+
+    Raises:
+        InputError: not a peft configuration, or an adapter on lm_head.
+    """
+    if not hasattr(adapter, "peft_type"):
+        raise InputError(
+            f"peft_config: expected a peft configuration such as peft.LoraConfig(r=16), got {type(adapter).__name__}"
+        )
+    targets = getattr(adapter, "target_modules", None) or ()
+    hits = re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets
+    if hits or "lm_head" in (getattr(adapter, "modules_to_save", None) or ()):
+        raise InputError(
+            "peft_config: expected no adapter on lm_head, whose weight trl reads directly to save memory, so that the "
+            "adapter would never be trained; take 'lm_head' out of target_modules and modules_to_save"
+        )
+
+
+def without_dropout(config: Any) -> dict[str, float]:
+    """Settings that turn off all dropout of a model, by their names in its configuration.
+
+    trl's disable_dropout reaches modules only. Llama's and Qwen's dropout on attention is an argument of a function, and
+    a policy that is sampled without dropout and trained with it is not one policy.
+
+    Args:
+        config: a `transformers` configuration.
+
+    Example:
+        >>> from transformers import GPT2Config, LlamaConfig
+        >>> without_dropout(LlamaConfig(attention_dropout=0.1))
+        {'attention_dropout': 0.0}
+        >>> sorted(without_dropout(GPT2Config()))
+        ['attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'summary_first_dropout']
+    """
+    names = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
+    return {name: 0.0 for name in sorted(names) if isinstance(value := getattr(config, name), float) and value > 0}
+
+
+def is_adapted(model: PreTrainedModel) -> bool:
+    """Whether the model carries a peft adapter."""
+    return hasattr(model, "peft_config")
