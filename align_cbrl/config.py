@@ -111,7 +111,9 @@ class _Builder:
         hints = get_type_hints(cls)
         for key in tree:
             if key not in fields:
-                raise self._error((*at, str(key)), f"unknown key; {nearest(str(key), fields)}")
+                deeper = _elsewhere(cls, str(key))
+                hint = f"did you mean {' or '.join(deeper)}?" if deeper else nearest(str(key), fields)
+                raise self._error((*at, str(key)), f"unknown key; {hint}")
         values: dict[str, Any] = {}
         for name, field in fields.items():
             fallback = getattr(default, name) if default is not None else _default(field)
@@ -137,9 +139,10 @@ class _Builder:
             if given in arguments and type(given) in {type(a) for a in arguments}:
                 return given
             options = [str(a) for a in arguments]
-            raise self._error(
-                at, f"expected {_type_name(hint)}, got {_describe(given)}; {nearest(str(given), options)}"
-            )
+            advice = nearest(str(given), options)
+            if isinstance(given, bool):  # YAML reads on, off, yes and no as these
+                advice = "put it in quotes to make it a string"
+            raise self._error(at, f"expected {_type_name(hint)}, got {_describe(given)}; {advice}")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             return self.dataclass(hint, given, at, default if isinstance(default, hint) else None)
         container = origin or hint
@@ -191,6 +194,9 @@ class _Builder:
                 return self.value(members[0], given, at, default)
         elif type(given) in members:  # 3 in an `int | float` stays an int, "a" in a `float | str` a string
             return given
+        classes = [m for m in members if dataclasses.is_dataclass(m)]
+        if isinstance(given, Mapping) and len(classes) == 1:  # its own message says more than that none fits
+            return self.value(classes[0], given, at, default)
         for member in members:
             try:
                 return self.value(member, given, at, default)
@@ -229,7 +235,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the configuration: {_reason(error)}") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
@@ -237,6 +243,32 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, got {_describe(tree)}")
     return tree
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is untyped
+    """Plain YAML, in which a key stands once: the standard loader would drop the first one silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _elsewhere(cls: type, key: str) -> list[str]:
+    """The dotted names of the fields of that name inside the fields of `cls`."""
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        optional = get_origin(hint) in (Union, types.UnionType)
+        for part in get_args(hint) if optional else (hint,):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                inner = {f.name for f in dataclasses.fields(part)}
+                found += [f"{name}.{key}"] if key in inner else [f"{name}.{rest}" for rest in _elsewhere(part, key)]
+    return found
 
 
 def _apply(tree: dict[str, Any], override: str) -> Path_:

@@ -30,6 +30,12 @@ class Term:
 
 
 @dataclasses.dataclass
+class Deeper:
+    lr: float = 0.1
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+@dataclasses.dataclass
 class Config:
     name: str = "run"
     seed: int = 0
@@ -43,6 +49,10 @@ class Config:
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     terms: list[Term] = dataclasses.field(default_factory=list)
     inner: Inner = dataclasses.field(default_factory=lambda: Inner(steps=3))
+    switch: Literal["on", "off"] = "on"
+    deeper: Deeper | None = None
+    named: dict[str, Term] = dataclasses.field(default_factory=dict)
+    source: str | Inner | None = None
 
 
 @dataclasses.dataclass
@@ -126,6 +136,23 @@ def test_overrides_win_over_the_file_and_reach_into_lists_and_mappings(tmp_path:
         ("mode: heda", r"mode: expected 'full' or 'head', got the string 'heda'; did you mean 'head'"),
         ("inner: {steps: 0}", r"config\.yaml: inner: steps: expected at least 1, got 0"),
         ("- 1", r"expected a mapping of keys to values, got the list \[1\]"),
+        (
+            "steps: 3",
+            r"config\.yaml: steps: unknown key; did you mean inner\.steps or deeper\.inner\.steps or source\.steps\?$",
+        ),
+        ("lr: 3", r"lr: unknown key; did you mean inner\.lr or deeper\.lr or source\.lr\?$"),
+        ("weight: 3", r"weight: unknown key; did you mean 'weights'\? There are: "),
+        ("switch: off", r"switch: expected 'on' or 'off', got false; put it in quotes to make it a string"),
+        ("deeper: {inner: {setps: 1}}", r"deeper\.inner\.setps: unknown key; did you mean 'steps'\?"),
+        ("deeper: {inner: 3}", r"deeper\.inner: expected a mapping of Inner's fields, got the integer 3"),
+        ("named: {b: {wait: 1}}", r"named\.b\.wait: unknown key; "),
+        ("named: {b: {path: 1}}", r"named\.b\.path: expected a string, got the integer 1; put it in quotes"),
+        ("source: {steps: x}", r"source\.steps: expected an integer, got the string 'x'"),
+        ("source: {stpes: 1}", r"source\.stpes: unknown key; did you mean 'steps'"),
+        ("source: [1]", r"source: expected a string or a mapping of Inner's fields or null, got the list \[1\]"),
+        ("seed: 1\nseed: 2", r"not valid YAML: the key 'seed' stands twice .*line 2, column 1"),
+        ("inner: {lr: 1, lr: 2}", r"not valid YAML: the key 'lr' stands twice"),
+        ("7: 1", r"config\.yaml: 7: unknown key"),
         ("a: [1", r"config\.yaml: not valid YAML: .*line"),
     ],
 )
