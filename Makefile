@@ -13,7 +13,7 @@ help:  ## list the targets
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,peft,plots]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,peft,plots,tune]"
 	@touch $@
 
 rlhf: $(READY)  ## the main job: tune reward weights around a trl follower; run it again to continue, finished stages are kept
