@@ -42,7 +42,7 @@ class Leader(nn.Module, abc.ABC):
         return None
 
     def follower_temperature(self) -> Tensor | None:
-        """The follower's temperature lambda, a positive scalar differentiable in x, or None when it is not the leader's.
+        """The follower's temperature lambda, a positive scalar differentiable in x, or None: it is not the leader's.
 
         Where there is one, it replaces `Follower.temperature`. It is asked for anew at every backward pass.
         """
@@ -237,8 +237,8 @@ class Problem:
     """A contextual bilevel problem: the leader ascends `objective`, knowing that `follower` best-responds.
 
     Raises:
-        InputError: a temperature that is not positive (the follower's, or the one that the leader sets), a discount outside [0, 1), or a leader without trainable
-            parameters.
+        InputError: a temperature that is not positive (the follower's, or the one that the leader sets), a discount
+            outside [0, 1), or a leader without trainable parameters.
     """
 
     leader: Leader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -40,17 +41,18 @@ class IterativeFollower(Follower):
 class Truncated(Hypergradient):
     """The hypergradient of another estimator after a fixed number of the follower's iterations.
 
-    The follower trains from the state in which it is found, in the contexts of the rollouts; the estimator sees as
-    many paths of its own, and the follower is left as it was found. What is estimated is the gradient formula at the
-    policy of a follower that is not at its best response: the bias falls with the iterations.
+    The follower trains from the state in which it is found, in the contexts of the rollouts; the estimator sees
+    `group_size` paths of its own for each of them, and the follower is left as it was found. What is estimated is the
+    gradient formula at the policy of a follower that is not at its best response: the bias falls with the iterations.
 
     Args:
         estimator: applied to fresh paths of the trained policy.
         iterations: at least 1.
         seed: of the follower's training and of the paths, together with the leader's parameters and the rollouts.
+        group_size: paths for each context; at least 2 for `GroupCritic` where the contexts differ.
 
     Raises:
-        InputError: fewer than 1 iteration; a follower that is not an `IterativeFollower`.
+        InputError: fewer than 1 iteration or path; a follower that is not an `IterativeFollower`.
 
     Example:
         >>> from toy_cmdp.frozen_policy import PresentPolicyResponse
@@ -65,18 +67,22 @@ class Truncated(Hypergradient):
         8.0
     """
 
-    def __init__(self, estimator: Hypergradient, iterations: int, seed: int = 0) -> None:
-        if iterations < 1:
-            raise InputError(f"iterations: expected at least 1, got {iterations}")
+    def __init__(self, estimator: Hypergradient, iterations: int, seed: int = 0, group_size: int = 1) -> None:
+        for name, value in (("iterations", iterations), ("group_size", group_size)):
+            if value < 1:
+                raise InputError(f"{name}: expected at least 1, got {value}")
         self.estimator = estimator
         self.iterations = iterations
         self.seed = seed
+        self.group_size = group_size
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`; metrics of the estimator, and `lower_iterations`."""
         generator = generator_for(problem, rollouts, self.seed)
         stops = [self.iterations]
-        [(gradients, metrics)] = gradients_after(stops, self.estimator, problem, rollouts.contexts, generator)
+        [(gradients, metrics)] = gradients_after(
+            stops, self.estimator, problem, rollouts.contexts, generator, self.group_size
+        )
         norm = accumulate(problem, gradients)
         return {**metrics, "gradient_norm": norm, "lower_iterations": float(self.iterations)}
 
@@ -100,12 +106,13 @@ class RandomlyTruncated(Hypergradient):
         max_level: K, at least 1.
         seed: of the level, of the follower's training and of the paths, together with the leader's parameters and the
             rollouts.
+        group_size: paths for each of the rollouts' contexts; at least 2 for `GroupCritic` where the contexts differ.
 
     Attributes:
         probabilities: [K], p_1, ..., p_K.
 
     Raises:
-        InputError: K below 1; a follower that is not an `IterativeFollower`.
+        InputError: K or the group size below 1; a follower that is not an `IterativeFollower`.
 
     Example:
         >>> from toy_cmdp.frozen_policy import PresentPolicyResponse
@@ -114,12 +121,14 @@ class RandomlyTruncated(Hypergradient):
         ([0.667, 0.333], 5.333)
     """
 
-    def __init__(self, estimator: Hypergradient, max_level: int, seed: int = 0) -> None:
-        if max_level < 1:
-            raise InputError(f"max_level: expected at least 1, got {max_level}")
+    def __init__(self, estimator: Hypergradient, max_level: int, seed: int = 0, group_size: int = 1) -> None:
+        for name, value in (("max_level", max_level), ("group_size", group_size)):
+            if value < 1:
+                raise InputError(f"{name}: expected at least 1, got {value}")
         self.estimator = estimator
         self.max_level = max_level
         self.seed = seed
+        self.group_size = group_size
         weights = 0.5 ** torch.arange(1, max_level + 1, dtype=torch.float64)
         self.probabilities = weights / weights.sum()
 
@@ -142,7 +151,7 @@ class RandomlyTruncated(Hypergradient):
     ) -> dict[str, float]:
         """The same with a given k instead of a drawn one, for exact expectations over k."""
         stops = sorted({2, 2**level, 2 ** (level + 1)})
-        results = gradients_after(stops, self.estimator, problem, rollouts.contexts, generator)
+        results = gradients_after(stops, self.estimator, problem, rollouts.contexts, generator, self.group_size)
         (first, base), (near, coarse), (far, fine) = results[0], results[-2], results[-1]
         weight = 1 / float(self.probabilities[level - 1])
         norm = accumulate(problem, [g1 + weight * (g3 - g2) for g1, g2, g3 in zip(first, near, far, strict=True)])
@@ -158,7 +167,12 @@ Level = tuple[list[Tensor], dict[str, float]]
 
 
 def gradients_after(
-    stops: Sequence[int], estimator: Hypergradient, problem: Problem, contexts: Tensor, generator: torch.Generator
+    stops: Sequence[int],
+    estimator: Hypergradient,
+    problem: Problem,
+    contexts: Tensor,
+    generator: torch.Generator,
+    group_size: int = 1,
 ) -> list[Level]:
     """The estimator's gradients and metrics after each number of iterations, ascending, of one training run."""
     follower = problem.follower
@@ -167,14 +181,15 @@ def gradients_after(
             f"follower: expected an IterativeFollower, which can be stopped early, got {type(follower).__name__}"
         )
     seeds = torch.randint(_LARGEST_SEED, (2,), generator=generator).tolist()
-    training, start = torch.Generator().manual_seed(seeds[0]), follower.state_dict()
+    training = torch.Generator().manual_seed(seeds[0])
+    start = copy.deepcopy(follower.state_dict())  # a network's state is its weights themselves, which training moves
     kept = [p.grad for p in problem.parameters]
     done, levels = 0, []
     try:
         for stop in stops:
             follower.iterate(problem.leader, contexts, stop - done, training)
             done = stop
-            paths = follower.rollout(contexts, 1, torch.Generator().manual_seed(seeds[1]))
+            paths = follower.rollout(contexts, group_size, torch.Generator().manual_seed(seeds[1]))
             for parameter in problem.parameters:
                 parameter.grad = None
             metrics = estimator.backward(problem, paths)

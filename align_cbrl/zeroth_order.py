@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +82,7 @@ class ZerothOrder(Hypergradient):
         paths_seed = int(torch.randint(_LARGEST_SEED, (), generator=generator))
         parameters = problem.parameters
         centre = [p.detach().clone() for p in parameters]
-        start = problem.follower.state_dict()
+        start = copy.deepcopy(problem.follower.state_dict())  # a network's is its weights themselves
         total = [torch.zeros_like(p) for p in centre]
         values: list[float] = []
 

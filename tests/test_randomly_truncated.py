@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from align_cbrl import HPGD, HPGDConfig, InputError, PolicyResponse, Problem, Rollouts
+from align_cbrl import (
+    HPGD,
+    ExpectedUtility,
+    HPGDConfig,
+    InputError,
+    Leader,
+    PolicyResponse,
+    Problem,
+    Rollouts,
+    ZerothOrder,
+)
 from align_cbrl.cli import main
 from align_cbrl.random_numbers import generator_for
 from align_cbrl.randomly_truncated import IterativeFollower, RandomlyTruncated, Truncated, gradients_after
@@ -189,3 +200,95 @@ def test_the_convergence_recipe_runs(tmp_path: Path) -> None:
         assert main(["run", "convergence", "--out", str(tmp_path / "bad"), "--set", *options]) == 2
     for options in (["budgets=[0]"], ["max_level=0"], ["draws=1"]):
         assert main(["run", "rtq", "--out", str(tmp_path / "bad"), "--set", *options]) == 2
+
+
+class Logits(IterativeFollower):
+    """A one-step follower that is a network, if a small one: its state is its live weights, as a trainer's is."""
+
+    temperature, discount = 0.5, 0.0
+
+    def __init__(self) -> None:
+        self.weights = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))  # [contexts, actions]
+
+    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(3, (count,), generator=generator)
+
+    def reset(self) -> None:
+        self.weights.data.zero_()
+
+    def iterate(
+        self, leader: Leader, contexts: Tensor, iterations: int, generator: torch.Generator
+    ) -> dict[str, float]:
+        for _ in range(iterations):
+            noise = 0.01 * torch.randn(self.weights.shape, generator=generator, dtype=torch.float64)
+            assert isinstance(leader, Rewards)
+            self.weights.data += 0.2 * (leader.x.detach() / self.temperature - self.weights.data) + noise
+        return {}
+
+    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
+        return self.iterate(leader, contexts, 0, torch.Generator())
+
+    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
+        log_policy = torch.log_softmax(self.weights.detach(), -1)
+        action = torch.multinomial(log_policy.exp()[contexts], group_size, replacement=True, generator=generator)
+        repeated, chosen = contexts.repeat_interleave(group_size), action.reshape(-1)
+        steps = {"place": repeated * 4 + chosen}
+        return Rollouts.bandit(contexts=repeated, steps=steps, log_policy=log_policy[repeated, chosen])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights.detach()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights.data.copy_(state["weights"])
+
+
+class Rewards(Leader):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.nn.Parameter(torch.randn(3, 4, generator=generator, dtype=torch.float64))
+
+    def reward(self, rollouts: Rollouts) -> Tensor:
+        return self.x.reshape(-1)[rollouts.steps["place"]][:, None]
+
+
+def of_one_step() -> Problem:
+    utility = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    objective = ExpectedUtility(lambda leader, rollouts: utility[rollouts.steps["place"]][:, None])
+    return Problem(Rewards(), objective, Logits())
+
+
+def test_groups_of_completions_around_a_follower_that_is_a_network() -> None:
+    """Nothing is table-only: groups for `GroupCritic`, and weights that training moves in place come back."""
+    problem, contexts = of_one_step(), torch.arange(3)
+    rollouts = problem.follower.rollout(contexts, 1, torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="group size"):
+        RandomlyTruncated(PolicyResponse(), 2).backward(problem, rollouts)
+    rtq = RandomlyTruncated(PolicyResponse(), 2, group_size=4)
+    total = torch.zeros_like(problem.parameters[0])
+    for level, probability in enumerate(rtq.probabilities.tolist(), start=1):
+        rtq.backward_at(level, problem, rollouts, torch.Generator().manual_seed(7))
+        total += probability * taken(problem)
+        assert problem.follower.weights.abs().max() == 0  # type: ignore[attr-defined]
+    [((last,), _)] = gradients_after(
+        [8], PolicyResponse(), problem, contexts, torch.Generator().manual_seed(7), group_size=4
+    )
+    torch.testing.assert_close(total, last, rtol=1e-9, atol=1e-12)
+    Truncated(PolicyResponse(), 8, group_size=4).backward(problem, rollouts)
+    assert taken(problem).abs().max() > 0
+
+
+def test_differences_put_a_network_back() -> None:
+    problem, contexts = of_one_step(), torch.arange(3)
+    problem.follower.respond = lambda leader, contexts: problem.follower.iterate(  # type: ignore[method-assign,attr-defined]
+        leader, contexts, 3, torch.Generator().manual_seed(0)
+    )
+    rollouts = problem.follower.rollout(contexts, 2, torch.Generator().manual_seed(0))
+    ZerothOrder(0.1, directions=2).backward(problem, rollouts)
+    assert problem.follower.weights.abs().max() == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("make", [RandomlyTruncated, Truncated])
+def test_a_group_has_a_member(make: type[RandomlyTruncated] | type[Truncated]) -> None:
+    with pytest.raises(InputError, match="group_size: expected at least 1, got 0"):
+        make(PolicyResponse(), 2, group_size=0)

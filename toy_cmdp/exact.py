@@ -202,8 +202,8 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
         sum_s rho(s) V_F(s) + sum_{s,a} { mu u + eta (r / lambda) + eta log prior
               + sum_{s'} [gammaF mu V_F(s') + (gamma / lambda) eta V_lambda(s')] P(s'|s,a) }
 
-    with everything detached but rho, u, r / lambda, log prior and P. E[A_F] = 0 in every state, so eta's state marginal h
-    solves h = gamma P_pi^T h + gamma P^T (mu A_F), and eta = pi h + mu A_F: two transposed solves in all.
+    with everything detached but rho, u, r / lambda, log prior and P. E[A_F] = 0 in every state, so eta's state
+    marginal h solves h = gamma P_pi^T h + gamma P^T (mu A_F), and eta = pi h + mu A_F: two transposed solves in all.
 
     Requirements and errors as for `leader_value`.
 
