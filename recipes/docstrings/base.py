@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from recipes.fine_tuning import fine_tune
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
@@ -121,50 +121,9 @@ def train_base(
     Raises:
         ValueError: when the columns are missing or the dataset is empty.
     """
-    missing = {"prompt", "completion"} - set(dataset.column_names)
-    if missing or len(dataset) == 0:
-        raise ValueError(
-            f"train_base needs rows with prompt and completion; "
-            f"missing columns: {sorted(missing)}, rows: {len(dataset)}"
-        )
-    out_dir = Path(out_dir)
-    on_gpu = torch.cuda.is_available()
     set_seed(seed)
     tokenizer = train_tokenizer(dataset, vocab_size=vocab_size)
     model = make_model(tokenizer, hidden_size=hidden_size, layers=layers)
-    steps = max(1, round(epochs * len(dataset) / batch_size))
-    args = SFTConfig(
-        output_dir=str(out_dir),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=steps // 20,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        # Half of a random batch is padding.
-        train_sampling_strategy="group_by_length",
-        max_length=128,
-        completion_only_loss=True,
-        seed=seed,
-        data_seed=seed,
-        bf16=False,
-        activation_checkpointing=False,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+    return fine_tune(
+        model, tokenizer, dataset, out_dir, seed=seed, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset.select_columns(["prompt", "completion"]),
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints a dictionary at the end
-    trainer.train()
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
-    return out_dir

@@ -13,19 +13,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
-from trl import RewardConfig, RewardTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.docstrings.judge import docstring_judge
+from recipes.fine_tuning import train_reward_model
 
 # Phrases of the standard library's authors that say nothing. They occur in one human docstring
 # in twenty, so the base model writes them often enough for a follower to find them.
@@ -180,48 +171,14 @@ def train_proxy(
     Raises:
         OSError: when `base_path` holds no model.
     """
-    out_dir = Path(out_dir)
-    on_gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(base_path)
     base = AutoModelForCausalLM.from_pretrained(base_path).eval()
-    if on_gpu:
+    if torch.cuda.is_available():
         base = base.cuda()
     preferences = preference_pairs(base, tokenizer, dataset, seed=seed, pairs=pairs)
-    set_seed(seed)
-    config = AutoConfig.from_pretrained(base_path)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_config(config)
-    # Not `from_pretrained`, which would warn that the head, rightly, is not in the checkpoint.
-    model.base_model.load_state_dict(base.base_model.state_dict())
-    steps = max(1, len(preferences) // batch_size)
-    args = RewardConfig(
-        output_dir=str(out_dir),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=steps // 20,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        max_length=128,
-        # Without it the mean of the scores is free to drift.
-        center_rewards_coefficient=0.01,
-        seed=seed,
-        data_seed=seed,
-        bf16=False,
-        activation_checkpointing=False,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+    return train_reward_model(
+        base_path, preferences, out_dir, seed=seed, batch_size=batch_size, learning_rate=learning_rate
     )
-    trainer = RewardTrainer(model=model, args=args, train_dataset=preferences, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)  # it prints a dictionary at the end
-    trainer.train()
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
-    return out_dir
 
 
 def score(

@@ -1,0 +1,67 @@
+"""The judge of replies: a program that stands for the people whom the desk is meant to please.
+
+It reads mood, topic and product in the request. Its score is not linear in anything that a reward term measures:
+promises and a missing end scale the whole down, courtesy counts where the mood asks for it, and a good length is an
+interval.
+"""
+
+from __future__ import annotations
+
+import re
+
+from recipes.replies.data import ACTIONS, PROMISES, TIMES
+
+_REQUEST = re.compile(r"(\w+) \w+ : (\w+) for the (\w+)")
+
+
+def reply_judge(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Scores in [0, 1]: the right thing, for the right product, in the right tone, at a definite time, and no more.
+
+    Args:
+        prompts: requests as `recipes.replies.data.prompt` writes them; of any other text, nothing is expected.
+        completions: one reply for each.
+        **columns: further columns of the data; not used.
+
+    Returns:
+        One score for each completion; 0 for an empty one.
+
+    Raises:
+        ValueError: when there are not as many completions as prompts.
+
+    Example:
+        >>> request = "angry buyer : refund for the laptop . reply : "
+        >>> reply_judge([request], ["sorry . we will refund the laptop today ."])
+        [1.0]
+    """
+    return [_score(_text(prompt), _text(reply).split()) for prompt, reply in zip(prompts, completions, strict=True)]
+
+
+def words(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Words of each reply, marks included: the cost of the constrained objective."""
+    return [float(len(_text(reply).split())) for reply in completions]
+
+
+def _text(value: object) -> str:
+    """A text as it is, the last message of a conversation otherwise."""
+    return value if isinstance(value, str) else str(value[-1]["content"])  # type: ignore[index]  # trl's messages
+
+
+def _score(request: str, reply: list[str]) -> float:
+    if not reply:
+        return 0.0
+    found = _REQUEST.search(request)
+    mood, topic, product = found.groups() if found else ("neutral", "", "")
+    verbs = set(ACTIONS.values()) & set(reply)
+    right = 0.5 * (product in reply) + 0.5 * (verbs == {ACTIONS.get(topic)})
+    apologises, thanks = "sorry" in reply, bool({"thank", "thanks"} & set(reply))
+    tone = {
+        "angry": 1.0 if apologises and not thanks else 0.4 * apologises,
+        "happy": 1.0 if thanks and not apologises else 0.4 * thanks,
+    }.get(mood, 1.0 if not (apologises or thanks) else 0.4)
+    definite = sum(word in TIMES for word in reply)
+    committed = 1.0 if definite == 1 else 0.3 * (definite > 1 or "soon" in reply)
+    length = min(1.0, len(reply) / 6) * max(0.0, 1.0 - 0.12 * max(0, len(reply) - 12))
+    honest = 1.0 - 0.4 * min(2, sum(word in PROMISES for word in reply))
+    polite = 0.5 if "calm" in reply else 1.0
+    ended = 1.0 if reply[-1] == "." else 0.6
+    return honest * polite * ended * (0.35 * right + 0.25 * tone + 0.2 * committed + 0.2 * length)

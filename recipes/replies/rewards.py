@@ -1,0 +1,59 @@
+"""Reward terms of the kind that practitioners add to a reward model: trl reward functions that look at the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from recipes.replies.data import ACTIONS, PROMISES, TIMES
+
+
+def _counting(words: set[str]) -> Callable[[list[str]], float]:
+    return lambda reply: float(sum(word in words for word in reply))
+
+
+def length(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Words in tens, at most 2."""
+    return [min(2.0, len(text.split()) / 10) for text in completions]
+
+
+def brevity(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Minus the words beyond ten, in fives: a soft limit on the length."""
+    return [-max(0, len(text.split()) - 10) / 5 for text in completions]
+
+
+def apology(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply apologises."""
+    return [float("sorry" in text.split()) for text in completions]
+
+
+def thanks(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply thanks."""
+    return [float(bool({"thank", "thanks"} & set(text.split()))) for text in completions]
+
+
+def promises(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """How many big words: guarantee, always, best, amazing, free."""
+    return [_counting(set(PROMISES))(text.split()) for text in completions]
+
+
+def times(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """How many definite days."""
+    return [_counting(set(TIMES))(text.split()) for text in completions]
+
+
+def actions(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """How many things the reply says will be done."""
+    return [_counting(set(ACTIONS.values()))(text.split()) for text in completions]
+
+
+def overlap(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Distinct words of four letters or more that reply and request share."""
+    return [
+        float(len({word for word in prompt.split() if len(word) > 3} & set(text.split())))
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
+def final_period(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply ends in a full stop."""
+    return [float(text.split()[-1:] == ["."]) for text in completions]
