@@ -17,6 +17,8 @@ from align_cbrl.rollouts import Rollouts
 
 _FAR = 0.1  # nats at which a third to a half of an uncorrected hypergradient is bias (docs/certificate.md)
 _FAR_CORRECTED = 0.3  # the same, corrected
+_BEYOND = 1.0  # nats from which weights no longer reach the best response
+_NEAR = 1e-3  # nats below which there is nothing to correct but rounding
 _FEW = 2.0  # effective samples a group below which weighted samples say little
 _RECENT = 10  # leader steps that the trend is read from
 _FIRST = 6  # leader steps before the follower is judged: it starts at the reference
@@ -75,14 +77,15 @@ class Certificate:
 
             correct when 2 c B gap > exp(2 gap) - 1 and gap > 2 standard errors, c = 0.03,
 
-        the debiased gap throughout. c was chosen, and the rule compared with others, on an enumerable language model
-        (docs/certificate.md). The effective sample size of small groups is not used: it misses the weights' tail.
+        the debiased gap throughout, and at least 0.001 nats. c was chosen, and the rule compared with others, on an
+        enumerable language model (docs/certificate.md). The effective sample size of small groups is not used: it
+        misses the weights' tail.
         """
         gap, error = self.gap_debiased, self.gap_debiased_se
         if gap is None or error is None:
             return False
         bias = 2 * _SIGNAL * self.paths * gap
-        return gap > 2 * error and bias > math.expm1(min(2 * gap, 700.0))
+        return gap > max(2 * error, _NEAR) and bias > math.expm1(min(2 * gap, 700.0))
 
 
 def certify(
@@ -223,9 +226,9 @@ def _alarm(now: Certificate, history: Sequence[Mapping[str, float]], correctable
             "lower the follower's learning rate"
         )
     effective = now.effective_sample_size * now.group_size
-    if effective < max(_FEW, 0.3 * now.group_size):
+    if now.gap_debiased > _BEYOND or effective < _FEW:
         advice += (
-            f". Of {now.group_size:.0f} completions a prompt {effective:.1f} count under the best response, which is "
-            "too far away to be reached or corrected for: raise the temperature"
+            f". The best response is too far away to be reached or corrected for (of {now.group_size:.0f} completions "
+            f"a prompt {effective:.1f} count under it): raise the temperature"
         )
     return f"{measured}, {advice}"
