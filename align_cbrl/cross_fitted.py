@@ -29,7 +29,8 @@ class CrossFitted(Objective):
         credit_i = sum_j W_j s_ij (u_i - u_j),    s_ij = the slope without i and j, over the context's probability.
 
     Where the slope is linear in the values, as for `MeanVariance`, the estimate is unbiased given the contexts.
-    Elsewhere what remains is the curvature of the slope times the variance of a mean of G - 2 (docs/objectives.md).
+    Elsewhere what remains is the curvature of the slope times the variance of a mean of G - 2. It can exceed what was
+    removed where few contexts decide (docs/objectives.md has figures), and shrinks with the contexts that a group has.
 
     A batch of a few prompts also says little about nature's law: which quarter of all prompts is the worst, or how a
     group does that the batch happens to lack. The values of the last `memory` contexts, of earlier steps, are kept
@@ -112,7 +113,7 @@ class CrossFitted(Objective):
         first = torch.full((len(points),), rollouts.size, device=place.device).scatter_reduce(
             0, place, torch.arange(rollouts.size, device=place.device), "amin"
         )
-        labels = self.objective.labels(rollouts)
+        labels = self.objective.labels(utility, rollouts)
         mine = [labels[i] for i in first.tolist()]
         self._seen = list(zip(mine, value.tolist(), share.tolist(), strict=True))
 

@@ -266,8 +266,8 @@ class OverContexts(_Wrapping):
     O(1 / paths of the context), since one sample makes the weight and what is weighted. `CrossFitted` removes that.
     """
 
-    def labels(self, rollouts: Rollouts) -> list[Any]:
-        """What each path's value belongs to, [B]: its context."""
+    def labels(self, utility: Tensor, rollouts: Rollouts) -> list[int]:
+        """The number of what each path's value belongs to, [B]: its context."""
         labels: list[int] = rollouts.contexts.tolist()
         return labels
 
@@ -284,7 +284,8 @@ class OverContexts(_Wrapping):
         mask = rollouts.mask.to(utility.device)
         weight = rollouts.path_weight(utility.dtype).to(utility.device)  # [B]
         totals = _discounted(utility, mask, self.discount)  # [B]
-        names, place = number_labels(self.labels(rollouts))
+        names, place = number_labels(self.labels(utility, rollouts))
+        utility = utility[:, : rollouts.horizon]  # what labels were made of may stand beside it
         place = place.to(utility.device)
 
         def by_context(value: Tensor) -> Tensor:  # [B] -> [K]
@@ -545,6 +546,11 @@ class PreferenceLikelihood(Objective):
         if self.preference is None:
             score = utility[rows, 1]
             return torch.sigmoid((score[:, :, None] - score[:, None, :]) / self.scale)
+        if not rollouts.steps:
+            raise InputError(
+                "PreferenceLikelihood.preference: a judge of pairs reads both answers, and in several processes "
+                "they may lie in different ones; run one process, or use a score"
+            )
         i, j = torch.triu(paired, 1).nonzero(as_tuple=True)
         said = self.preference(rollouts, rows[:, i].reshape(-1), rows[:, j].reshape(-1))  # [N * pairs]
         if tuple(said.shape) != (rows.shape[0] * len(i),) or not bool(((said >= 0) & (said <= 1)).all()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import zlib
 
+import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import OverContexts, WorstContext
-from align_cbrl.problem import Objective
+from align_cbrl.problem import Leader, Objective
 from align_cbrl.rollouts import Rollouts
 
 
@@ -30,7 +31,6 @@ class WorstGroup(OverContexts):
         InputError: there is no such column; or the exact route of a table is asked, which has no columns.
 
     Example:
-        >>> import torch
         >>> from align_cbrl import ExpectedUtility
         >>> steps = {"score": torch.tensor([1.0, 3.0, 0.5]), "topic": ["law", "art", "law"]}
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 1, 2]), steps=steps)
@@ -47,15 +47,27 @@ class WorstGroup(OverContexts):
         super().__post_init__()
         WorstContext(self.objective, self.temperature)  # which checks the temperature
 
-    def labels(self, rollouts: Rollouts) -> list[Any]:
-        """The group of each path's context, [B]."""
-        if self.column not in rollouts.steps:
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The wrapped utility, and beside it the number of each path's group: [B, 2]."""
+        if self.column not in rollouts.steps or rollouts.horizon != 1:
             raise InputError(
-                f"WorstGroup.column: the data have no column {self.column!r}, which names each prompt's group; there "
-                f"are {sorted(rollouts.steps)}"
+                f"WorstGroup.column: expected completions with a column {self.column!r}, which names each prompt's "
+                f"group; the columns are {sorted(rollouts.steps)}"
             )
+        utility = self.objective.utility(leader, rollouts)
         groups = rollouts.steps[self.column]
-        return groups.tolist() if isinstance(groups, Tensor) else list(groups)
+        names = groups.tolist() if isinstance(groups, Tensor) else groups
+        # 24 bits, which every type of utility holds; the number is the same in all processes and after a restart.
+        numbers = [zlib.crc32(str(name).encode()) >> 8 for name in names]
+        return torch.cat([utility, utility.new_tensor(numbers)[:, None]], 1)
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The wrapped objective's own."""
+        return self.objective.direct_term(leader, rollouts, weight[:, :1])
+
+    def labels(self, utility: Tensor, rollouts: Rollouts) -> list[int]:
+        """The number of each path's group, [B]."""
+        return [int(number) for number in utility[:, 1].tolist()]
 
     def risk(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """The minimum over groups, or the soft one, from the groups' values and probabilities."""
