@@ -1,0 +1,239 @@
+"""What tests/test_distributed.py starts in two processes: `torchrun distributed_worker.py TASK FOLDER`."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import enumerable_lm as lm
+import torch
+from torch import Tensor
+
+from align_cbrl import (
+    HPGD,
+    Constrained,
+    CVaR,
+    EntropicRisk,
+    ExpectedUtility,
+    HPGDConfig,
+    InputError,
+    KLPriced,
+    MeanVariance,
+    PolicyResponse,
+    PreferenceLikelihood,
+    Problem,
+    Rollouts,
+    RunStopped,
+    WorstContext,
+    ZerothOrder,
+)
+from align_cbrl.distributed import initialize, rank, world_size
+from align_cbrl.llm import RLOOFollower
+from align_cbrl.problem import Follower, Objective, OnRollouts
+
+TEMPERATURE = 2.0
+GROUP = 5  # completions of a prompt: 20 rows for four prompts, of which the third straddles the cut
+CUTS = {1: [0, 20], 2: [0, 13, 20]}  # ranks need not have equally many
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class Scripted(Follower):
+    """Hands out the same rollouts again and again, each rank its own rows."""
+
+    temperature, discount = TEMPERATURE, 0.0
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts
+
+    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
+        raise AssertionError("the rollouts are fixed")
+
+    def respond(self, leader: Any, contexts: Tensor) -> dict[str, float]:
+        raise AssertionError("the rollouts are fixed")
+
+    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
+        raise AssertionError("the rollouts are fixed")
+
+    def follow(self, leader: Any, on_rollouts: OnRollouts, *, start: int, steps: int, **_: Any) -> None:
+        for _step in range(start, steps):
+            if not on_rollouts(self.rollouts, {}):
+                return
+
+
+def scripted(enumeration: lm.Enumeration) -> Scripted:
+    """This rank's rows of twenty fixed completions, with log-probabilities that need not be anybody's."""
+    generator = torch.Generator().manual_seed(5)
+    context = torch.arange(len(lm.PROMPTS)).repeat_interleave(GROUP)
+    ids = [enumeration.completions[i] for i in torch.randint(len(enumeration.completions), (20,), generator=generator)]
+    whole = Rollouts.bandit(
+        contexts=context,
+        steps={"prompt": [lm.PROMPTS[c] for c in context], "completion": ["" for _ in ids], "completion_ids": ids},
+        log_policy=-torch.rand(20, generator=generator, dtype=torch.float64),
+        log_prior=-torch.rand(20, generator=generator, dtype=torch.float64),
+    )
+    cuts = CUTS[world_size()]
+    return Scripted(whole.select(slice(cuts[rank()], cuts[rank() + 1])))
+
+
+def objectives(enumeration: lm.Enumeration) -> dict[str, Objective]:
+    """Every objective, on judge, length and reward."""
+
+    def length(leader: Any, rollouts: Rollouts) -> Tensor:
+        return torch.tensor([[float(len(ids))] for ids in rollouts.steps["completion_ids"]], dtype=torch.float64)
+
+    judge = ExpectedUtility(enumeration.judge)
+    return {
+        "expected": judge,
+        "direct": ExpectedUtility(lambda leader, rollouts: leader.reward(rollouts), depends_on_leader=True),
+        "CVaR": CVaR(judge, 0.5),
+        "mean-variance": MeanVariance(judge, 0.7),
+        "entropic": EntropicRisk(judge, 0.9),
+        "worst": WorstContext(judge),
+        "KL-priced": KLPriced(judge, 0.3),
+        "constrained": Constrained(judge, cost=ExpectedUtility(length), bound=1.5, rate=0.5, multiplier=0.2),
+        "preferences": PreferenceLikelihood(enumeration.judge, scale=0.8),
+    }
+
+
+def start_of(enumeration: lm.Enumeration) -> lm.LinearLeader:
+    return lm.LinearLeader(enumeration, torch.tensor([0.3, -0.5, 0.2, 0.9, -0.1], dtype=enumeration.features.dtype))
+
+
+def gradients() -> dict[str, Any]:
+    """One leader step of every objective in two precisions: gradient, row of metrics, and the leader after it."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float64, torch.float32):
+        enumeration = lm.Enumeration.random(1)
+        enumeration.features = enumeration.features.to(dtype)
+        follower = scripted(enumeration)
+        for name, objective in objectives(enumeration).items():
+            for correction in ("off", "on"):
+                leader = start_of(enumeration)
+                estimator = PolicyResponse(chunks=2)
+                optimizer = torch.optim.SGD(leader.parameters(), lr=0.1, maximize=True)
+                config = HPGDConfig(correction=correction, max_gradient_norm=None)
+                run = HPGD(Problem(leader, objective, follower), optimizer, estimator, config)
+                row = run._leader_step(follower.rollouts, {})
+                for seconds in ("leader_seconds", "follower_seconds", "leader_share"):
+                    del row[seconds]
+                assert leader.x.grad is not None
+                found[f"{name}, correction {correction}, {str(dtype)[6:]}"] = {
+                    "gradient": leader.x.grad.double().clone(),
+                    "x": leader.x.detach().double(),
+                    "row": row,
+                }
+    return found
+
+
+def twice() -> Tensor:
+    """What was in `.grad` before is neither lost nor counted once a rank."""
+    enumeration = lm.Enumeration.random(1)
+    leader = start_of(enumeration)
+    follower = scripted(enumeration)
+    problem = Problem(leader, ExpectedUtility(enumeration.judge), follower)
+    for _ in range(2):
+        PolicyResponse().backward(problem, follower.rollouts)
+    assert leader.x.grad is not None
+    return leader.x.grad
+
+
+def stops(folder: Path) -> dict[str, Any]:
+    """Runs that one rank alone has a reason to end: where each rank stopped, and with what."""
+    enumeration = lm.Enumeration.random(1)
+    leader = start_of(enumeration)
+    optimizer = torch.optim.SGD(leader.parameters(), lr=0.1, maximize=True)
+    config = HPGDConfig(steps=5, checkpoint_every=100, progress=False)
+    asked = 0
+
+    def broke(leader: Any, rollouts: Rollouts) -> Tensor:
+        nonlocal asked
+        asked += 1
+        if rank() == 1 and asked == 3:
+            raise RunStopped("the judge's budget is spent")
+        return enumeration.judge(leader, rollouts)
+
+    def interrupted(leader: Any, rollouts: Rollouts) -> Tensor:
+        nonlocal asked
+        asked += 1
+        if rank() == 1 and asked == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return enumeration.judge(leader, rollouts)
+
+    found: dict[str, Any] = {}
+    for name, judge in {"judge": broke, "interrupt": interrupted}.items():
+        asked = 0
+        problem = Problem(leader, ExpectedUtility(judge), scripted(enumeration))
+        run = HPGD(problem, optimizer, config=config, out=folder / name)
+        try:
+            run.run()
+        except (RunStopped, KeyboardInterrupt) as error:
+            found[name] = (run.step, type(error).__name__, str(error))
+    zero = ExpectedUtility(lambda leader, rollouts: torch.zeros(rollouts.mask.shape))
+    for name, run in {
+        "estimator": HPGD(problem, optimizer, ZerothOrder(radius=0.1), config),
+        "horizon": HPGD(Problem(leader, zero, Scripted(two_steps())), optimizer, config=config),
+    }.items():
+        try:
+            run.run()
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
+def two_steps() -> Rollouts:
+    return Rollouts(
+        torch.zeros(2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool), torch.arange(4).view(2, 2), {}
+    )
+
+
+def hpgd(folder: Path, *, die_at: int | None = None, inside: bool = True) -> dict[str, Any]:
+    """HPGD around a trl follower, where rank 1 may be killed in a leader step: what the rank ends with."""
+    enumeration = lm.Enumeration.random(1)
+    follower = RLOOFollower(
+        folder / "model", lm.prompt_dataset(), TEMPERATURE, max_completion_length=lm.LENGTH,
+        prompts_per_step=3, group_size=6, learning_rate=1e-3, interval=2, inside=inside,
+    )  # fmt: skip
+    # Ranks that start apart: only the broadcast can make them one.
+    leader = lm.LinearLeader(enumeration, torch.full((5,), 0.1 * (1 + rank()), dtype=torch.float64))
+    seen: list[tuple[str, list[int]]] = []
+
+    def judge(leader: Any, rollouts: Rollouts) -> Tensor:
+        if rank() == 1 and run.step == die_at:
+            (folder / "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.extend(zip(rollouts.steps["prompt"], rollouts.steps["completion_ids"], strict=True))
+        return enumeration.judge(leader, rollouts)
+
+    optimizer = torch.optim.Adam(leader.parameters(), lr=0.05, maximize=True)
+    config = HPGDConfig(steps=4, contexts_per_step=3, group_size=6, checkpoint_every=1, progress=False)
+    run = HPGD(Problem(leader, ExpectedUtility(judge), follower), optimizer, config=config, out=folder / "run")
+    run.run(resume=True)
+    policy = {name: value.detach() for name, value in follower.policy.named_parameters()}
+    return {"x": leader.x.detach(), "policy": policy, "seen": seen, "steps": len(run.history)}
+
+
+def main(task: str, folder: Path) -> None:
+    faulthandler.dump_traceback_later(100, exit=True)  # nobody waits for ever, and the test sees for what
+    initialize()
+    found: dict[str, Any]
+    if task == "numbers":
+        found = {"gradients": gradients(), "twice": twice(), "stops": stops(folder)}
+    elif task == "die":
+        found = hpgd(folder, die_at=2)
+    elif task == "run":
+        found = hpgd(folder)
+    elif task == "outside":
+        found = hpgd(folder, inside=False)
+    else:
+        raise AssertionError(task)
+    torch.save({**found, "world": world_size()}, folder / f"{task}-{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
