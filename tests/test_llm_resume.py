@@ -66,7 +66,7 @@ def through_a_file(follower: TrainedFollower, folder: Path) -> dict[str, Any]:
 
 def test_every_epoch_visits_every_prompt_in_an_order_of_its_own() -> None:
     order = PromptOrder(count=12, per_step=4, seed=3)
-    epochs = [sum((order(3 * epoch + place) for place in range(3)), []) for epoch in range(3)]
+    epochs = [[row for place in range(3) for row in order(3 * epoch + place)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert PromptOrder(12, 4, seed=3)(7) == order(7) != PromptOrder(12, 4, seed=4)(7)
@@ -198,7 +198,7 @@ def test_the_state_of_another_policy_is_refused(make: Make) -> None:
     follower.train(new_leader(), 1)
     state = follower.state_dict()
     state["policy"] = {f"other.{name}": value for name, value in state["policy"].items()}
-    with pytest.raises(InputError, match="state: expected a policy with model.embed_tokens.weight"):
+    with pytest.raises(InputError, match=r"state: expected a policy with model.embed_tokens.weight"):
         follower.load_state_dict(state)
 
 

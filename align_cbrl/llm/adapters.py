@@ -79,8 +79,8 @@ def check_adapter(adapter: Any) -> None:
 def without_dropout(config: Any) -> dict[str, float]:
     """Settings that turn off all dropout of a model, by their names in its configuration.
 
-    trl's disable_dropout reaches modules only. Llama's and Qwen's dropout on attention is an argument of a function, and
-    a policy that is sampled without dropout and trained with it is not one policy.
+    trl's disable_dropout reaches modules only. Llama's and Qwen's dropout on attention is an argument of a function,
+    and a policy that is sampled without dropout and trained with it is not one policy.
 
     Args:
         config: a `transformers` configuration.

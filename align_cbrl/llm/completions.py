@@ -257,7 +257,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], conve
 
 
 def pad_left(token_ids: Sequence[Sequence[int]], value: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """ "input_ids" and "attention_mask" [B, P] of texts of different lengths, padded on the left.
+    """Inputs "input_ids" and "attention_mask" [B, P] of texts of different lengths, padded on the left.
 
     Example:
         >>> pad_left([[5], [6, 7]], value=0)["input_ids"].tolist()

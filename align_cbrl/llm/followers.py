@@ -139,8 +139,8 @@ def check_base_model(path: str) -> None:
     folder = Path(path)
     if (folder / "trainer_state.json").is_file():
         raise InputError(
-            f"model {path!r}: is a checkpoint of a run in training (it has a trainer_state.json), which would become the "
-            "reference policy; pass the model that the run started from and let the follower continue from its own "
+            f"model {path!r}: is a checkpoint of a run in training (it has a trainer_state.json), which would become "
+            "the reference policy; pass the model that the run started from and let the follower continue from its own "
             "checkpoint, or, if this policy is to be the reference, copy it elsewhere with save_pretrained"
         )
     if (folder / "adapter_config.json").is_file():

@@ -20,9 +20,9 @@ class Schedule:
     With `tolerance` every leader step waits for a full best response: the follower trains, in pieces of `interval`
     steps, until the gap estimated on its newest batch is at most `tolerance` nats, or for `limit` steps.
 
-    With `levels` the hypergradient trains the follower itself, for 2^k steps at a level k that is drawn, and puts it back
-    (RT-Q; Thoma et al. 2024). `around` makes that estimator. `interval` may then be 0: the follower moves during the
-    warmup only, and every leader step starts at the same policy.
+    With `levels` the hypergradient trains the follower itself, for 2^k steps at a level k that is drawn, and puts it
+    back (RT-Q; Thoma et al. 2024). `around` makes that estimator. `interval` may then be 0: the follower moves during
+    the warmup only, and every leader step starts at the same policy.
 
     Attributes:
         interval: optimizer steps before each leader step; with `tolerance`, between two looks at the gap.
@@ -60,8 +60,8 @@ class Schedule:
             )
         if (self.tolerance is None) != (self.limit is None):
             raise InputError(
-                f"Schedule: tolerance={self.tolerance} and limit={self.limit} go together: train until the gap is below "
-                "the one, for at most the other's steps"
+                f"Schedule: tolerance={self.tolerance} and limit={self.limit} go together: train until the gap is "
+                "below the one, for at most the other's steps"
             )
         if self.tolerance is not None and not (self.tolerance > 0):
             raise InputError(f"Schedule.tolerance: expected a positive gap in nats, got {self.tolerance}")
@@ -70,8 +70,8 @@ class Schedule:
         if self.levels is not None and (self.levels < 1 or self.inside or self.tolerance is not None):
             raise InputError(
                 f"Schedule.levels: expected K >= 1 with inside=False and without tolerance, got levels={self.levels}, "
-                f"inside={self.inside}, tolerance={self.tolerance}; RT-Q trains the follower itself, which it cannot do "
-                "from inside the follower's own loop"
+                f"inside={self.inside}, tolerance={self.tolerance}; RT-Q trains the follower itself, which it cannot "
+                "do from inside the follower's own loop"
             )
 
     @property
@@ -97,7 +97,8 @@ class Schedule:
 
         Args:
             estimator: applied to fresh completions at each level.
-            group_size: completions a prompt that it sees there.
+            group_size: completions a prompt that it sees there, for every context of the rollouts it is given; those
+                may then have one completion a prompt, `HPGDConfig(group_size=1)`.
             seed: of the levels and the training.
         """
         if self.levels is None:

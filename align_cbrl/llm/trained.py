@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +44,8 @@ _LARGEST_SEED = 2**62
 class TrainedFollower(LanguageFollower, IterativeFollower):
     """A policy trained by one of trl's trainers towards the Boltzmann response to the leader's reward.
 
-    Prompts and random numbers of an optimizer step depend on the seed and the step's number alone, and `state_dict` holds
-    the rest. So a run that is continued, at any step, repeats the uninterrupted one; on a CPU to the last bit.
+    Prompts and random numbers of an optimizer step depend on the seed and the step's number alone, and `state_dict`
+    holds the rest. So a run that is continued, at any step, repeats the uninterrupted one; on a CPU to the last bit.
 
     Args:
         model, prompts, temperature, max_completion_length: as for `LanguageFollower`.
@@ -196,8 +197,8 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
     ) -> None:
         if self._training:
             raise InputError(
-                f"{type(self).__name__}: asked to train from inside its own training loop, by an estimator that makes it "
-                "respond again; use schedule=Schedule(inside=False, ...)"
+                f"{type(self).__name__}: asked to train from inside its own training loop, by an estimator that makes "
+                "it respond again; use schedule=Schedule(inside=False, ...)"
             )
         self._leader = language_leader(leader)
         if steps == 0:
@@ -231,7 +232,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
     ) -> dict[str, float]:
         """Take `iterations` optimizer steps on the prompts `contexts` only. Metrics: `follower_steps`.
 
-        Each step draws `prompts_per_step` of them without repetition, or all of them again and again where they are fewer.
+        Each step draws `prompts_per_step` of them without repetition, or all of them, repeated, where they are fewer.
         """
         distinct = torch.unique(contexts.cpu())
         seeds = [int(torch.randint(_LARGEST_SEED, (1,), generator=generator)) for _ in range(iterations)]
@@ -499,15 +500,17 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 return scores
 
             try:
-                trainer = self._make_trainer(
-                    model=self.model_path,
-                    reward_funcs=reward,
-                    args=self._config,
-                    train_dataset=self.prompts.add_column(CONTEXT, list(range(len(self.prompts)))),
-                    processing_class=self.tokenizer,
-                    callbacks=[AfterEachStep(lambda step: this._on_step(step))],
-                    peft_config=self.peft_config,
-                )
+                with warnings.catch_warnings():  # peft sees that GPT-2's layers are transposed, and says that it does
+                    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+                    trainer = self._make_trainer(
+                        model=self.model_path,
+                        reward_funcs=reward,
+                        args=self._config,
+                        train_dataset=self.prompts.add_column(CONTEXT, list(range(len(self.prompts)))),
+                        processing_class=self.tokenizer,
+                        callbacks=[AfterEachStep(lambda step: this._on_step(step))],
+                        peft_config=self.peft_config,
+                    )
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"model {self.model_path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
@@ -545,9 +548,9 @@ class RLOOFollower(TrainedFollower):
 class GRPOFollower(TrainedFollower):
     """A policy trained by trl's GRPO in the one configuration whose fixed point is the Boltzmann response.
 
-    trl's own beta stays 0, and lambda times the completion's log-ratio to the reference is taken from the reward; rewards
-    are not divided by their spread, and the loss is "dr_grpo". Anything else is refused, with the bias that was measured.
-    It then equals RLOO but for the baseline.
+    trl's own beta stays 0, and lambda times the completion's log-ratio to the reference is taken from the reward;
+    rewards are not divided by their spread, and the loss is "dr_grpo". Anything else is refused, with the bias that was
+    measured. It then equals RLOO but for the baseline.
 
     Arguments and errors are those of `TrainedFollower`; `settings` are fields of `trl.GRPOConfig`.
     """

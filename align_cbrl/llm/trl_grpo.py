@@ -1,9 +1,9 @@
 """trl's GRPO trainer, observed, with the KL in the reward.
 
-GRPO's own KL is a term of the loss, token by token, which gives no token credit for the divergence that follows it. Its
-fixed point is Boltzmann for completions of one token only; two tokens left 0.019 to 0.025 nats. So its beta is 0 here, and
-lambda times the sequence's log-ratio is taken from the reward, as RLOO does. What is left of the difference is the
-baseline: the group's mean, which includes the completion itself, so that gradients are (G - 1) / G of RLOO's.
+GRPO's own KL is a term of the loss, token by token, which gives no token credit for the divergence that follows it.
+Its fixed point is Boltzmann for completions of one token only; two tokens left 0.019 to 0.025 nats. So its beta is 0
+here, and lambda times the sequence's log-ratio is taken from the reward, as RLOO does. What is left of the difference
+is the baseline: the group's mean, which includes the completion itself, so that gradients are (G - 1) / G of RLOO's.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def check_boltzmann(config: GRPOConfig) -> None:
             f"loss_type={config.loss_type!r}: only 'dr_grpo' weighs every token of every completion alike": (
                 config.loss_type != "dr_grpo"
             ),
-            f"num_iterations={config.num_iterations}: GRPO's ratios are a token's, not a completion's (RLOO, whose ratios "
-            "are right, is left with 0.002 nats at 2 and 0.015 at 4)": config.num_iterations != 1,
+            f"num_iterations={config.num_iterations}: GRPO's ratios are a token's, not a completion's (RLOO, whose "
+            "ratios are right, is left with 0.002 nats at 2 and 0.015 at 4)": config.num_iterations != 1,
             f"importance_sampling_level={config.importance_sampling_level!r}: divides by the completion's length": (
                 config.importance_sampling_level != "token"
             ),

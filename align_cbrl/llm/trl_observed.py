@@ -1,10 +1,10 @@
 """What every trl trainer used here has in common: observed batches, and steps that depend on their number alone.
 
-This file, trl_rloo.py and trl_grpo.py are the only ones that touch trl's private methods. Written against trl 1.16. What
-is relied upon: `_generate_and_score_completions` works on the unshuffled batch, in which the completions of a prompt
-stand side by side; log-probabilities come from `_get_per_token_logps_and_entropies`, of the policy first and of the
-reference second; `_prepare_inputs` shuffles every tensor of the batch alike before `_compute_loss`; the sampler yields
-one row a completion. tests/test_llm_followers.py and tests/test_llm_resume.py fail if any of it changes.
+This file, trl_rloo.py and trl_grpo.py are the only ones that touch trl's private methods. Written against trl 1.16.
+What is relied upon: `_generate_and_score_completions` works on the unshuffled batch, in which the completions of a
+prompt stand side by side; log-probabilities come from `_get_per_token_logps_and_entropies`, of the policy first and of
+the reference second; `_prepare_inputs` shuffles every tensor of the batch alike before `_compute_loss`; the sampler
+yields one row a completion. tests/test_llm_followers.py and tests/test_llm_resume.py fail if any of it changes.
 """
 
 from __future__ import annotations
