@@ -140,7 +140,7 @@ class Adapter:
 
     def _tensors(self) -> dict[str, Tensor]:
         """A and B under peft's own names in a file."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             down, up = self._factors(layer)
             named |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
