@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align_cbrl.config import load_config, nearest
+from align_cbrl.distributed import initialize, world_size
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.run_folder import ABOUT, CONFIG, read_summary
 
@@ -148,6 +149,12 @@ def _run(options: argparse.Namespace) -> int:
     names = recipe_names()
     if options.recipe not in names:
         raise InputError(f"there is no recipe {options.recipe!r}; {nearest(options.recipe, names)}")
+    initialize()
+    if world_size() > 1:
+        raise InputError(
+            f"recipe {options.recipe!r}: expected one process, got {world_size()}; its stages read each other's files. "
+            "Several processes run a script of your own (docs/scaling.md)"
+        )
     path = _config_path(options.recipe, options.config)
     stem = path.stem if options.config else "config"
     out: Path = options.out or Path("runs") / (options.recipe if stem == "config" else f"{options.recipe}-{stem}")

@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -151,6 +152,20 @@ def gather_rows(value: Tensor) -> Tensor:
     dist.all_gather(everyone, mine)
     rows = torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)])
     return rows.to(value.device, value.dtype)
+
+
+def gather_lists(rows: list[Any]) -> list[Any]:
+    """As `gather_rows`, of lists of anything that can be pickled.
+
+    Example:
+        >>> gather_lists([[1], [2, 3]])
+        [[1], [2, 3]]
+    """
+    if world_size() == 1:
+        return rows
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, rows)
+    return [row for theirs in everyone for row in theirs]
 
 
 def own_rows(count: int) -> slice:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
-from align_cbrl.distributed import gather_rows, world_size
+from align_cbrl.distributed import gather_lists, gather_rows, share, world_size
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm import trl_grpo, trl_rloo
@@ -133,6 +133,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self._scores = torch.zeros(0)  # rewards of the newest batch
         self._ready: int | None = None  # the newest leader step whose response is done
         self._handed_out: Completions | None = None  # its completions, where the leader sees those trained on
+        self._of_all_ranks: Completions | None = None  # of every process: rank 0 saves these
         self._initial: dict[str, Tensor] = {}  # an adapter's parameters before training
         self._on_step: Callable[[int], bool] = lambda step: True
 
@@ -274,6 +275,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
 
     def sample(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Completions:
         """As `rollout`, before it becomes rollouts."""
+        self._check_whole("samples between trainings")
         return sample_completions(
             self.policy,
             self.prior,
@@ -359,9 +361,10 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         """What training the policy further depends on: its trained parameters (an adapter's only, where there is one),
         its optimizer's moments, the number of steps taken, and a response that the leader has not stepped on yet.
         """
+        self._check_whole("checkpoint", with_moments=True)
         if self._trainer is None or self._trainer.optimizer is None:
             return {}
-        seen = self._handed_out
+        seen = None if self._handed_out is None else self._of_all_ranks
         return {
             "policy": {name: value.detach().to("cpu", copy=True) for name, value in self._trainable().items()},
             "optimizer": _copied(self._trainer.optimizer.state_dict()),
@@ -399,6 +402,9 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         seen = state["handed_out"]
         self._handed_out = None
         if seen is not None:
+            self._of_all_ranks = Completions(columns={}, text=[], **seen)
+            mine = share(len(seen["context"]))
+            seen = {name: value[mine] for name, value in seen.items()}
             columns = repeat_columns(self.prompts, seen["context"].tolist())
             text = decode(self.tokenizer, seen["token_ids"], is_conversation(columns["prompt"][0]))
             self._handed_out = Completions(columns=columns, text=text, **seen)
@@ -413,6 +419,19 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         if self.schedule.tolerance is not None:
             metrics["response_steps"] = float(taken)
         return metrics
+
+    def _check_whole(self, what: str, *, with_moments: bool = False) -> None:
+        """Refuse what needs the whole policy on every process, or its optimizer's moments too."""
+        if world_size() == 1:
+            return
+        trainer = self._built()
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+        if trainer.is_fsdp_enabled or stage == 3 or (with_moments and stage):
+            raise InputError(
+                f"{type(self).__name__}: expected a policy that is whole on every process for a {what}, got one that "
+                f"{'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'} shards; use an inside schedule and HPGD with "
+                "out=None, and keep the results yourself (docs/scaling.md), or start with recipes/accelerate/ddp.yaml"
+            )
 
     def _check_inside(self, contexts_per_step: int, group_size: int) -> None:
         if contexts_per_step > self.prompts_per_step or group_size != self.group_size:
@@ -440,7 +459,17 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
 
     def _hand_out(self, step: int) -> None:
         """Keep the newest batch as the follower's response of leader step `step`."""
-        self._ready, self._handed_out = step, self._built().observed
+        seen = self._built().observed
+        assert seen is not None
+        self._ready, self._handed_out = step, seen
+        self._of_all_ranks = Completions(
+            context=gather_rows(seen.context),
+            columns={},
+            token_ids=gather_lists(seen.token_ids),
+            text=[],
+            log_policy=gather_rows(seen.log_policy),
+            log_prior=gather_rows(seen.log_prior),
+        )
 
     def _is_ready(self, step: int) -> bool:
         return self._ready == step and self._handed_out is not None
