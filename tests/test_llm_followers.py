@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import enumerable_lm as lm
 import pytest
 import torch
 from datasets import Dataset
 
-from align_cbrl import ExpectedUtility, GroupCritic, PolicyResponse, Problem, Rollouts
+from align_cbrl import (
+    HPGD,
+    ExpectedUtility,
+    GroupCritic,
+    HPGDConfig,
+    InputError,
+    PolicyResponse,
+    Problem,
+    RandomlyTruncated,
+    Rollouts,
+)
 from align_cbrl.functional import best_response_gap
-from align_cbrl.llm import RLOOFollower, TiltedFollower, sample_completions
+from align_cbrl.llm import (
+    GRPOFollower,
+    RLOOFollower,
+    Schedule,
+    TiltedFollower,
+    TrainedFollower,
+    sample_completions,
+    trl_grpo,
+    trl_observed,
+)
 from align_cbrl.problem import Critic, Critique
+from align_cbrl.randomly_truncated import gradients_after
+from recipes.settings.follower import FollowerSettings, ScheduleSettings
 
 TEMPERATURE = 2.0
 
@@ -265,3 +290,329 @@ def test_extra_columns_reach_the_rollouts(folder: Path, leader: lm.LinearLeader)
     follower.respond(leader, torch.tensor([2]))
     rollouts = follower.rollout(torch.tensor([2]), 4, torch.Generator().manual_seed(0))
     assert rollouts.steps["answer"] == [3, 3, 3, 3]
+
+
+# ---- GRPO ----
+
+
+def distance_after(
+    kind: type[TrainedFollower], folder: Path, leader: lm.LinearLeader, steps: int, **options: Any
+) -> float:
+    """Exact KL to the best response after training."""
+    follower = kind(folder, lm.prompt_dataset(), TEMPERATURE, max_completion_length=lm.LENGTH, **options)
+    target = exact_best_response(follower, leader)
+    follower.train(leader, steps)
+    return lm.kl(leader.enumeration.log_probs(follower.policy, follower.tokenizer), target)
+
+
+def test_grpo_with_the_kl_in_the_reward_moves_as_rloo_does(folder: Path, leader: lm.LinearLeader) -> None:
+    """Same seeds, hence the same prompts and random numbers: only the baseline differs. The start is at 0.44 nats."""
+    options = {"prompts_per_step": 4, "group_size": 32, "learning_rate": 2e-3}
+    rloo, grpo = (distance_after(kind, folder, leader, 25, **options) for kind in (RLOOFollower, GRPOFollower))
+    assert rloo < 0.25
+    assert grpo == pytest.approx(rloo, rel=0.1)
+
+
+@pytest.mark.slow
+def test_grpo_with_the_kl_in_the_reward_converges_to_the_enumerated_best_response(
+    folder: Path, leader: lm.LinearLeader
+) -> None:
+    """As the test of RLOO above. GRPO's own KL would end at 0.02 nats."""
+    options = {"prompts_per_step": 4, "group_size": 96, "learning_rate": 1e-3}
+    assert distance_after(GRPOFollower, folder, leader, 300, **options) <= 0.005
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale_rewards": "group"}, r"scale_rewards='group': acts as lambda times the spread.*0\.11 nats"),
+        ({"loss_type": "dapo"}, "loss_type='dapo': only 'dr_grpo'"),
+        ({"num_iterations": 2}, r"num_iterations=2: GRPO's ratios are a token's.*0\.002 nats"),
+        ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, "divides by the completion's length"),
+        ({"top_entropy_quantile": 0.2}, "leaves tokens untrained"),
+        ({"entropy_coef": 0.1}, "an entropy bonus is another objective"),
+        ({"mask_truncated_completions": True}, r"worse than no training \(0\.97 nats\)"),
+        ({"temperature": 0.7}, "samples are not the policy's"),
+        ({"generation_kwargs": {"suppress_tokens": [3]}}, r"suppress_tokens left 1\.94 nats"),
+        ({"lr_scheduler_type": "linear"}, "only 'constant' is the same after a resume"),
+        ({"disable_dropout": False}, "disable_dropout=False"),
+        ({"beta": 0.1}, r"settings: beta, num_generations.* follow from the follower's own arguments"),
+        ({"no_such": 1}, "GRPO settings: .*no_such"),
+    ],
+)
+def test_grpo_settings_with_another_fixed_point_are_refused(
+    folder: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        GRPOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, group_size=2, settings=settings)
+
+
+def test_grpos_own_kl_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"beta=0\.1: GRPO's own KL.* \(0\.019 to 0\.025 nats"):
+        trl_grpo.boltzmann_config(0.1, output_dir=str(tmp_path), beta=0.1, num_generations=2)
+
+
+# ---- the temperature may be the leader's ----
+
+
+class LearnedTemperature(lm.LinearLeader):
+    """x, and a temperature beside it."""
+
+    def __init__(self, enumeration: lm.Enumeration, x: torch.Tensor, temperature: float) -> None:
+        super().__init__(enumeration, x)
+        self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def follower_temperature(self) -> torch.Tensor:
+        return self.log_temperature.exp()
+
+
+@pytest.mark.parametrize("kind", [RLOOFollower, GRPOFollower])
+def test_the_leaders_temperature_is_the_price_of_a_nat(
+    folder: Path, enumeration: lm.Enumeration, kind: type[TrainedFollower]
+) -> None:
+    """A follower made for 2 and told 0.7 by the leader is one made for 0.7; read anew at every step."""
+    x = torch.tensor([0.5, -0.3, 0.2, 0.1, -0.6], dtype=torch.float64)
+    plain, told = lm.LinearLeader(enumeration, x), LearnedTemperature(enumeration, x, 0.7)
+    options = {"max_completion_length": lm.LENGTH, "prompts_per_step": 2, "group_size": 4, "learning_rate": 1e-3}
+    made, follower = (kind(folder, lm.prompt_dataset(), t, **options) for t in (0.7, 2.0))
+    made.train(plain, 3)
+    follower.train(told, 3)
+    for a, b in zip(made.policy.parameters(), follower.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert follower.newest_gap() == pytest.approx(made.newest_gap(), rel=1e-5)
+    with torch.no_grad():
+        told.log_temperature.fill_(math.log(5.0))
+    made.train(plain, 2)
+    follower.train(told, 2)
+    apart = max(
+        (a - b).abs().max().item() for a, b in zip(made.policy.parameters(), follower.policy.parameters(), strict=True)
+    )
+    assert apart > 1e-4
+
+
+def test_a_tilted_follower_takes_the_leaders_temperature(folder: Path, enumeration: lm.Enumeration) -> None:
+    x = torch.tensor([0.5, -0.3, 0.2, 0.1, -0.6], dtype=torch.float64)
+    weights = []
+    for temperature, leader in ((0.7, lm.LinearLeader(enumeration, x)), (2.0, LearnedTemperature(enumeration, x, 0.7))):
+        follower = TiltedFollower(folder, lm.prompt_dataset(), temperature, max_completion_length=lm.LENGTH)
+        follower.respond(leader, torch.arange(4))
+        weights.append(follower.rollout(torch.arange(4), 8, torch.Generator().manual_seed(0)).weight)
+    torch.testing.assert_close(*weights)
+
+
+# ---- schedules ----
+
+
+def test_a_full_best_response_ends_at_the_tolerance(folder: Path, leader: lm.LinearLeader) -> None:
+    follower = RLOOFollower(
+        folder, lm.prompt_dataset(), TEMPERATURE,
+        max_completion_length=lm.LENGTH, prompts_per_step=4, group_size=64, learning_rate=2e-3,
+        schedule=Schedule(interval=5, tolerance=0.1, limit=200),
+    )  # fmt: skip
+    enumeration, target = leader.enumeration, exact_best_response(follower, leader)
+    rows: list[dict[str, float]] = []
+
+    def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
+        close = lm.kl(enumeration.log_probs(follower.policy, follower.tokenizer), target)
+        rows.append({**metrics, "kl": close})
+        return True
+
+    follower.follow(leader, on_rollouts, start=0, steps=2, contexts_per_step=4, group_size=64, seed=0)
+    first, second = rows
+    assert first["response_steps"] > 5 and first["response_steps"] % 5 == 0
+    assert first["kl"] < 0.15
+    assert second["response_steps"] == 5  # nothing moved: one look is enough
+
+
+def test_randomly_truncated_training_telescopes(folder: Path, leader: lm.LinearLeader) -> None:
+    """RT-Q: the expectation over the level is the gradient after 2^(K+1) optimizer steps, exactly."""
+    schedule = Schedule(interval=0, inside=False, levels=2)
+    follower = RLOOFollower(
+        folder, lm.prompt_dataset(), TEMPERATURE,
+        max_completion_length=lm.LENGTH, prompts_per_step=2, group_size=4, learning_rate=2e-3, schedule=schedule,
+    )  # fmt: skip
+    problem = Problem(leader, ExpectedUtility(leader.enumeration.judge), follower)
+    estimator = schedule.around(PolicyResponse(), group_size=8)
+    assert isinstance(estimator, RandomlyTruncated)
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.tensor([0, 2, 3])
+    follower.respond(leader, contexts)
+    rollouts = follower.rollout(contexts, 1, generator)
+
+    def gradient(call: Callable[[], Any]) -> torch.Tensor:
+        leader.zero_grad()
+        call()
+        assert leader.x.grad is not None
+        return leader.x.grad.clone()
+
+    def fresh() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    levels = [
+        gradient(lambda k=k: estimator.backward_at(k, problem, rollouts, fresh())) for k in (1, 2)
+    ]  # fmt: skip
+    expectation = sum(p * g for p, g in zip(estimator.probabilities.tolist(), levels, strict=True))
+    (_, (longest, _)) = gradients_after([2, 8], PolicyResponse(), problem, contexts, fresh(), group_size=8)
+    torch.testing.assert_close(expectation, longest[0], rtol=1e-9, atol=1e-12)
+    (once,) = gradients_after([8], PolicyResponse(), problem, contexts, fresh(), group_size=8)
+    torch.testing.assert_close(once[0][0], longest[0], rtol=1e-5, atol=1e-8)  # 2 steps and 6 more are 8
+    assert (levels[0] - levels[1]).norm() > 1e-4
+
+    # The follower is left untrained, and what the training cost is counted.
+    assert follower.steps == 0 and follower.completions_seen == (4 + 8 + 8 + 8) * 8
+    start = follower.rollout(contexts, 4, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(start.log_policy, start.log_prior, rtol=0, atol=1e-6)
+
+
+def test_an_estimator_that_trains_cannot_do_so_inside_the_training_loop(folder: Path, leader: lm.LinearLeader) -> None:
+    follower = RLOOFollower(
+        folder, lm.prompt_dataset(), TEMPERATURE, max_completion_length=lm.LENGTH, prompts_per_step=2, group_size=4,
+    )  # fmt: skip
+    problem = Problem(leader, ExpectedUtility(leader.enumeration.judge), follower)
+    optimizer = torch.optim.SGD(leader.parameters(), lr=0.1, maximize=True)
+    config = HPGDConfig(steps=1, contexts_per_step=2, group_size=4, progress=False)
+    with pytest.raises(InputError, match=r"asked to train from inside its own training loop.*inside=False"):
+        HPGD(problem, optimizer, RandomlyTruncated(PolicyResponse(), 1, group_size=4), config).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": 0}, "expected interval >= 1"),
+        ({"warmup": -1}, "warmup >= 0"),
+        ({"tolerance": 0.1}, "tolerance=0.1 and limit=None go together"),
+        ({"tolerance": -1.0, "limit": 10}, "expected a positive gap in nats"),
+        ({"tolerance": 0.1, "limit": 3}, "expected at least interval=5 steps, got 3"),
+        ({"levels": 2}, "expected K >= 1 with inside=False"),
+    ],
+)
+def test_schedules_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Schedule(**options)
+    with pytest.raises(InputError, match="expected either a Schedule or interval, got both"):
+        RLOOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, schedule=Schedule(), interval=3)
+
+
+# ---- vLLM, through trl's own option ----
+
+
+class FakeEngine:
+    """Stands where trl's vLLM engine would: always answers `a b`, and counts the weights it was given."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
+
+    def sync_weights(self) -> None:
+        self.syncs += 1
+
+    def generate(self, prompts: list[Any], **options: Any) -> tuple[Any, ...]:
+        completions = [[2 + i % 3, 3] for i in range(len(prompts))]
+        return prompts, completions, [[[-9.0]] * 2 for _ in prompts], None
+
+
+@pytest.mark.parametrize("kind", [RLOOFollower, GRPOFollower])
+def test_with_another_engine_the_log_probabilities_are_the_trainers_own(
+    folder: Path, leader: lm.LinearLeader, kind: type[TrainedFollower]
+) -> None:
+    follower = kind(
+        folder, lm.prompt_dataset(), TEMPERATURE,
+        max_completion_length=lm.LENGTH, prompts_per_step=2, group_size=4, learning_rate=1e-3,
+    )  # fmt: skip
+    trainer, engine = follower._built(), FakeEngine()
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, engine, -1
+    trainer.vllm_importance_sampling_correction = False
+    follower.train(leader, 1)
+    before = leader.enumeration.log_probs(follower.policy, follower.tokenizer)
+    follower.train(leader, 1)  # trl counts from 0 again, and would take the engine's weights for up to date
+    assert engine.syncs == 2
+    seen = follower.newest
+    index = leader.enumeration.index(seen.steps["prompt"], seen.steps["completion_ids"])
+    torch.testing.assert_close(seen.log_policy[:, 0], before[index], rtol=0, atol=1e-4)
+
+
+def test_vllm_that_is_missing_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (RLOOFollower, GRPOFollower):
+        with pytest.raises(InputError, match=r"use_vllm=True: vllm is not installed; pip install 'trl\[vllm\]'"):
+            kind(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, settings={"use_vllm": True})
+    monkeypatch.setattr(trl_observed.importlib.util, "find_spec", lambda name: object())
+    settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
+    config = GRPOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, settings=settings)._config
+    assert config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_importance_sampling_correction
+    with pytest.raises(InputError, match="vllm_importance_sampling_correction=True"):
+        settings["vllm_importance_sampling_correction"] = True
+        GRPOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, settings=settings)
+
+
+# ---- bad input ----
+
+
+def test_models_that_are_not_a_base_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(folder, tmp_path / "checkpoint-50")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is a checkpoint of a run in training.*become the reference policy; pass"):
+        RLOOFollower(checkpoint, lm.prompt_dataset(), 1.0, prompts_per_step=2)
+    wrong = shutil.copytree(folder, tmp_path / "wrong")
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**config, "vocab_size": 6}))
+    with pytest.raises(InputError, match="token ids up to 7, and the model has 6 tokens; they do not belong together"):
+        TiltedFollower(wrong, lm.prompt_dataset(), 1.0)
+
+
+def test_another_trl_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl_observed.importlib.metadata, "version", lambda name: "1.17.0")
+    with pytest.raises(InputError, match=r"trl 1\.17\.0 is installed; expected at least 1\.16 and below 1\.17"):
+        RLOOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2)
+
+
+def test_an_untrained_policy_that_says_nothing_is_refused(folder: Path, leader: lm.LinearLeader) -> None:
+    follower = RLOOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, group_size=2, max_completion_length=2)
+    head = follower.policy.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(lm.VOCABULARY)))
+    with torch.no_grad():
+        head.bias[lm.EOS] = 100.0
+    with pytest.raises(InputError, match="all 4 completions of the untrained policy are empty"):
+        follower.train(leader, 1)
+
+
+def test_batches_that_cannot_be_cut_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="got 6 completions in 4 pieces"):
+        RLOOFollower(
+            folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, group_size=3,
+            settings={"gradient_accumulation_steps": 4},
+        )  # fmt: skip
+
+
+def test_one_forward_pass_less_changes_nothing(folder: Path, leader: lm.LinearLeader) -> None:
+    """The graph of the scoring pass is kept for the loss; with it and without, the same steps."""
+    options = {"max_completion_length": lm.LENGTH, "prompts_per_step": 2, "group_size": 4, "learning_rate": 1e-3}
+    for kind in (RLOOFollower, GRPOFollower):
+        short, long = (kind(folder, lm.prompt_dataset(), TEMPERATURE, **options) for _ in range(2))
+        long._built()._one_forward_is_enough = lambda: False
+        short.train(leader, 4)
+        long.train(leader, 4)
+        for a, b in zip(short.policy.parameters(), long.policy.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_settings_build_followers(folder: Path) -> None:
+    prompts = lm.prompt_dataset()
+    schedule = ScheduleSettings(interval=2, warmup=3)
+    follower = FollowerSettings(
+        trainer="grpo", temperature=0.5, prompts_per_step=2, group_size=4, lora=2, schedule=schedule,
+        settings={"weight_decay": 0.01},
+    ).build(folder, prompts, seed=7)  # fmt: skip
+    assert isinstance(follower, GRPOFollower)
+    assert (follower.schedule.warmup, follower.seed, follower.peft_config.r) == (3, 7, 2)
+    assert follower._config.weight_decay == 0.01
+    assert isinstance(FollowerSettings(prompts_per_step=2).build(folder, prompts, 0), RLOOFollower)
+    assert isinstance(FollowerSettings(trainer="tilted").build(folder, prompts, 0), TiltedFollower)
+    for wrong, message in (
+        ({"trainer": "ppo"}, "follower.trainer: expected rloo, grpo or tilted, got 'ppo'"),
+        ({"group_size": 1}, "follower.group_size: expected at least 2, got 1"),
+        ({"temperature": 0.0}, "follower.temperature: expected a positive number"),
+        ({"trainer": "tilted", "vllm": True}, "follower.vllm: expected False with trainer 'tilted'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FollowerSettings(**wrong)
+    with pytest.raises(InputError, match="vllm is not installed"):
+        FollowerSettings(prompts_per_step=2, vllm=True).build(folder, prompts, 0)

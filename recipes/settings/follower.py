@@ -74,7 +74,7 @@ class FollowerSettings:
         if self.trainer == "tilted":
             for name, empty in (("lora", None), ("vllm", False), ("settings", {})):
                 if getattr(self, name) != empty:
-                    expected = "null" if empty is None else empty
+                    expected = "null" if empty is None else str(empty)
                     raise InputError(
                         f"follower.{name}: expected {expected} with trainer 'tilted', which trains nothing, got "
                         f"{getattr(self, name)!r}"
