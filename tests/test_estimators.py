@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import MUTANTS, assert_close, assert_unbiased, enumerated_gradient, implicit_gradient, relative_error
+from rebuilt import report_is_rebuilt
 
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, PolicyResponse, Problem
 from align_cbrl.cli import main
@@ -494,6 +495,7 @@ def test_the_recipe_resumes_and_refuses_another_configuration(tmp_path):
     smoke = str(Path(__file__).parents[1] / "recipes" / "estimators" / "smoke.yaml")
     run = ["run", "estimators", "--config", smoke, "--out", str(tmp_path / "run")]
     assert main(run) == 0
+    assert report_is_rebuilt(tmp_path / "run")
     first = json.loads((tmp_path / "run" / "summary.json").read_text())
     cells = sorted((tmp_path / "run" / "cells").glob("*.json"))
     assert len(cells) == 3

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rebuilt import report_is_rebuilt
 
 import toy_cmdp
 from align_cbrl.cli import main
@@ -26,6 +27,7 @@ def test_exact_ascent_ends_where_it_was_measured_to_end(
     assert main(["run", "four_rooms", "--out", str(tmp_path / "run"), "--set", *settings]) == 0
     (row,) = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     assert row["value"] == pytest.approx(value, abs=0.003)
+    assert report_is_rebuilt(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("exact", "steps"), [("true", 1000), ("false", 600)])
@@ -97,6 +99,7 @@ def test_a_table_has_a_row_a_cell_and_shows_its_maps(tmp_path: Path) -> None:
         assert toy_cmdp.leader_value(problem).item() == pytest.approx(record["value"], abs=1e-12)
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png") == 4  # curves, fines, and a map of each cell
+    assert report_is_rebuilt(tmp_path / "run")
     assert len(MetricsLog.read(tmp_path / "run" / "metrics.jsonl")) == 4
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
 from align_cbrl.errors import CheckpointError, InputError
@@ -28,6 +29,7 @@ def test_smoke_run_and_resume(tmp_path: Path) -> None:
     assert max(payments) == payments[3]  # only what tells effort best is paid for
     assert max(payments[:3]) < 0.3 < payments[3]
     assert "<img" in (out / "report.html").read_text()
+    assert report_is_rebuilt(out)
 
     (out / "contract.json").unlink()
     kept = (out / "instances.json").stat().st_mtime_ns

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rebuilt import report_is_rebuilt
 from torch import Tensor
 
 from align_cbrl import (
@@ -187,12 +188,13 @@ def test_the_recipe_runs_and_is_found_again(tmp_path: Path) -> None:
     assert main(["run", "rtq", *out, "--resume"]) == 0
     again = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert first["rows"] == again["rows"]
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert report_is_rebuilt(tmp_path / "run")
 
 
 def test_the_convergence_recipe_runs(tmp_path: Path) -> None:
     out = ["--config", "smoke.yaml", "--out", str(tmp_path / "run")]
     assert main(["run", "convergence", *out]) == 0
+    assert report_is_rebuilt(tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [row["estimate"] for row in summary["rows"]] == ["4 paths", "exact"]
     assert summary["slopes"]["kl"]["mean"] == pytest.approx(2, abs=0.1)

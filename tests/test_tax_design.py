@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from oracles import assert_close, finite_differences, implicit_gradient, relative_error
+from rebuilt import report_is_rebuilt
 from scipy import stats
 
 from align_cbrl.cli import main
@@ -328,6 +329,7 @@ def test_recipe_runs_and_a_resumed_run_is_the_same(tmp_path, follower):
         assert whole["rows"][0]["value"] > whole["rows"][0]["start"]
     for name in ("progress.png", "behaviour.png", "report.html"):
         assert (tmp_path / "whole" / name).stat().st_size > 10_000
+    assert report_is_rebuilt(tmp_path / "whole")
     log = MetricsLog.read(tmp_path / "whole" / "seed-0" / "metrics.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     assert {"vat_1", "tau", "objective_0"} <= set(log[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from align_cbrl import InputError
+from recipes.settings.tracking import TrackingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Config:
     follower: FollowerSettings = dataclasses.field(default_factory=FollowerSettings)
     hpgd: LeaderSettings = dataclasses.field(default_factory=LeaderSettings)
     evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
+    tracking: TrackingSettings = dataclasses.field(default_factory=TrackingSettings)
 
     def __post_init__(self) -> None:
         if self.leader not in ("mixture", "reward_model"):

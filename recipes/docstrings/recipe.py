@@ -39,7 +39,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
     # Bars of a fraction of a second, a hundred times over, would bury the run's own.
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    claim(out, config, recipe="docstrings")
+    claim(out, config, recipe="docstrings", free=["tracking"])
     clock, rows = Clock(out / "seconds.json"), Rows(out / "rows.json")
     bench = prepare(config, out.parent / "cache", clock.seconds)
     clock.save()

@@ -10,6 +10,7 @@ import torch
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, KLPriced, PolicyResponse, Problem
 from align_cbrl.config import fingerprint, to_dict
 from align_cbrl.llm import LanguageLeader, RewardMixture, RLOOFollower, load_leader, train_follower
+from recipes.docstrings.config import Config
 from recipes.docstrings.stages import Workbench
 
 
@@ -23,7 +24,8 @@ def tune(bench: Workbench, out: Path, seed: int) -> tuple[LanguageLeader, RLOOFo
     """
     config = bench.config
     leader, follower, judge = bench.leader(), bench.follower(seed), bench.judge()
-    objective = KLPriced(ExpectedUtility(judge), price=config.hpgd.kl_price)
+    tracker = config.tracking.build(out, to_dict(config), leader)
+    objective = KLPriced(ExpectedUtility(tracker.watch(judge)), price=config.hpgd.kl_price)
     parameters = [p for p in leader.parameters() if p.requires_grad]
     run = HPGD(
         Problem(leader, objective, follower),
@@ -37,9 +39,11 @@ def tune(bench: Workbench, out: Path, seed: int) -> tuple[LanguageLeader, RLOOFo
             checkpoint_every=5,
         ),
         out,
-        fingerprint=fingerprint({**to_dict(config), "model": bench.model, "proxy": bench.proxy}),
+        fingerprint=fingerprint({**_lasting(config), "model": bench.model, "proxy": bench.proxy}),
+        observers=[tracker],
     )
-    run.run(resume=True)
+    with tracker:
+        run.run(resume=True)
     return leader, follower, run
 
 
@@ -50,10 +54,15 @@ def train_fresh(bench: Workbench, reward: Path, out: Path, seed: int) -> tuple[L
     follower = bench.follower(seed)
     train_follower(
         follower, leader, config.follower.steps, out=out,
-        fingerprint=fingerprint({**to_dict(config), "reward": (reward / "reward.json").read_text()}),
+        fingerprint=fingerprint({**_lasting(config), "reward": (reward / "reward.json").read_text()}),
         monitor=lambda rollouts: {"judge": judge(None, rollouts).mean().item()}, name="fresh follower",
     )  # fmt: skip
     return leader, follower
+
+
+def _lasting(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run must share: all but where it is tracked."""
+    return {name: value for name, value in to_dict(config).items() if name != "tracking"}
 
 
 def describe_leader(leader: LanguageLeader, follower: RLOOFollower, run: HPGD) -> dict[str, Any]:
