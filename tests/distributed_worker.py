@@ -215,7 +215,7 @@ def hpgd(folder: Path, *, die_at: int | None = None, inside: bool = True) -> dic
     run = HPGD(Problem(leader, ExpectedUtility(judge), follower), optimizer, config=config, out=folder / "run")
     run.run(resume=True)
     policy = {name: value.detach() for name, value in follower.policy.named_parameters()}
-    return {"x": leader.x.detach(), "policy": policy, "seen": seen, "steps": len(run.history)}
+    return {"x": leader.x.detach(), "policy": policy, "seen": seen, "steps": len(run.history), "mark": run.fingerprint}
 
 
 def main(task: str, folder: Path) -> None:

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import align_cbrl
-from align_cbrl import InputError
+from align_cbrl import InputError, RunStopped
+from align_cbrl.checkpoints import load_checkpoint
+from align_cbrl.cli import main
 from align_cbrl.distributed import check_launch, share
+from align_cbrl.llm import RLOOFollower
 from align_cbrl.metrics import MetricsLog
 
 WORKER = Path(worker.__file__)
@@ -136,6 +139,55 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path: Path) -> No
     }
     assert files(tmp_path) - before == run | {"killed", "run-0.pt", "run-1.pt"}
     assert [row["step"] for row in MetricsLog.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    found = load_checkpoint(tmp_path / "run" / "checkpoints", fingerprint=first["mark"])
+    assert found is not None
+    _, state = found
+    assert torch.equal(state["leader"]["x"], first["x"])
+    assert state["follower"]["handed_out"]["token_ids"] == [ids for _, ids in first["seen"][9:] + second["seen"][9:]]
+
+
+def test_a_rank_finds_its_part_of_a_response_that_the_leader_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = RLOOFollower(
+        lm.build(tmp_path), lm.prompt_dataset(), 2.0, max_completion_length=lm.LENGTH,
+        prompts_per_step=3, group_size=6, interval=1,
+    )  # fmt: skip
+    enumeration = lm.Enumeration.random(1)
+
+    def stop(rollouts: align_cbrl.Rollouts, metrics: dict[str, float]) -> bool:
+        raise RunStopped("the judge's budget is spent")
+
+    with pytest.raises(RunStopped):
+        follower.follow(worker.start_of(enumeration), stop, start=0, steps=1, contexts_per_step=3, group_size=6, seed=0)
+    state = follower.state_dict()
+    everyone = state["handed_out"]["token_ids"]
+    assert len(everyone) == 18
+    monkeypatch.setattr("align_cbrl.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("align_cbrl.distributed.rank", lambda: 1)
+    follower.load_state_dict(state)
+    assert follower._handed_out is not None
+    assert follower._handed_out.rollouts().steps["completion_ids"] == everyone[9:]
+
+
+def test_what_a_sharded_policy_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    follower = RLOOFollower(
+        lm.build(tmp_path), lm.prompt_dataset(), 2.0, max_completion_length=lm.LENGTH, prompts_per_step=2, group_size=4
+    )
+    monkeypatch.setattr(follower._built(), "is_fsdp_enabled", True)
+    follower.state_dict()  # one process holds all of it
+    monkeypatch.setattr("align_cbrl.llm.trained.world_size", lambda: 2)
+    for attempt in (follower.state_dict, lambda: follower.sample(torch.arange(2), 2, torch.Generator())):
+        with pytest.raises(InputError, match="got one that FSDP shards"):
+            attempt()
+
+
+def test_a_recipe_in_several_processes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("align_cbrl.cli.world_size", lambda: 2)
+    assert main(["run", "docstrings"]) == 2
+    assert "recipe 'docstrings': expected one process, got 2" in capsys.readouterr().err
 
 
 def test_a_command_that_would_start_one_process_is_refused(tmp_path: Path) -> None:
