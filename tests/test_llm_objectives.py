@@ -117,12 +117,9 @@ def test_cross_fitted_mean_variance_is_unbiased_by_enumeration(group: int) -> No
     assert bias(risk, risk, group, rewards) > 0.05  # what the covariance of weight and weighed costs
 
 
-@pytest.mark.parametrize(
-    "risk",
-    [EntropicRisk(SCORE, 2.0), WorstContext(SCORE, 0.4), WorstGroup(SCORE, "topic", 0.4)],
-    ids=lambda r: type(r).__name__,
-)
-def test_cross_fitting_lowers_the_bias_where_contexts_are_close(risk: OverContexts) -> None:
+@pytest.mark.parametrize("name", ["entropic", "soft_worst", "worst_group"])
+def test_cross_fitting_lowers_the_bias_where_contexts_are_close(name: str) -> None:
+    risk = RISKS[name]
     rewards = torch.tensor([[0.0, 0.5], [0.2, -1.2]], dtype=torch.float64)  # values 0.62 and 0.64
     plain, fitted = bias(risk, risk, 4, rewards), bias(CrossFitted(risk), risk, 4, rewards)
     assert fitted < 0.2 * plain, (plain, fitted)
@@ -150,7 +147,7 @@ def test_a_group_that_the_batch_lacks_is_remembered() -> None:
     again.load_state_dict(objective.state_dict())
     assert torch.equal(gradient(again, law), there)
     objective.update(Rewards(torch.zeros(2, 2)), law)  # that was law; the memory of two has forgotten art
-    assert [entry for entry in objective.state_dict()["values"]] == [0.25, 0.25]
+    assert objective.state_dict()["values"] == [0.25, 0.25]
 
 
 def test_a_group_counts_by_one_over_its_share() -> None:
@@ -183,9 +180,8 @@ def test_labelled_pairs_add_their_own_gradient() -> None:
     leader = Rewards(torch.tensor([[0.0, 0.5], [0.2, -0.5]], dtype=torch.float64))
     pairs.likelihood(leader).backward()
     r = leader.rewards.detach()
-    by_hand = (
-        2 * torch.nn.functional.logsigmoid(r[0, 1] - r[0, 0]) + torch.nn.functional.logsigmoid(r[1, 0] - r[1, 1])
-    ) / 3
+    differences = torch.stack([r[0, 1] - r[0, 0], r[0, 1] - r[0, 0], r[1, 0] - r[1, 1]])
+    by_hand = torch.nn.functional.logsigmoid(differences).mean()
     assert pairs.likelihood(leader).item() == pytest.approx(by_hand.item())
     own = leader.rewards.grad
     torch.testing.assert_close(gradient(pairs, whole), own)
@@ -213,7 +209,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
             for step in range(start, steps):
                 generator = torch.Generator().manual_seed(step)
                 policy = torch.softmax(leader.rewards.detach(), -1)
-                answers = torch.multinomial(policy, 4, replacement=True, generator=generator).tolist()
+                answers = torch.multinomial(policy, 12, replacement=True, generator=generator).tolist()
                 if not on_rollouts(batch(answers[: 1 + step % 2]), {}):
                     return
 
@@ -241,7 +237,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
     [
         (lambda: CrossFitted(SCORE), "expected a risk over contexts .* got ExpectedUtility"),  # type: ignore[arg-type]
         (lambda: CrossFitted(CVaR(SCORE, 0.5), memory=-1), "memory: expected a number of contexts >= 0, got -1"),
-        (lambda: CrossFitted(CVaR(SCORE, 0.5)).evaluate(None, batch([[0, 1], [1, 1, 0]])), "at least 3 completions, got one of 2"),
+        (lambda: CrossFitted(CVaR(SCORE, 0.5)).evaluate(None, batch([[0, 1], [1, 1, 0]])), "at least 3 completions"),
         (lambda: WorstGroup(SCORE, "subject").evaluate(None, batch([[0], [1]])), "a column 'subject'.*'topic'"),
         (lambda: WorstGroup(SCORE, "topic").aggregate(torch.ones(2), torch.ones(2)), "no exact value on a table"),
         (lambda: PreferenceData(batch([[0], [1]]), batch([[0], []])), "as many rejected as chosen"),

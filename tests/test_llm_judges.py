@@ -1,0 +1,428 @@
+"""Judges that cost: cache, budget, batches, a server that misbehaves, a kill, pairs, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align_cbrl import InputError, PreferenceLikelihood, Rollouts, RunStopped
+from align_cbrl.config import load_config
+from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge
+from align_cbrl.llm.judges import judge_identity
+from recipes.settings.judge import JudgeSettings
+from recipes.settings.objective import ObjectiveSettings
+
+
+def rollouts(completions: list[str], **columns: list[Any]) -> Rollouts:
+    steps = {"prompt": ["q"] * len(completions), "completion": completions, **columns}
+    return Rollouts.bandit(contexts=torch.zeros(len(completions), dtype=torch.long), steps=steps)
+
+
+def words(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(len(c.split())) for c in completions]
+
+
+class Counting:
+    """A judge that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        self.asked.append(list(completions))
+        return [float(len(c)) for c in completions]
+
+
+# ---- cache, budget, batches ----
+
+
+def test_nothing_is_asked_twice() -> None:
+    function = Counting()
+    judge = Judge(function)
+    assert judge(None, rollouts(["a", "bb", "a"])).tolist() == [[1.0], [2.0], [1.0]]
+    assert judge(None, rollouts(["bb", "ccc"])).tolist() == [[2.0], [3.0]]
+    assert function.asked == [["a", "bb"], ["ccc"]]
+    assert (judge.calls, judge.cached) == (3, 2)
+
+
+def test_what_a_judge_does_not_see_does_not_tell_rows_apart() -> None:
+    function, by_answer = Counting(), Judge(lambda completions, answer: [float(a) for a in answer])
+    judge = Judge(function)
+    judge(None, rollouts(["a", "a"], answer=[1, 2]))
+    assert function.asked == [["a"]]
+    assert by_answer(None, rollouts(["a", "a"], answer=[1, 2])).tolist() == [[1.0], [2.0]]
+    some = Judge(lambda **arguments: [float(len(arguments))] * len(arguments["completions"]), columns=["answer"])
+    assert some(None, rollouts(["a"], answer=[1], other=[object()])).tolist() == [[3.0]]
+    with pytest.raises(InputError, match=r"cannot tell its rows apart .*columns="):
+        Judge(lambda **arguments: [0.0])(None, rollouts(["a"], other=[object()]))
+
+
+def test_a_cache_on_disk_is_shared_and_knows_the_judge(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "cache.sqlite"
+    first = Judge(words, cache=JudgeCache(path))
+    first(None, rollouts(["a b", "a"]))
+    second = Judge(words, cache=JudgeCache(path))
+    assert second(None, rollouts(["a", "a b c"])).tolist() == [[1.0], [3.0]]
+    assert (second.calls, second.cached, second.spent) == (1, 1, 3)
+    other = Judge(lambda completions: [9.0] * len(completions), cache=JudgeCache(path), identity="other")
+    assert other(None, rollouts(["a"])).item() == 9.0
+    assert (other.spent, second.spent) == (1, 3)
+    assert second(None, rollouts(["a"])).item() == 1.0
+    with pytest.raises(InputError, match=r"cannot tell who the scores .* give identity="):
+        Judge(lambda completions: [0.0], cache=JudgeCache(path))
+    (tmp_path / "bad.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 20)
+    with pytest.raises(InputError, match="expected a cache that align-cbrl wrote"):
+        JudgeCache(tmp_path / "bad.sqlite")
+
+
+def test_many_keys_and_exact_scores(tmp_path: Path) -> None:
+    scores = {f"key {i}": i / 7 for i in range(1234)}
+    for cache in (JudgeCache(), JudgeCache(tmp_path / "cache.sqlite")):
+        cache.add("me", scores)
+        assert cache.get([*scores, "unknown"]) == scores
+        assert cache.spent("me") == 1234
+
+
+def test_the_identity_changes_with_the_file(tmp_path: Path) -> None:
+    from align_cbrl.imports import load_object
+
+    identities = []
+    for folder, score in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        file = tmp_path / folder / "mine.py"
+        file.parent.mkdir()
+        file.write_text(f"def score(completions):\n    return [{score}] * len(completions)\n")
+        identities.append(judge_identity(load_object(f"{file}:score")).split()[-1])  # type: ignore[union-attr]
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_a_budget_stops_before_the_call_and_a_larger_one_resumes(tmp_path: Path) -> None:
+    function = Counting()
+
+    def judge(budget: int) -> Judge:
+        return Judge(function, cache=JudgeCache(tmp_path / "c.sqlite"), identity="counting", budget=budget)
+
+    judge(3)(None, rollouts(["a", "b"]))
+    with pytest.raises(RunStopped, match="2 of the budget of 3 completions are spent, and 2 more are needed"):
+        judge(3)(None, rollouts(["c", "d", "a"]))
+    assert function.asked == [["a", "b"]]
+    assert judge(3)(None, rollouts(["a", "b", "a"])).shape == (3, 1)  # what is known is free
+    judge(4)(None, rollouts(["c", "d", "a"]))
+    assert function.asked[1:] == [["c", "d"]]
+
+
+def test_what_was_said_before_a_failure_is_kept() -> None:
+    function = Counting()
+
+    def fails_at_d(prompts: list[str], completions: list[str]) -> list[Any]:
+        scores: list[Any] = function(prompts, completions)
+        return [float("nan") if c == "d" else s for c, s in zip(completions, scores, strict=True)]
+
+    judge = Judge(fails_at_d, batch_size=2)
+    with pytest.raises(InputError, match="judge: expected a finite number for each completion, got nan"):
+        judge(None, rollouts(["a", "b", "c", "d", "e"]))
+    assert function.asked == [["a", "b"], ["c", "d"]]
+    judge.function = function
+    judge(None, rollouts(["a", "b", "c", "d", "e"]))
+    assert function.asked[2:] == [["d", "e"]]
+
+
+@pytest.mark.parametrize("returned", [None, [1.0], ["x", "y"], [float("nan"), 0.0], "ab", {"a": 1, "b": 2}, 3.0])
+def test_answers_refused(returned: Any) -> None:
+    with pytest.raises(InputError, match="judge: expected"):
+        Judge(lambda completions: returned)(None, rollouts(["a", "b"]))
+
+
+def test_nothing_is_paid_twice_after_a_kill(tmp_path: Path) -> None:
+    """A judge writes down what it is paid for; its process is killed between two batches, and another one goes on."""
+    texts, paid = [f"c{i}" for i in range(10)], tmp_path / "paid.txt"
+
+    def run(kill: bool) -> Judge:
+        def pays(completions: list[str]) -> list[float]:
+            if kill and paid.exists() and len(paid.read_text().split()) >= 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with paid.open("a") as file:
+                file.write("".join(f"{c}\n" for c in completions))
+            return [float(c[1:]) for c in completions]
+
+        judge = Judge(pays, cache=JudgeCache(tmp_path / "cache.sqlite"), identity="mine", batch_size=2)
+        assert judge(None, rollouts(texts))[:, 0].tolist() == [float(i) for i in range(10)]
+        return judge
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads; the child ends by a kill
+        child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            run(kill=True)
+        os._exit(1)  # never reached, unless the kill did not come
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(paid.read_text().split()) == 6
+    judge = run(kill=False)
+    assert (judge.calls, judge.cached, judge.spent) == (4, 6, 10)
+    assert sorted(paid.read_text().split()) == texts
+
+
+# ---- a server ----
+
+
+Answer = Callable[[dict[str, Any], int], tuple[int, Any, dict[str, str]]]
+
+
+@contextlib.contextmanager
+def server(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A stand-in on this machine: answers POSTs by `answer(body, how many before) -> status, body, headers`."""
+    seen: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append({"body": body, "token": self.headers.get("Authorization"), "time": time.monotonic()})
+            status, said, headers = answer(body, len(seen) - 1)
+            text = said if isinstance(said, bytes) else json.dumps(said).encode()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(text))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}/score", seen
+        finally:
+            http.shutdown()
+            thread.join(timeout=10)
+
+
+def good(body: dict[str, Any], before: int) -> tuple[int, Any, dict[str, str]]:
+    return 200, {"scores": [float(len(c)) for c in body["completions"]]}, {}
+
+
+def test_a_server_is_asked_in_batches_with_a_token_and_the_columns_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    with server(good) as (url, seen):
+        remote = RemoteJudge(url, columns=["topic"], token_variable="JUDGE_TOKEN")
+        judge = Judge(remote, batch_size=2)
+        batch = rollouts(["a", "bb", "a", "ccc"], topic=["x", "y", "x", "z"], other=[object()] * 4)
+        assert judge(None, batch)[:, 0].tolist() == [1.0, 2.0, 1.0, 3.0]
+        assert [row["body"]["completions"] for row in seen] == [["a", "bb"], ["ccc"]]
+        assert seen[0]["body"] == {"prompts": ["q", "q"], "completions": ["a", "bb"], "topic": ["x", "y"]}
+        assert {row["token"] for row in seen} == {"Bearer secret"}
+        assert "secret" not in repr(vars(remote)) + remote.identity
+        monkeypatch.delenv("JUDGE_TOKEN")
+        with pytest.raises(InputError, match="a token in the environment variable JUDGE_TOKEN"):
+            judge(None, rollouts(["new"], topic=["x"]))
+        with pytest.raises(InputError, match=r"no columns \['topic'\]"):
+            judge(None, rollouts(["newer"]))
+
+
+def test_a_server_that_recovers_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(body: dict[str, Any], before: int) -> tuple[int, Any, dict[str, str]]:
+        faults: list[tuple[int, Any, dict[str, str]]] = [
+            (503, b"busy", {}), (429, b"slow down", {"Retry-After": "7"}), (200, b"<html>", {})
+        ]  # fmt: skip
+        return faults[before] if before < len(faults) else good(body, before)
+
+    waits: list[float] = []
+    with server(answer) as (url, seen):
+        monkeypatch.setattr("align_cbrl.llm.judges.time.sleep", waits.append)
+        judge = Judge(RemoteJudge(url), retries=3, wait=0.5)
+        assert judge(None, rollouts(["abc"])).item() == 3.0
+    assert len(seen) == 4 and judge.calls == 1
+    assert 0.25 <= waits[0] <= 0.75 and waits[1] == 7.0 and 1.0 <= waits[2] <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        ((200, {"scores": [float("nan")]}, {}), InputError, "got nan for completion 0"),
+        ((200, {"scores": ["high"]}, {}), InputError, "got 'high' for completion 0"),
+        ((200, {"scores": []}, {}), InputError, "expected 1 scores, one a completion, got 0"),
+        ((200, {"score": [1.0]}, {}), InputError, "an object with one under 'scores'"),
+        ((401, b"who are you", {}), InputError, "status 401 .*who are you; repair"),
+        ((302, b"", {"Location": "http://127.0.0.1:9/"}), InputError, "status 302"),
+        ((500, b"oops", {}), RunStopped, r"JudgeUnavailable on all 2 attempts \(judge http.*status 500.*resume"),
+        ((429, b"", {"Retry-After": "86400"}), RunStopped, "asks to wait 86400 s"),
+    ],
+)
+def test_a_server_that_does_not_recover(said: tuple[int, Any, dict[str, str]], error: type, message: str) -> None:
+    with server(lambda body, before: said) as (url, seen):
+        judge = Judge(RemoteJudge(url), retries=1, wait=0.0)
+        with pytest.raises(error, match=message):
+            judge(None, rollouts(["a"]))
+        assert len(seen) == (2 if said[0] == 500 else 1)
+        assert judge.calls == 0
+
+
+def test_a_server_that_says_nothing_times_out() -> None:
+    silent = threading.Event()
+
+    def answer(body: dict[str, Any], before: int) -> tuple[int, Any, dict[str, str]]:
+        silent.wait(timeout=10)
+        return good(body, before)
+
+    with server(answer) as (url, _):
+        began = time.monotonic()
+        with pytest.raises(RunStopped, match=r"no answer: .*timed out"):
+            Judge(RemoteJudge(url, timeout=0.2), retries=1, wait=0.0)(None, rollouts(["a"]))
+        assert time.monotonic() - began < 5
+        silent.set()
+    with pytest.raises(RunStopped, match="no answer"):  # and now nobody listens
+        Judge(RemoteJudge(url, timeout=0.2), retries=0)(None, rollouts(["a"]))
+
+
+def test_the_rate_is_kept() -> None:
+    with server(good) as (url, seen):
+        Judge(RemoteJudge(url, rate=20.0), batch_size=1)(None, rollouts(list("abcde")))
+    assert len(seen) == 5 and seen[-1]["time"] - seen[0]["time"] >= 0.9 * 4 / 20.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RemoteJudge("ftp://example.org"), "expected http://"),
+        (lambda: RemoteJudge("file:///etc/hosts"), "expected http://"),
+        (lambda: RemoteJudge("https://me:pw@example.org"), "expected no password"),
+        (lambda: RemoteJudge("http://example.org", token_variable="T"), "unencrypted; use https"),
+        (lambda: RemoteJudge("https://example.org", rate=0.0), "rate: expected a positive number, got 0"),
+        (lambda: Judge(words, budget=0), "budget: expected a positive number or None, got 0"),
+        (lambda: Judge(words, batch_size=0), "batch_size"),
+        (lambda: Judge(words, retries=-1), "retries and wait of at least 0"),
+    ],
+)
+def test_refused(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+# ---- pairs ----
+
+
+def test_a_judge_of_pairs_is_asked_about_each_pair_once_in_both_orders() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def prefers_first(prompts: list[str], completions_a: list[str], completions_b: list[str]) -> list[float]:
+        pairs = list(zip(completions_a, completions_b, strict=True))
+        asked.extend(pairs)
+        return [1.0 if len(a) > len(b) else 0.4 for a, b in pairs]  # and likes what it reads first
+
+    judge = PairwiseJudge(prefers_first)
+    batch = rollouts(["a", "bb", "ccc", "a"])
+    evaluation = PreferenceLikelihood(preference=judge).evaluate(Constant(), batch)
+    assert judge.calls == len(asked) == len(set(asked)) == 6  # three distinct pairs, two orders
+    assert judge(batch, torch.tensor([1, 0, 0]), torch.tensor([0, 1, 3])).tolist() == pytest.approx([0.8, 0.2, 0.5])
+    assert judge.calls == 6
+    assert evaluation.value.item() == pytest.approx(torch.tensor(0.5).log().item())  # of a reward that is constant
+    one = PairwiseJudge(prefers_first, both_orders=False)
+    assert one(batch, torch.tensor([1]), torch.tensor([0])).tolist() == [1.0]
+    with pytest.raises(InputError, match=r"expected numbers in \[0, 1\], got 1.5 for pair 0"):
+        PairwiseJudge(lambda completions_a, completions_b: [1.5] * len(completions_a))(
+            batch, torch.tensor([1]), torch.tensor([0])
+        )
+
+
+class Constant(torch.nn.Module):
+    def reward(self, rollouts: Rollouts) -> torch.Tensor:
+        return torch.zeros(rollouts.size, 1, dtype=torch.float64)
+
+
+# ---- settings ----
+
+
+def test_settings_build_judges(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def score(completions):\n    return [float(len(c)) for c in completions]\n"
+        "def compare(completions_a, completions_b):\n    return [0.5 for _ in completions_a]\n"
+    )
+    judge = JudgeSettings(function=f"{tmp_path}/mine.py:score", budget=2).build(tmp_path / "run")
+    assert judge(None, rollouts(["abc"])).item() == 3.0  # type: ignore[arg-type,call-arg]
+    assert (tmp_path / "run/judge_cache.sqlite").is_file() and judge.spent == 1
+    assert JudgeSettings(function=f"{tmp_path}/mine.py:score").build(tmp_path).cache.path is None
+    pairs = JudgeSettings(function=f"{tmp_path}/mine.py:compare", pairwise=True, both_orders=False).build(tmp_path)
+    assert isinstance(pairs, PairwiseJudge) and not pairs.both_orders
+    with server(good) as (url, seen):
+        (tmp_path / "judge.yaml").write_text(f"url: {url}\nbudget: 100\nrate: 50\ncolumns: [topic]\n")
+        remote = load_config(JudgeSettings, tmp_path / "judge.yaml").build(tmp_path)
+        assert isinstance(remote, Judge) and remote.batch_size == 16
+        remote(None, rollouts(["a"], topic=["x"]))
+        assert seen[0]["body"] == {"prompts": ["q"], "completions": ["a"], "topic": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "expected one of function, reward_model, url, got none"),
+        ({"function": "a:b", "url": "https://x.example"}, "got .'function', 'url'"),
+        ({"reward_model": "x", "pairwise": True}, "pairwise: a reward model scores completions one by one"),
+        ({"function": "a:b", "rate": 2.0}, "rate: only a judge with a url has one"),
+        ({"function": "a:b", "budget": 0}, "budget: expected a positive number or null, got 0"),
+    ],
+)
+def test_settings_of_judges_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        JudgeSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["kind=expected"], "ExpectedUtility"),
+        (["kind=kl_priced", "price=0.01"], "KLPriced"),
+        (["kind=preference", "scale=0.5", "partners=2"], "PreferenceLikelihood"),
+        (["kind=cvar", "share=0.25"], "CrossFitted(CVaR)"),
+        (["kind=worst_group", "column=topic", "price=0.1"], "CrossFitted(WorstGroup)"),
+        (["kind=mean_variance", "aversion=1", "memory=0"], "CrossFitted(MeanVariance)"),
+        (["kind=constrained", "cost=length", "bound=3", "rate=0.1"], "Constrained"),
+    ],
+)
+def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
+    made = load_config(ObjectiveSettings, None, values).build(Judge(words), {"length": Judge(words)})
+    inner = f"({type(made.objective).__name__})" if type(made).__name__ == "CrossFitted" else ""  # type: ignore[attr-defined]
+    assert f"{type(made).__name__}{inner}" == kind
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["kind=cvr"], "did you mean 'cvar'"),
+        (["shaer=0.2"], "did you mean 'share'"),
+        (["kind=cvar"], "share: needed by kind 'cvar'"),
+        (["kind=cvar", "share=0.2", "scale=1"], "scale: kind 'cvar' has no such field; did you mean 'share'"),
+        (["kind=cvar", "share=2"], r"CVaR.share: expected a share in \(0, 1\], got 2"),
+        (["kind=constrained", "cost=c"], "bound, rate: needed by kind 'constrained'"),
+        (["kind=kl_priced", "price=-1"], "KLPriced.price"),
+        (["kind=expected", "share=0.3"], "share: kind 'expected' has no such field"),
+    ],
+)
+def test_objectives_refused(values: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(ObjectiveSettings, None, values)
+
+
+def test_objectives_refuse_the_wrong_judge_and_unknown_costs() -> None:
+    pairs = PairwiseJudge(lambda completions_a, completions_b: [0.5])
+    with pytest.raises(InputError, match="'expected' needs a judge that scores completions"):
+        ObjectiveSettings("expected").build(pairs)
+    assert ObjectiveSettings("preference", partners=2).build(pairs).preference is pairs  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="scale: a judge of pairs says probabilities"):
+        ObjectiveSettings("preference", scale=1.0).build(pairs)
+    settings = ObjectiveSettings("constrained", cost="lenght", bound=1.0, rate=0.1)
+    with pytest.raises(InputError, match="did you mean 'length'"):
+        settings.build(Judge(words), {"length": Judge(words)})
