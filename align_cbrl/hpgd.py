@@ -24,7 +24,8 @@ from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, i
 from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.hypergradient import Hypergradient, PolicyResponse
 from align_cbrl.metrics import MetricsLog
-from align_cbrl.problem import Problem
+from align_cbrl.problem import Problem, step_seed
+from align_cbrl.replay import Memory
 from align_cbrl.rollouts import Rollouts
 
 Observer = Callable[[dict[str, float], Rollouts], None]
@@ -43,6 +44,9 @@ class HPGDConfig:
         correction: of samples of a follower that lags, by importance weights within each prompt's group: "on", "off",
             or "auto", where `Certificate.correction_pays` decides at every leader step. For one-step problems with
             log-probabilities; elsewhere there is none.
+        replays: further updates after each leader step, each on a batch of an earlier step (or this one), drawn at
+            random and weighted as samples of the best response to the leader as it is by then. They cost no samples
+            of the follower; a `Judge` remembers its scores. For one-step problems with log-probabilities.
         seed: of contexts and paths.
         checkpoint_every: leader steps between checkpoints.
         progress: show a progress bar.
@@ -53,6 +57,7 @@ class HPGDConfig:
     group_size: int = 8
     max_gradient_norm: float | None = 1.0
     correction: str = "auto"
+    replays: int = 0
     seed: int = 0
     checkpoint_every: int = 10
     progress: bool = True
@@ -61,6 +66,8 @@ class HPGDConfig:
         for name in ("steps", "contexts_per_step", "group_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"HPGDConfig.{name}: expected a positive number, got {getattr(self, name)}")
+        if self.replays < 0:
+            raise InputError(f"HPGDConfig.replays: expected at least 0, got {self.replays}")
         if self.correction not in ("auto", "on", "off"):
             raise InputError(f"HPGDConfig.correction: expected 'auto', 'on' or 'off', got {self.correction!r}")
 
@@ -124,6 +131,7 @@ class HPGD:
         self._seconds = {"leader": 0.0, "follower": 0.0}
         self._returned_at = 0.0
         self._interrupted = False
+        self._memory = Memory()
         self._told: set[str] = set()  # what has been warned of
 
     def run(self, resume: bool = False) -> None:
@@ -150,6 +158,10 @@ class HPGD:
                 f"{type(self.hypergradient).__name__}: expected one process, got {world_size()}; only PolicyResponse "
                 "and its variants gather what other processes sampled"
             )
+        if self.out is not None:
+            self.problem.follower.state_dict()  # what cannot be saved should be known before anything is trained
+        if world_size() > 1 and self.config.replays:
+            raise InputError("HPGDConfig.replays: expected 0 in several processes, whose batches one checkpoint lacks")
         if resume and self.out is not None:
             self._restore(self.out)
         steps = gather_rows(torch.tensor([self.step])).tolist()
@@ -213,6 +225,8 @@ class HPGD:
 
     def _leader_step(self, rollouts: Rollouts, metrics: dict[str, float]) -> dict[str, float]:
         began = time.perf_counter()
+        if self.config.replays:
+            self._memory.add(rollouts)
         self.optimizer.zero_grad(set_to_none=True)
         rollouts, certificate = self._certified(rollouts)
         row = {**self.hypergradient.backward(self.problem, rollouts), **certificate}
@@ -222,8 +236,7 @@ class HPGD:
                 f"(norm {row['gradient_norm']}), although rewards and utilities are; look for a square root or a "
                 "logarithm at zero. The leader was left as it is"
             )
-        if self.config.max_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
+        self._clip()
         row.update(self.problem.objective.update(self.problem.leader, rollouts))
         skipped = row["gradient_norm"] == 0
         row["skipped_steps"] = (self.history[-1].get("skipped_steps", 0.0) if self.history else 0.0) + skipped
@@ -237,6 +250,7 @@ class HPGD:
         else:
             self.optimizer.step()
             self.problem.leader.project()
+        row.update(self._replay())
         self.step += 1
         now = time.perf_counter()
         self._seconds["leader"] += now - began
@@ -251,6 +265,29 @@ class HPGD:
         }
         self.history.append(row)
         return row
+
+    def _replay(self) -> dict[str, float]:
+        """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
+        shares = []
+        for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
+            certificate = certify(self.problem, batch, chunks=self.hypergradient.chunks)
+            if certificate is None:
+                raise InputError(
+                    "HPGDConfig.replays: expected rollouts of one step with log_policy and log_prior, which can be "
+                    "weighted; set replays=0 for this follower"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            found = self.hypergradient.backward(self.problem, corrected(batch, certificate))
+            shares.append(certificate.effective_sample_size)
+            if 0 < found["gradient_norm"] < math.inf:
+                self._clip()
+                self.optimizer.step()
+                self.problem.leader.project()
+        return {"replay_effective_sample_size": sum(shares) / len(shares)} if shares else {}
+
+    def _clip(self) -> None:
+        if self.config.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
 
     def _certified(self, rollouts: Rollouts) -> tuple[Rollouts, dict[str, float]]:
         """The rollouts, weighted where the follower's lag makes that worth while, and the certificate's metrics."""
@@ -303,6 +340,7 @@ class HPGD:
             "follower": self.problem.follower.state_dict(),
             "objective": self.problem.objective.state_dict(),
             "hypergradient": self.hypergradient.state_dict(),
+            "memory": self._memory.state_dict(),
             "history": self.history,
             "seconds": self._seconds,
         }
@@ -318,6 +356,7 @@ class HPGD:
         self.problem.follower.load_state_dict(state["follower"])
         self.problem.objective.load_state_dict(state["objective"])
         self.hypergradient.load_state_dict(state["hypergradient"])
+        self._memory.load_state_dict(state.get("memory", []))
         self.history = state["history"]
         self._seconds = state["seconds"]
 

@@ -21,9 +21,10 @@ LAYERS = (
     {"run_folder", "compare"},
     {"rollouts"},
     {"problem"},
-    {"random_numbers", "search", "critics", "objectives"},
+    {"random_numbers", "search", "critics", "objectives", "replay"},
     {"cross_fitted", "preference_data", "worst_group"},
     {"hypergradient"},
+    {"certificate"},
     {"geometric", "myopic", "randomly_truncated", "zeroth_order"},
     {"hpgd"},
 )

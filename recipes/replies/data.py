@@ -66,7 +66,7 @@ def load_requests() -> DatasetDict:
 
 
 def desk_log(rows: int, seed: int) -> Dataset:
-    """What the desk replied over the years, for a policy to learn: `prompt` and `completion`, products of both splits."""
+    """What the desk used to reply, for a policy to learn: `prompt` and `completion`, products of both splits."""
     rng = random.Random(seed)
     log = []
     for _ in range(rows):

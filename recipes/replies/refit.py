@@ -1,0 +1,88 @@
+"""The rival that uses the judge's labels without a response term: describe the judge, train on, describe it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cbrl.llm import LanguageLeader, RewardMixture, score_arguments
+from align_cbrl.metrics import MetricsLog
+from align_cbrl.rollouts import Rollouts
+from recipes.replies.bench import Bench
+
+
+def refit(
+    bench: Bench, name: str, leader: LanguageLeader, *, spread: float, passes: int = 0, learning_rate: float = 1e-3
+) -> list[dict[str, Any]]:
+    """Iterated retraining: a follower in training, whose reward is fitted anew to all of the judge's labels so far.
+
+    It sees the judge on the same batches as HPGD, at the same follower steps. What is fitted is the judge's score
+    within prompts, scaled so that its standard deviation there is `spread`; of a mixture by least squares, of a reward
+    model by Adam on batches of all labels so far.
+
+    Args:
+        bench: gives follower, judge and test prompts.
+        name: of the folder under the seed's.
+        leader: fitted; left with what it learned.
+        spread: of the reward within a prompt.
+        passes: for a reward model, batches that are fitted at each leader step.
+        learning_rate: of Adam.
+
+    Returns:
+        The curve: points as of `Bench.tune`.
+    """
+    settings = bench.settings
+    follower = bench.follower(bench.seed)
+    batches: list[tuple[Rollouts, Tensor]] = []
+    curve = MetricsLog(bench.out / name / "curve.jsonl")
+    curve.truncate_after(0)
+    parameters = [p for p in leader.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(parameters, lr=learning_rate)
+    generator = torch.Generator().manual_seed(bench.seed)
+
+    def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
+        batches.append((rollouts, within(bench.judge(None, rollouts)[:, 0], rollouts)))
+        unit = spread / torch.cat([label for _, label in batches]).std().clamp(min=1e-12)
+        if isinstance(leader, RewardMixture):
+            _least_squares(leader, batches, spread)
+        else:
+            for place in torch.randint(len(batches), (passes,), generator=generator).tolist():
+                batch, label = batches[place]
+                adam.zero_grad()
+                error = within(leader.reward(batch)[:, 0], batch) - (unit * label).float()
+                error.square().mean().backward()
+                adam.step()
+        taken, step = metrics["follower_steps"], len(batches)
+        if taken % settings.measure.every < settings.follower.schedule.interval or step == settings.hpgd.steps:
+            curve.append({"step": taken, "judged": step * rollouts.size, **bench.point(follower)})
+        return step < settings.hpgd.steps
+
+    with curve:
+        follower.follow(
+            leader, on_rollouts, start=0, steps=settings.hpgd.steps,
+            contexts_per_step=settings.follower.prompts_per_step, group_size=settings.follower.group_size,
+            seed=bench.seed,
+        )  # fmt: skip
+    leader.save_pretrained(bench.out / name / "reward")
+    return bench.curve(name)
+
+
+@torch.no_grad()
+def _least_squares(leader: RewardMixture, batches: list[tuple[Rollouts, Tensor]], spread: float) -> None:
+    features = torch.cat([
+        torch.stack([within(column, batch) for column in leader.features(**score_arguments(batch)).T], 1)
+        for batch, _ in batches
+    ])  # fmt: skip
+    labels = torch.cat([label for _, label in batches])
+    # gelsd: terms that are copies of each other share their weight instead of blowing it up
+    leader.weight.copy_(torch.linalg.lstsq(features, labels[:, None], driver="gelsd").solution[:, 0])
+    leader.weight.mul_(spread / max(leader.spread(), 1e-12))
+
+
+def within(values: Tensor, rollouts: Rollouts) -> Tensor:
+    """Values [B] less their prompt's mean."""
+    _, place, sizes = torch.unique(rollouts.group[:, 0].to(values.device), return_inverse=True, return_counts=True)
+    mean = torch.zeros(len(sizes), dtype=values.dtype, device=values.device).index_add(0, place, values) / sizes
+    return values - mean[place]

@@ -1,0 +1,1 @@
+"""Tune reward weights by HPGD, against the search that people run today."""

@@ -1,0 +1,101 @@
+"""What people run today: one RLHF run a trial, over the weights of the rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from align_cbrl import InputError
+from align_cbrl.llm import RewardMixture
+from align_cbrl.metrics import MetricsLog
+from recipes.replies.bench import Bench
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """How weights are searched.
+
+    Attributes:
+        trials: runs of RLHF, each with a fresh follower.
+        steps: follower steps of each.
+        prompts: training prompts that a trial is judged on.
+        group_size: completions of each of them.
+    """
+
+    trials: int = 20
+    steps: int = 40
+    prompts: int = 16
+    group_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise InputError(f"search.{name}: expected a positive number, got {value}")
+
+
+def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSettings, out: Path) -> list[dict[str, Any]]:
+    """Search the directions of the weights on the boundary of the budget; continues a stopped search.
+
+    Args:
+        bench: gives followers, rewards, judge and test prompts.
+        kind: Optuna's tree-structured Parzen estimator, or independent draws.
+        settings: how many trials, and how long.
+        out: folder of trials.jsonl.
+
+    Returns:
+        A row for each trial: `weights`, `score` (the judge on training prompts, what is searched by), `judge` (the same
+        on test prompts), `kl`, `steps` and `judged` (follower steps and completions judged so far), and `best`, the
+        test score of the trial that is best by `score` so far.
+
+    Raises:
+        InputError: Optuna is not installed, or the configured leader is no mixture.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError("search needs optuna, which is not installed: pip install 'align-cbrl[tune]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = (
+        optuna.samplers.TPESampler(seed=bench.seed) if kind == "tpe" else optuna.samplers.RandomSampler(bench.seed)
+    )
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    file = out / "trials.jsonl"
+    done = MetricsLog.read(file) if file.exists() else []
+    with MetricsLog(file) as log:
+        for number in range(settings.trials):
+            leader = bench.leader()
+            if not isinstance(leader, RewardMixture):
+                raise InputError(f"search: expected leader.kind mixture, got {type(leader).__name__}")
+            trial = study.ask()
+            direction = [trial.suggest_float(name, -1.0, 1.0) for name in leader.terms]
+            if number < len(done):  # the sampler repeats itself, given what it was told
+                study.tell(trial, done[number]["score"])
+                continue
+            with torch.no_grad():
+                leader.weight.copy_(torch.tensor(direction, dtype=torch.float64))
+                leader.weight.mul_(leader.budget / max(leader.spread(), 1e-12))
+            follower = bench.follower(bench.seed * 1000 + number)
+            follower.train(leader, settings.steps)
+            generator = torch.Generator().manual_seed(bench.seed * 1000 + number)
+            contexts = follower.sample_contexts(min(settings.prompts, len(bench.data["train"])), generator)
+            score = bench.judge(None, follower.rollout(contexts, settings.group_size, generator)).mean().item()
+            study.tell(trial, score)
+            found = bench.final(follower)
+            rows = [*done, {"score": score, "judge": found["judge"]["mean"]}]
+            row = {
+                "trial": number,
+                "weights": leader.weights(),
+                "score": score,
+                "judge": found["judge"]["mean"],
+                "kl": found["kl"]["mean"],
+                "steps": (number + 1) * settings.steps,
+                "judged": (number + 1) * len(contexts) * settings.group_size,
+                "best": max(rows, key=lambda r: r["score"])["judge"],
+            }
+            log.append(row)
+            done.append(json.loads(json.dumps(row)))
+    return done

@@ -1,0 +1,67 @@
+"""Means over seeds, with their errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+
+def mean_and_error(values: Tensor | Sequence[float]) -> dict[str, float]:
+    """Mean and standard error of independent values [N]; the error of a single one is unknown.
+
+    Example:
+        >>> mean_and_error([1.0, 3.0])
+        {'mean': 2.0, 'se': 1.0}
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": values.mean().item(), "se": error}
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard error and Student's 95 % interval of independent values [N].
+
+    Example:
+        >>> {name: round(value, 2) for name, value in interval([1.0, 2.0, 3.0]).items()}
+        {'mean': 2.0, 'se': 0.58, 'low': -0.48, 'high': 4.48}
+    """
+    found = mean_and_error(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * found["se"] if len(values) > 1 else math.nan
+    return {**found, "low": found["mean"] - half, "high": found["mean"] + half}
+
+
+def shown(found: Mapping[str, float]) -> str:
+    """`mean_and_error` or `interval` as text.
+
+    Example:
+        >>> shown(interval([1.0, 2.0, 3.0])), shown({"mean": 0.5, "se": math.nan})
+        ('+2.000 ± 0.577, 95 % [-0.484, +4.484]', '0.500')
+    """
+    error = found["se"]
+    known = error is not None and math.isfinite(error)  # JSON has null for what is not finite
+    if "low" not in found:
+        return f"{found['mean']:.3f}" + (f" ± {error:.3f}" if known else "")
+    if not known:
+        return f"{found['mean']:+.3f} (one seed)"
+    return f"{found['mean']:+.3f} ± {error:.3f}, 95 % [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def band(runs: Sequence[Sequence[Mapping[str, Any]]], x: str, y: str) -> tuple[list[float], list[float], list[float]]:
+    """Mean and standard error over runs of `y`, where all of them have the same `x`: (x, mean, error) for a curve.
+
+    Example:
+        >>> band([[{"step": 1, "judge": 0.0}], [{"step": 1, "judge": 1.0}, {"step": 2, "judge": 1.0}]], "step", "judge")
+        ([1], [0.5], [0.5])
+    """
+    common = sorted(set.intersection(*({row[x] for row in rows} for rows in runs)))
+    means, errors = [], []
+    for place in common:
+        found = mean_and_error([next(row[y] for row in rows if row[x] == place) for rows in runs])
+        means.append(found["mean"])
+        errors.append(found["se"] if math.isfinite(found["se"]) else 0.0)
+    return common, means, errors
