@@ -35,7 +35,7 @@ from align_cbrl import (
     Rollouts,
     WorstGroup,
 )
-from align_cbrl.llm import LengthShaping, LoRA, RewardMixture, RewardModel, RewardModelLeader, Shaped
+from align_cbrl.llm import LearnedBeta, LengthShaping, LoRA, RewardMixture, RewardModel, RewardModelLeader, Shaped
 
 TEMPERATURE = 0.7
 TOPICS = ["law", "art", "law", "art"]  # of the four prompts
@@ -220,8 +220,10 @@ LEADERS: dict[str, Callable[[World], Any]] = {
     "shaped by mixture": lambda w: Shaped(echo, mixture("free")),
     "shaped by model": lambda w: Shaped(echo, reward_model(w, "head")),
     "length shaping": lambda w: LengthShaping(echo, target=1.0, weight=0.5, learn_target=True),
+    "beta around mixture": lambda w: LearnedBeta(mixture("softmax"), 0.6, low=0.1, high=2.0),
+    "beta around head": lambda w: LearnedBeta(reward_model(w, "head"), 0.9, low=0.1, high=2.0),
 }
-FAST = ("linear", "mixture free", "mixture softmax", "shaped by mixture")
+FAST = ("linear", "mixture softmax", "beta around mixture")
 
 
 def calibrated(world: World, name: str) -> Any:
