@@ -22,7 +22,7 @@ _NEAR = 1e-3  # nats below which there is nothing to correct but rounding
 _FEW = 2.0  # effective samples a group below which weighted samples say little
 _RECENT = 10  # leader steps that the trend is read from
 _FIRST = 6  # leader steps before the follower is judged: it starts at the reference
-_SIGNAL = 0.03  # squared correlation of what is averaged with rho, at which the rule was measured to err least
+_SIGNAL = 0.015  # squared correlation of what is averaged with rho, at which the rule was measured to err least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Certificate:
         Var(rho) = 2 gap and a squared correlation c, the squared bias is c 2 gap times the variance of one of the B
         paths; normal rho give the weights' variance as exp(2 gap) - 1, hence
 
-            correct when 2 c B gap > exp(2 gap) - 1 and gap > 2 standard errors, c = 0.03,
+            correct when 2 c B gap > exp(2 gap) - 1 and gap > 2 standard errors, c = 0.015,
 
-        the debiased gap throughout, and at least 0.001 nats. c was chosen, and the rule compared with others, on an
-        enumerable language model (docs/certificate.md). The effective sample size of small groups is not used: it
+        the debiased gap throughout, and at least 0.001 nats. c was chosen, and the rule compared with others, on
+        enumerable language models (docs/certificate.md). The effective sample size of small groups is not used: it
         misses the weights' tail.
         """
         gap, error = self.gap_debiased, self.gap_debiased_se
