@@ -23,7 +23,8 @@ from align_cbrl.llm import RLOOFollower
 from align_cbrl.metrics import MetricsLog
 
 WORKER = Path(worker.__file__)
-CONFIGS = Path(align_cbrl.__file__).parent.parent / "recipes" / "accelerate"
+ROOT = Path(align_cbrl.__file__).parent.parent
+CONFIGS = ROOT / "recipes" / "accelerate"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch"]
 
@@ -34,7 +35,12 @@ def launch(command: list[str], task: str, folder: Path, **environment: str) -> s
     clean = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
         [sys.executable, *command, str(WORKER), task, str(folder)],
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent), **environment},
+        env={
+            **clean,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (WORKER.parent, ROOT))),
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=120,
