@@ -66,3 +66,8 @@ def _one_seed(task: tuple[Work, Any, int, Path, Path, int]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     folder.mkdir(parents=True, exist_ok=True)
     work(config, seed, folder, cache)
+
+
+def of_each_seed(out: Path, seeds: Sequence[int], name: str) -> list[dict[str, Any]]:
+    """The part `name` of every seed, as `kept` left it."""
+    return [json.loads((out / f"seed-{seed}" / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,10 @@ class Bench:
         terms = self.terms()
         return settings.build(terms if of_all else dict(list(terms.items())[:1]), self.reference())
 
-    def plain(self) -> LanguageLeader:
-        """The proxy alone, at the strength at which leaders start."""
-        settings = LeaderSettings(strength=self.settings.leader.strength, budget=self.settings.leader.strength)
+    def plain(self, strength: float | None = None) -> LanguageLeader:
+        """The proxy alone, at the strength at which leaders start, or at another."""
+        strength = strength or self.settings.leader.strength
+        settings = LeaderSettings(strength=strength, budget=strength)
         return settings.build(dict(list(self.terms().items())[:1]), self.reference())
 
     def follower(self, seed: int, model: str | None = None) -> TrainedFollower:
@@ -222,8 +223,8 @@ class Bench:
 
         Returns:
             judge, proxy (in standard deviations of the reference's completions of a prompt), kl (nats) and words, each
-            {mean, se} with the standard error over prompts; `by_prompt`, the judge's mean for each test prompt; and
-            `samples`, a completion for each of some prompts.
+            {mean, se} with the standard error over prompts; `costs`, likewise, by name; `by_prompt`, the judge's mean
+            for each test prompt, and `groups`, the columns of these prompts; `samples`, a completion for some of them.
         """
         rollouts = self._answers(follower, group_size)
         size = (-1, group_size)
@@ -240,6 +241,8 @@ class Bench:
         return {
             **{n: mean_and_error(v) for n, v in (("judge", judged), ("proxy", proxy), ("kl", kl), ("words", words))},
             "by_prompt": judged.tolist(),
+            "groups": {n: v[::group_size] for n, v in rollouts.steps.items() if n in self.data["test"].column_names},
+            "costs": {n: mean_and_error(c(None, rollouts).view(size).mean(1)) for n, c in self.costs().items()},
             "samples": [
                 {name: str(rollouts.steps[name][i]) for name in ("prompt", "completion")} for i in list(shown)[:8]
             ],
@@ -353,7 +356,7 @@ class Bench:
         )  # fmt: skip
 
 
-def at_divergence(curve: list[Mapping[str, Any]], nats: float, figure: str = "judge") -> float | None:
+def at_divergence(curve: Sequence[Mapping[str, Any]], nats: float, figure: str = "judge") -> float | None:
     """A curve's figure where its divergence from the reference first reaches `nats`, linear between points.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from align_cbrl.config import load_config
 from align_cbrl.llm import RewardMixture
 from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
 from align_cbrl.run_folder import claim, read_summary, write_summary
-from recipes.parts import each_seed, kept
+from recipes.parts import each_seed, kept, of_each_seed
 from recipes.replies.bench import Bench, BenchSettings
 from recipes.replies.refit import refit
 from recipes.reward_weights.search import SearchSettings, search
@@ -133,11 +132,6 @@ def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         kept(folder / "refit.json", refitted)
 
 
-def _parts(config: Config, out: Path, name: str) -> list[dict[str, Any]]:
-    """A part of every seed."""
-    return [json.loads((out / f"seed-{seed}" / f"{name}.json").read_text(encoding="utf-8")) for seed in config.seeds]
-
-
 def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:
     """Follower steps until the judge's score is `target`, and still is at the next point; None if it never is.
 
@@ -154,7 +148,7 @@ def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:
 
 def _summarize(config: Config, out: Path) -> dict[str, Any]:
     names = [name for name in LABELS if name in ("base", "plain", "hpgd", "fresh") or name in config.methods]
-    parts = {name: _parts(config, out, name) for name in names}
+    parts = {name: of_each_seed(out, config.seeds, name) for name in names}
 
     def over_seeds(name: str, figure: str) -> dict[str, float] | None:
         return mean_and_error([p[figure]["mean"] for p in parts[name]]) if figure in parts[name][0] else None
@@ -193,7 +187,7 @@ def report(out: Path) -> None:
     """Draw curves.png and write report.html again, from what a finished run left in `out`."""
     summary = read_summary(out)
     config = load_config(Config, out / "config.yaml")
-    parts = {row["name"]: _parts(config, out, row["name"]) for row in summary["rows"]}
+    parts = {row["name"]: of_each_seed(out, config.seeds, row["name"]) for row in summary["rows"]}
     by_steps: dict[str, Any] = {}
     by_calls: dict[str, Any] = {}
     for name, runs in parts.items():
@@ -243,7 +237,7 @@ def report(out: Path) -> None:
                 "",
                 [
                     Table(
-                        ["seed", "search", "score", "its follower steps", "HPGD's", "share", "HPGD judged", "it judged"],
+                        ["seed", "search", "score", "its steps", "HPGD's", "share", "HPGD judged", "it judged"],
                         [
                             [str(r["seed"]), r["search"], r["target"], r["search_steps"], r["hpgd_steps"], r["share"],
                              r["hpgd_judged"], r["search_judged"]]

@@ -1,0 +1,1 @@
+"""One policy, one judge, six things that a leader may want of it."""

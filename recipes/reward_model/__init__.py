@@ -1,0 +1,1 @@
+"""Repair a hacked reward model: HPGD on its parameters, against iterated retraining on the same labels."""
