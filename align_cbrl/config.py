@@ -245,7 +245,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is untyped
+class _Loader(yaml.SafeLoader):
     """Plain YAML, in which a key stands once: the standard loader would drop the first one silently."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -164,6 +164,7 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise InputError("curves need matplotlib, which is not installed: pip install 'align-cbrl[plots]'") from error
 
@@ -171,8 +172,12 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
     rows = math.ceil(len(panels) / columns)
     with rc_context({"font.family": "sans-serif", "font.size": 10.5, "axes.titlesize": 11.5}):
         width, height = _SIZES[columns]
-        canvas = Canvas(figsize=(width * columns, height * rows), dpi=190, layout="constrained", facecolor="white")
-        canvas.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+        canvas = Canvas(
+            figsize=(width * columns, height * rows),
+            dpi=190,
+            layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08),
+            facecolor="white",
+        )
         FigureCanvasAgg(canvas)
         names = list(dict.fromkeys(name for panel in panels for name in (*panel.curves, *panel.points)))
         pens = {
@@ -184,7 +189,7 @@ def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
         for position, panel in enumerate(panels, start=1):
             _draw(canvas.add_subplot(rows, columns, position), panel, pens, legend=not crowded)
         if crowded:
-            shown = {}
+            shown: dict[str, Any] = {}
             for axes in canvas.axes:
                 for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                     shown.setdefault(label, handle)

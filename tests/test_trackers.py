@@ -20,8 +20,12 @@ from align_cbrl.metrics import MetricsLog
 from align_cbrl.rollouts import Rollouts
 
 
-def length(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    return [float(len(completion)) for completion in completions]
+def letters(completion: str) -> float:
+    return sum(ord(letter) - ord("a") for letter in completion.replace(" ", ""))
+
+
+def late(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    return [letters(completion) for completion in completions]
 
 
 def tracked(tmp_path: Path, policy: Path, steps: int, resume: bool = False) -> tuple[Judge, RewardMixture]:
@@ -30,11 +34,11 @@ def tracked(tmp_path: Path, policy: Path, steps: int, resume: bool = False) -> t
 
     prompts = Dataset.from_dict({"prompt": [f"{a} {b}" for a in "abc" for b in "def"]})
     follower = TiltedFollower(policy, prompts, 0.5, max_completion_length=2)
-    reward = RewardMixture({"length": length}, {"length": 0.1})
-    judge = Judge(lambda prompts, completions: [c.count("a") + 10.0 for c in completions], name="count")
+    reward = RewardMixture({"late": late}, {"late": 0.1})
+    judge = Judge(lambda prompts, completions: [letters(c) + 10.0 for c in completions], name="letters")
     optimizer = torch.optim.SGD(reward.parameters(), lr=0.01, maximize=True)
     config = HPGDConfig(steps=steps, contexts_per_step=4, group_size=4, checkpoint_every=2, progress=False)
-    with Tracker("tensorboard", tmp_path, config={"seed": 0, "rewards": ["length"]}, leader=reward, every=2) as tracker:
+    with Tracker("tensorboard", tmp_path, config={"seed": 0, "rewards": ["late"]}, leader=reward, every=2) as tracker:
         problem = Problem(reward, ExpectedUtility(tracker.watch(judge)), follower)
         HPGD(problem, optimizer, config=config, out=tmp_path, observers=[tracker]).run(resume=resume)
     return judge, reward
@@ -62,7 +66,7 @@ def test_tensorboard_holds_every_metric_and_samples_with_the_judges_score(tmp_pa
     for row in rows:
         prompt, completion, score, value = (cell.strip(" ") for cell in row.strip("|").split(" |"))
         assert len(prompt) == 3
-        assert float(score) == completion.count("a") + 10
+        assert float(score) == letters(completion) + 10
         expected = reward.score([prompt], [completion]).item()
         assert float(value) == pytest.approx(expected, abs=6e-4)
     assert list((tmp_path / "align-cbrl").rglob("hparams.yml"))
