@@ -1,0 +1,125 @@
+"""Judged batches used again: weighted to the present best response, drawn the same after a resume, paid once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toy_cmdp
+from align_cbrl import HPGD, HPGDConfig, InputError, PolicyResponse, Rollouts
+from align_cbrl.certificate import certify, corrected
+from align_cbrl.llm import Judge
+from align_cbrl.replay import Memory
+
+
+def run_of(out: Path | None, steps: int, **settings: Any) -> HPGD:
+    problem = toy_cmdp.preferences(seed=2)
+    optimizer = torch.optim.Adam(problem.leader.parameters(), lr=0.05, maximize=True)
+    config = HPGDConfig(
+        **{
+            "steps": steps,
+            "contexts_per_step": 4,
+            "group_size": 8,
+            "checkpoint_every": 3,
+            "progress": False,
+            **settings,
+        }
+    )
+    return HPGD(problem, optimizer, PolicyResponse(), config, out)
+
+
+def weights(run: HPGD) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.problem.parameters])
+
+
+def test_an_old_batch_gives_the_hypergradient_at_the_present_leader() -> None:
+    problem = toy_cmdp.preferences(seed=2)
+    (x,) = problem.parameters
+    contexts = torch.arange(4)
+    problem.follower.respond(problem.leader, contexts)
+    batches = [problem.follower.rollout(contexts, 256, torch.Generator().manual_seed(i)) for i in range(40)]
+    with torch.no_grad():
+        x += 0.4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=x.dtype)
+    toy_cmdp.leader_value(problem).backward()
+    exact, x.grad = x.grad, None
+    assert exact is not None
+
+    def estimates(weighted: bool) -> torch.Tensor:
+        rows = []
+        for batch in batches:
+            x.grad = None
+            found = certify(problem, batch)
+            assert found is not None
+            PolicyResponse().backward(problem, corrected(batch, found) if weighted else batch)
+            assert x.grad is not None
+            rows.append(x.grad)
+        return torch.stack(rows)
+
+    rows = estimates(weighted=True)
+    error = rows.std(0) / len(rows) ** 0.5
+    # Self-normalised weights are biased by O(1 / 256).
+    assert ((rows.mean(0) - exact).abs() < 4 * error + 0.02 * exact.norm()).all()
+    stale = estimates(weighted=False)
+    assert ((stale.mean(0) - exact).abs() > 4 * error + 0.02 * exact.norm()).any()  # the check can fail
+
+
+def test_replays_make_more_of_what_was_judged() -> None:
+    start = toy_cmdp.leader_value(run_of(None, 1).problem).item()
+    gained = []
+    for replays in (0, 8):
+        run = run_of(None, 10, replays=replays)
+        run.run()
+        gained.append(toy_cmdp.leader_value(run.problem).item() - start)
+    assert gained[1] > 1.5 * gained[0] > 0
+    assert 0 < run.history[-1]["replay_effective_sample_size"] <= 1
+
+
+def test_a_resumed_run_replays_the_same_batches(tmp_path: Path) -> None:
+    whole = run_of(tmp_path / "whole", 8, replays=3)
+    whole.run()
+    run_of(tmp_path / "cut", 5, replays=3).run()
+    resumed = run_of(tmp_path / "cut", 8, replays=3)
+    resumed.run(resume=True)
+    torch.testing.assert_close(weights(whole), weights(resumed), rtol=0, atol=0)
+
+
+def test_a_judge_is_not_asked_again() -> None:
+    run = run_of(None, 6, replays=4)
+    asked = []
+
+    def score(prompts: list[str], completions: list[str]) -> list[float]:
+        asked.extend(zip(prompts, completions, strict=True))
+        return [float(len(text)) for text in completions]
+
+    judge = Judge(score)
+
+    def utility(leader: Any, rollouts: Rollouts) -> torch.Tensor:
+        words = [str(action) * (int(action) + 1) for action in rollouts.steps["action"][:, 0]]
+        steps = {"prompt": [str(int(c)) for c in rollouts.contexts], "completion": words}
+        return judge(None, Rollouts.bandit(contexts=rollouts.contexts, steps=steps))
+
+    object.__setattr__(run.problem.objective, "utility_function", utility)
+    run.run()
+    assert len(asked) == len(set(asked)) == judge.calls
+
+
+def test_the_memory_forgets_the_oldest() -> None:
+    memory = Memory(capacity=2)
+    for context in range(3):
+        memory.add(Rollouts.bandit(contexts=torch.tensor([context]), steps={}))
+    seen = {int(batch.contexts) for batch in memory.draw(40, seed=0)}
+    assert seen == {1, 2} and len(memory) == 2
+
+
+def test_paths_of_several_steps_are_refused() -> None:
+    problem = toy_cmdp.random_cmdp(seed=1)
+    optimizer = torch.optim.Adam(problem.leader.parameters(), lr=0.05, maximize=True)
+    config = HPGDConfig(steps=2, replays=1, progress=False)
+    run = HPGD(problem, optimizer, PolicyResponse(toy_cmdp.exact.ExactCritic()), config)
+    with pytest.raises(InputError, match="one step"):
+        run.run()
+    with pytest.raises(InputError, match="replays"):
+        HPGDConfig(replays=-1)
