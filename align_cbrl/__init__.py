@@ -5,6 +5,7 @@ what the leader wants through that best response, from the follower's samples on
 tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing this package imports torch only.
 """
 
+from align_cbrl.certificate import Certificate, certify
 from align_cbrl.critics import FittedCritic, GroupCritic
 from align_cbrl.cross_fitted import CrossFitted
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
@@ -71,6 +72,9 @@ __all__ = [
     # the loop
     "HPGD",
     "HPGDConfig",
+    # how close the follower is
+    "Certificate",
+    "certify",
     # many starts
     "Climb",
     "Halving",

@@ -142,7 +142,8 @@ def certify(
         group = whole.group[:, 0].to(reward.device)
         groups = int(group.unique().numel())
         weight = None if whole.weight is None else whole.weight.to(reward)
-        plain = debiased = (None, None)
+        plain: tuple[float | None, float | None] = (None, None)
+        debiased = plain
         if weight is None:
             log_ratio = reward / temperature - divergence
             weight = tilt_weights(log_ratio, group)
