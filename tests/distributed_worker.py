@@ -219,7 +219,7 @@ def hpgd(folder: Path, *, die_at: int | None = None, inside: bool = True) -> dic
 
 
 def main(task: str, folder: Path) -> None:
-    faulthandler.dump_traceback_later(100, exit=True)  # nobody waits for ever, and the test sees for what
+    faulthandler.dump_traceback_later(240, exit=True)  # nobody waits for ever, and the test sees for what
     initialize()
     found: dict[str, Any]
     if task == "numbers":

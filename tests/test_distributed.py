@@ -43,7 +43,7 @@ def launch(command: list[str], task: str, folder: Path, **environment: str) -> s
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
