@@ -291,8 +291,8 @@ def test_an_answer_may_have_any_number_of_partners_but_not_the_wrong_factor(worl
             evaluation = super().summarize(utility, rollouts)
             return dataclasses.replace(evaluation, credit=evaluation.credit / 2)  # G = 3: (G - 2) / (G - 1)
 
-    for partners, group in ((2, 3), (2, 5), (4, 5)):
+    for partners, group in ((2, 3), (2, 5)):
         objective = PreferenceLikelihood(preference=said(world), partners=partners)
-        assert deviation(world, leader, wanted, batches=300, objective=objective, group=group) <= 4
+        assert deviation(world, leader, wanted, batches=150, objective=objective, group=group) <= 4
     wrong = Unscaled(preference=said(world), partners=2)
     assert deviation(world, leader, wanted, batches=300, objective=wrong, group=3) > 6
