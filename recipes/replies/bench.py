@@ -55,6 +55,7 @@ class WorldSettings:
         family: architecture of the policy that is made.
         hidden_size: its width.
         layers: its depth.
+        rows: replies that it learns from.
         proxy: folder or hub id of the reward model; null trains a flawed one for the policy that is made, and leaves
             the first of `rewards` to stand in for it where `model` names a policy.
         proxy_pairs: preference pairs for the reward model that is made.
@@ -67,6 +68,7 @@ class WorldSettings:
     family: Family = "llama"
     hidden_size: int = 64
     layers: int = 2
+    rows: int = 6000
     proxy: str | None = None
     proxy_pairs: int = 4000
     rewards: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -170,7 +172,8 @@ class Bench:
     def made_policy(self, family: Family, hidden_size: int, layers: int) -> str:
         """Folder of a policy that writes replies, trained when it is not there yet."""
         facts: dict[str, object] = {
-            "seed": self.seed, "family": family, "hidden_size": hidden_size, "layers": layers
+            "seed": self.seed, "family": family, "hidden_size": hidden_size, "layers": layers,
+            "rows": self.settings.world.rows,
         }  # fmt: skip
         return str(cached(self.cache, "policy", facts, lambda out: train_policy(out, **facts), {}))  # type: ignore[arg-type]  # as above
 

@@ -84,14 +84,14 @@ def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSetting
             contexts = follower.sample_contexts(min(settings.prompts, len(bench.data["train"])), generator)
             score = bench.judge(None, follower.rollout(contexts, settings.group_size, generator)).mean().item()
             study.tell(trial, score)
-            found = bench.final(follower)
-            rows = [*done, {"score": score, "judge": found["judge"]["mean"]}]
+            found = bench.point(follower)
+            rows = [*done, {"score": score, "judge": found["judge"]}]
             row = {
                 "trial": number,
                 "weights": leader.weights(),
                 "score": score,
-                "judge": found["judge"]["mean"],
-                "kl": found["kl"]["mean"],
+                "judge": found["judge"],
+                "kl": found["kl"],
                 "steps": (number + 1) * settings.steps,
                 "judged": (number + 1) * len(contexts) * settings.group_size,
                 "best": max(rows, key=lambda r: r["score"])["judge"],

@@ -1,0 +1,154 @@
+"""The laboratory's recipes end to end on tiny settings, from the command line as a user would."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import enumerable_lm as lm
+import pytest
+from rebuilt import report_is_rebuilt
+
+from align_cbrl.cli import main
+from align_cbrl.llm import load_reward
+from recipes.objectives.recipe import measure
+from recipes.overoptimization.recipe import fit_overoptimization
+from recipes.replies.bench import at_divergence
+from recipes.replies.judge import reply_judge
+from recipes.reward_weights.recipe import steps_to
+from recipes.settings.objective import ObjectiveSettings
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the recipes run, so that the policy and the reward model of seed 0 are made once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def summary_of(out: Path) -> dict:
+    found: dict = json.loads((out / "summary.json").read_text())
+    return found
+
+
+def test_reward_weights(runs: Path) -> None:
+    out = runs / "reward_weights"
+    assert main(["run", "reward_weights", "--config", "smoke.yaml", "--out", str(out)]) == 0
+    summary = summary_of(out)
+    assert {row["name"] for row in summary["rows"]} == {"base", "plain", "hpgd", "fresh", "tpe", "refit"}
+    (reached,) = summary["reached"]
+    assert reached["search_steps"] == 6 and reached["search_judged"] == 3 * 4 * 2
+    score = load_reward(out / "seed-0" / "hpgd" / "reward")
+    assert len(score(prompts=["angry buyer : refund for the laptop . reply : "], completions=["sorry ."])) == 1
+    assert report_is_rebuilt(out)
+    again = ["run", "reward_weights", "--config", "smoke.yaml", "--out", str(out), "--resume"]
+    assert main(again) == 0 and summary_of(out)["rows"] == summary["rows"]
+
+
+@pytest.mark.parametrize("recipe", ["overoptimization", "objectives", "population"])
+def test_a_recipe_runs_and_its_report_is_rebuilt(recipe: str, runs: Path) -> None:
+    out = runs / recipe
+    assert main(["run", recipe, "--config", "smoke.yaml", "--out", str(out)]) == 0
+    rows = summary_of(out)["rows"]
+    assert len(rows) >= 3 and all(math.isfinite(row["judge"]["mean"]) for row in rows)
+    assert report_is_rebuilt(out)
+
+
+def test_reward_model(runs: Path) -> None:
+    out = runs / "reward_model"
+    assert main(["run", "reward_model", "--config", "smoke.yaml", "--out", str(out)]) == 0
+    assert set(summary_of(out)["variants"]) == {"head", "lora"}
+    assert report_is_rebuilt(out)
+
+
+def test_somebody_elses_policy_rewards_and_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm.build(tmp_path / "model")
+    rows = [{"prompt": f"{a} {b}", "answer": a} for a in "abcdef" for b in "abcdef" if a != b]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "own.py").write_text(
+        "def judge(prompts, completions, answer):\n"
+        "    return [float(a in c.split()) for a, c in zip(answer, completions, strict=True)]\n"
+        "def echo(prompts, completions):\n"
+        "    return [float(len(set(p.split()) & set(c.split()))) for p, c in zip(prompts, completions, strict=True)]\n"
+        "def words(prompts, completions):\n"
+        "    return [float(len(c.split())) for c in completions]\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        f"""
+world:
+  data: {tmp_path}/prompts.jsonl
+  model: {tmp_path}/model
+  rewards: {{words: "{tmp_path}/own.py:words", echo: "{tmp_path}/own.py:echo"}}
+judge: {{function: "{tmp_path}/own.py:judge", budget: 100000}}
+follower: {{temperature: 0.5, steps: 2, prompts_per_step: 4, group_size: 4, max_completion_length: 2,
+            schedule: {{interval: 2, warmup: 0}}}}
+hpgd: {{steps: 2}}
+measure: {{every: 2, prompts: 4, group_size: 2, final_group_size: 2}}
+"""
+    )
+    arguments = ["run", "reward_weights", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert "learned weights, first seed: words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("leader.kind=reward_model", "expected mixture"),
+        ("methods=[tpe]", "expected hpgd among them"),
+        ("seeds=[]", "at least one"),
+        ("hpgd.step=3", "steps"),
+        ("measure.every=0", "positive"),
+        ("world.rewards.proxy=a.b", "choose another"),
+        ("objective.kind=cvarr", "cvar"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_named(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "reward_weights", "--config", "smoke.yaml", "--set", override, "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_judge_wants_what_it_says() -> None:
+    request = "happy buyer : repair for the camera . reply : "
+    good = "thank you . we will repair the camera today ."
+    worse = [
+        "sorry . we will repair the camera today .",  # an apology to somebody who is happy
+        "thank you . we will refund the camera today .",
+        "thank you . we will repair the laptop today .",
+        "thank you . we will repair the camera .",
+        "thank you . we always repair the camera today .",
+        "thank you . we will repair the camera today",
+        "thank you . calm down . we will repair the camera today .",
+        "thank you . we will repair the camera today . " + "our team is here to help . " * 2,
+        "",
+    ]
+    scores = reply_judge([request] * 10, [good, *worse])
+    assert scores[0] == 1.0 and max(scores[1:]) < 0.95 and scores[-1] == 0.0
+
+
+def test_curves_are_read_where_they_cross() -> None:
+    curve = [{"kl": 0.0, "judge": 0.2}, {"kl": 2.0, "judge": 0.6}, {"kl": 1.5, "judge": 0.9}]
+    assert at_divergence(curve, 1.5) == pytest.approx(0.5)  # the first crossing, not the return
+    assert at_divergence(curve, 2.5) is None
+    assert steps_to([{"step": 10, "judge": 0.9}, {"step": 20, "judge": 0.1}, {"step": 30, "judge": 0.9}], 0.5) == 30
+    assert steps_to([{"step": 10, "judge": 0.1}], 0.5) is None
+    start = {"kl": 0.0, "judge": 0.3}
+    moved = [{"kl": d * d, "judge": 0.3 + d * (0.4 - 0.1 * math.log(d))} for d in (0.3, 1.0, 2.0, 3.0)]
+    assert fit_overoptimization([start, *moved]) == pytest.approx((0.4, 0.1))
+
+
+def test_objectives_are_measured_as_they_are_defined() -> None:
+    by_prompt, moods = [0.2, 0.4, 0.6, 1.0], {"mood": ["a", "a", "b", "b"]}
+
+    def of(objective: ObjectiveSettings) -> float:
+        return measure(objective, by_prompt, moods, kl=2.0, costs={"words": 9.0}, penalty=0.1)
+
+    assert of(ObjectiveSettings("expected")) == pytest.approx(0.55)
+    assert of(ObjectiveSettings("cvar", share=0.5)) == pytest.approx(0.3)
+    assert of(ObjectiveSettings("worst_group", column="mood")) == pytest.approx(0.3)
+    assert of(ObjectiveSettings("kl_priced", price=0.1)) == pytest.approx(0.35)
+    assert of(ObjectiveSettings("mean_variance", aversion=1.0)) == pytest.approx(0.55 - 0.0875)
+    assert of(ObjectiveSettings("constrained", cost="words", bound=7.0, rate=0.1)) == pytest.approx(0.35)
