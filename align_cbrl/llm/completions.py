@@ -222,9 +222,7 @@ def sample_completions(
     )
     training, own_config = policy.training, policy.generation_config
     policy.eval()
-    policy.generation_config = (
-        config  # what ours leaves open, such as a repetition penalty, would come from the model's
-    )
+    policy.generation_config = config  # what it leaves open, such as a repetition penalty, would come from there
     try:
         with torch.random.fork_rng(devices=_cuda_devices(policy)):
             torch.manual_seed(seed)
