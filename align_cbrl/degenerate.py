@@ -19,7 +19,7 @@ def degenerate_groups(rollouts: Rollouts, whole: Rollouts, credit: Tensor, advan
     rounding. A group whose *rewards* move alike is not looked for: its covariance comes out as zero.
 
     Args:
-        rollouts: this process's own paths; completions are those of `steps` that are not tensors.
+        rollouts: this process's own paths; what is compared is "completion_ids" of their `steps`, or "completion".
         whole: the same, or the paths of all processes (`Rollouts.over_ranks`).
         credit: [B, 1], of the whole.
         advantage: [B, 1], of the whole.
@@ -43,11 +43,11 @@ def degenerate_groups(rollouts: Rollouts, whole: Rollouts, credit: Tensor, advan
 
     rounding = 16 * torch.finfo(advantage.dtype).eps * largest(credit[:, 0].abs().to(advantage))
     empty = largest(advantage[:, 0].abs()) <= rounding
-    texts = [list(value) for value in rollouts.steps.values() if not isinstance(value, Tensor)]
-    if texts:
-        own = [zlib.crc32(repr(row).encode()) for row in zip(*texts, strict=True)]
-    known = gather_rows(torch.tensor([bool(texts)]))
-    if bool(known.all()):
+    said = rollouts.steps.get("completion_ids", rollouts.steps.get("completion"))
+    known = gather_rows(torch.tensor([said is not None]))
+    if bool(known.all()) and said is not None:
+        rows = said.tolist() if isinstance(said, Tensor) else said
+        own = [zlib.crc32(repr(row).encode()) for row in rows]
         code = gather_rows(torch.tensor(own, dtype=torch.float64)).to(place.device)
         empty = empty | (largest(code) == -largest(-code))
     return empty[place], float(empty.double().mean())
