@@ -8,6 +8,7 @@ from pathlib import Path
 
 import enumerable_lm as lm
 import pytest
+import tiny_models
 from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
@@ -89,6 +90,49 @@ measure: {{every: 2, prompts: 4, group_size: 2, final_group_size: 2}}
     arguments = ["run", "reward_weights", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     assert "learned weights, first seed: words" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def one_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration, plain and chat prompts, and a judge that reads both."""
+    folder = tmp_path_factory.mktemp("one_yaml")
+    for chat in (False, True):
+        rows = [{"prompt": prompt} for prompt in tiny_models.prompts(chat) * 2]
+        for i, row in enumerate(rows):
+            row["number"] = i
+        (folder / f"{chat}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "own.py").write_text(
+        "def text(c):\n"
+        "    return c if isinstance(c, str) else c[-1]['content']\n"
+        "def letters(prompts, completions):\n"
+        "    return [float(len(text(c))) for c in completions]\n"
+        "def judge(prompts, completions):\n"
+        "    return [float(len(set(text(c)))) for c in completions]\n"
+    )
+    (folder / "mine.yaml").write_text(
+        f"""
+world:
+  data: {folder}/False.jsonl
+  model: nowhere
+  rewards: {{letters: "{folder}/own.py:letters"}}
+judge: {{function: "{folder}/own.py:judge"}}
+follower: {{temperature: 0.5, steps: 1, prompts_per_step: 2, group_size: 4, max_completion_length: 3,
+            schedule: {{interval: 1, warmup: 0}}}}
+hpgd: {{steps: 1}}
+measure: {{every: 1, prompts: 2, group_size: 2, final_group_size: 2}}
+"""
+    )
+    return folder
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_another_policy_is_another_path(family: str, chat: bool, one_yaml: Path, tmp_path: Path) -> None:
+    tiny_models.build(tmp_path / "model", family, chat=chat)
+    paths = [f"world.model={tmp_path / 'model'}", f"world.data={one_yaml / f'{chat}.jsonl'}"]
+    arguments = ["run", "reward_weights", "--config", str(one_yaml / "mine.yaml"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--set", *paths]) == 0
+    assert {row["name"] for row in summary_of(tmp_path / "run")["rows"]} == {"base", "plain", "hpgd", "fresh"}
 
 
 @pytest.mark.parametrize(
