@@ -57,3 +57,23 @@ def overlap(prompts: list[str], completions: list[str], **columns: object) -> li
 def final_period(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """1 where the reply ends in a full stop."""
     return [float(text.split()[-1:] == ["."]) for text in completions]
+
+
+def angry_help(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """What `overlap` and `times` count, where the customer is angry; 0 elsewhere."""
+    return _help("angry", prompts, completions)
+
+
+def neutral_help(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """The same where the customer is neutral."""
+    return _help("neutral", prompts, completions)
+
+
+def happy_help(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """The same where the customer is happy."""
+    return _help("happy", prompts, completions)
+
+
+def _help(mood: str, prompts: list[str], completions: list[str]) -> list[float]:
+    scores = zip(prompts, overlap(prompts, completions), times(prompts, completions), strict=True)
+    return [(shared + days) * (prompt.split()[:1] == [mood]) for prompt, shared, days in scores]
