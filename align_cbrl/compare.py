@@ -61,13 +61,14 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def comparison(runs: Sequence[Run]) -> list[tuple[str, Table]]:
     """The tables that stand beside each other, by title: a column a run.
 
-    Of different recipes, rows and figures are those that at least two runs share.
+    Of different recipes, settings are those that at least two runs have; figures always are.
     """
     names = [run.name for run in runs]
     differing = differences([run.about["config"] for run in runs])
     recipes = [run.about["recipe"] for run in runs]
     if len(set(recipes)) > 1:
-        differing = {"recipe": recipes, **differing}
+        kept = {key: values for key, values in differing.items() if sum(v is not None for v in values) > 1}
+        differing = {"recipe": recipes, **kept}
     settings = Table(["setting", *names], [[key, *(_setting(v) for v in values)] for key, values in differing.items()])
     tables = [("Settings that differ", settings)]
 

@@ -30,7 +30,7 @@ def late(prompts: list[str], completions: list[str], **columns: object) -> list[
 
 
 def tracked(tmp_path: Path, policy: Path, steps: int, resume: bool = False) -> tuple[list[int], RewardMixture]:
-    """A run of the enumerable language model, tracked every second step: the rows its judge was asked for, the leader."""
+    """A run of the enumerable language model, tracked every second step: what its judge was asked, the leader."""
     from datasets import Dataset
 
     prompts = Dataset.from_dict({"prompt": [f"{a} {b}" for a in "abc" for b in "def"]})
