@@ -86,8 +86,10 @@ def train_reward_model(
     seed: int,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
+    epochs: float = 1.0,
+    max_length: int = 128,
 ) -> Path:
-    """Train a reward model, initialised from a causal language model, on preferences: one pass over them.
+    """Train a reward model, initialised from a causal language model, on preferences.
 
     Args:
         base_path: folder of the language model and its tokenizer.
@@ -96,6 +98,8 @@ def train_reward_model(
         seed: of the new head and the order of the pairs.
         batch_size: pairs of a step.
         learning_rate: the peak; linear warm-up over a twentieth of the steps, cosine decay.
+        epochs: passes over the pairs.
+        max_length: tokens of prompt and answer; trl leaves longer pairs out.
 
     Returns:
         `out_dir`, which `AutoModelForSequenceClassification` and `AutoTokenizer` can load.
@@ -111,12 +115,12 @@ def train_reward_model(
     model = AutoModelForSequenceClassification.from_config(config)
     # Not `from_pretrained`, which would warn that the head, rightly, is not in the checkpoint.
     model.base_model.load_state_dict(base.base_model.state_dict())
-    steps = max(1, len(preferences) // batch_size)
+    steps = max(1, int(epochs * len(preferences)) // batch_size)
     args = RewardConfig(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         warmup_steps=steps // 20,
-        max_length=128,
+        max_length=max_length,
         # Without it the mean of the scores is free to drift.
         center_rewards_coefficient=0.01,
         **_common(out_dir, seed, learning_rate),

@@ -93,6 +93,34 @@ def test_calibration_standardises_within_prompts_and_shapes_the_budget() -> None
     assert (reward.pow(2).sum() / (40 - 4)).sqrt().item() == pytest.approx(0.9)
 
 
+def test_terms_are_asked_once_about_a_batch_and_the_weights_still_move() -> None:
+    asked = []
+
+    def counted(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        asked.append(list(completions))
+        return [float(len(text)) for text in completions]
+
+    mixture = RewardMixture({"counted": counted}, budget=5.0)
+    batch = {"prompts": ["p", "p"], "completions": ["x", "xyz"], "completion_ids": [[1], [1, 2, 3]]}
+    assert mixture.score(**batch).tolist() == [5.0, 15.0]
+    with torch.no_grad():
+        mixture.weight.mul_(0.5)
+    assert mixture.score(**{name: list(values) for name, values in batch.items()}).tolist() == [2.5, 7.5]
+    assert len(asked) == 1
+    # another batch, a column that differs, and a list changed in place are new
+    batch["completions"][0] = "xx"
+    assert mixture.score(**batch).tolist() == [5.0, 7.5]
+    mixture.score(**{**batch, "completion_ids": [[1], [2]]})
+    batch["completion_ids"][1].append(9)
+    mixture.score(**batch)
+    assert len(asked) == 4
+    # what cannot be compared is asked about every time
+    odd = {"prompts": ["p"], "completions": ["x"], "completion_ids": [torch.ones(2)], "state": object()}
+    mixture.score(**odd)
+    mixture.score(**odd)
+    assert len(asked) == 6
+
+
 def test_mixture_round_trip_with_functions_reward_models_and_files(tmp_path: Path, reward_model_folder: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(

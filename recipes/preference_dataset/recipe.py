@@ -1,0 +1,400 @@
+"""Preferences and a policy, and no judge: a reward model of one part of the pairs, tuned to please that of another."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+
+from align_cbrl import InputError
+from align_cbrl.config import load_config, to_dict
+from align_cbrl.imports import load_object
+from align_cbrl.llm import Judge, LanguageLeader, RewardModel, sample_completions
+from align_cbrl.llm.trained import TrainedFollower
+from align_cbrl.preference_data import PreferenceData, Regularised
+from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.run_folder import claim, read_summary, write_summary
+from recipes.docstrings.stages import cached
+from recipes.fine_tuning import train_reward_model
+from recipes.parts import each_seed, kept, of_each_seed
+from recipes.preference_dataset.data import Parts, load_parts, pairs
+from recipes.replies.bench import Bench, BenchSettings, HPGDSettings, MeasureSettings, WorldSettings
+from recipes.replies.models import train_policy
+from recipes.settings.follower import FollowerSettings
+from recipes.settings.judge import JudgeSettings
+from recipes.settings.leader import LeaderSettings
+from recipes.settings.objective import ObjectiveSettings
+from recipes.statistics import band, interval, mean_and_error, shown
+
+FRESH_SEED = 1_000_003
+"""Added to the seed for the fresh follower: other prompts in another order, other samples."""
+
+LABELS = {
+    "base": "base model",
+    "plain": "plain RLHF on the reward model",
+    "pooled": "plain RLHF on one of all pairs",
+    "hpgd": "HPGD",
+    "fresh": "fresh follower on HPGD's reward",
+}
+FIGURES = {"wins": "wins over base", "truth": "true judge", "judge": "judge model", "kl": "KL (nats)", "words": "words"}
+REWARDS = {
+    "plain": "the reward model",
+    "pooled": "one of all pairs",
+    "judge": "the judge model",
+    "hpgd": "HPGD's reward",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSettings:
+    """Shares of the prompts that the reward model does not see.
+
+    Attributes:
+        judge: for the model that judges.
+        test: for measuring.
+    """
+
+    judge: float = 0.35
+    test: float = 0.25
+
+    def __post_init__(self) -> None:
+        if min(self.judge, self.test) <= 0 or self.judge + self.test >= 1:
+            raise InputError(f"split: expected positive shares that leave some for training, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTrainingSettings:
+    """Of every reward model, by trl's RewardTrainer, from the policy's weights.
+
+    Attributes:
+        epochs: passes over the pairs.
+        batch_size: pairs of a step.
+        learning_rate: the peak.
+        max_length: tokens of prompt and answer; longer pairs are left out.
+    """
+
+    epochs: float = 2.0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        if not min(dataclasses.astuple(self)) > 0:
+            raise InputError(f"reward_training: expected positive numbers, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """See config.yaml.
+
+    Raises:
+        InputError: no seeds, or a negative weight of the labels.
+    """
+
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    jobs: int | None = None
+    preferences: str = "recipes.preference_dataset.data.annotated_replies"
+    split: SplitSettings = dataclasses.field(default_factory=SplitSettings)
+    model: str | None = None
+    reward_model: str | None = None
+    reward_training: RewardTrainingSettings = dataclasses.field(default_factory=RewardTrainingSettings)
+    rewards: dict[str, str] = dataclasses.field(default_factory=dict)
+    leader: LeaderSettings = dataclasses.field(default_factory=LeaderSettings)
+    objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
+    label_weight: float = 0.0
+    pairs_per_step: int = 64
+    follower: FollowerSettings = dataclasses.field(default_factory=FollowerSettings)
+    hpgd: HPGDSettings = dataclasses.field(default_factory=HPGDSettings)
+    measure: MeasureSettings = dataclasses.field(default_factory=MeasureSettings)
+    truth: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise InputError("seeds: expected at least one, got none")
+        if self.label_weight < 0 or self.pairs_per_step < 1:
+            raise InputError(
+                f"expected label_weight >= 0 and pairs_per_step >= 1, got {self.label_weight} and {self.pairs_per_step}"
+            )
+
+
+def run(config: Config, out: Path, resume: bool) -> None:
+    """Reward models, plain RLHF, HPGD and a fresh follower on every seed, then the report; see config.yaml.
+
+    Writes to `out`: summary.json, curves.png, report.html, and for each seed a folder with the learned reward
+    (hpgd/reward), the curves and checkpoints.
+
+    Args:
+        config: settings.
+        out: the run's folder.
+        resume: unused: finished parts are found again, and the caller guards folders that were not meant to be.
+
+    Raises:
+        CheckpointError: `out` holds a run of another configuration.
+        InputError: preferences that cannot be used.
+    """
+    claim(out, config, recipe="preference_dataset", free=["jobs"])
+    for seed in config.seeds:  # what is wrong with the data should be known before anything is trained
+        _parts(config, seed)
+    each_seed(_one_seed, config, out, config.seeds, config.jobs)
+    write_summary(out, _summarize(config, out))
+    report(out)
+    _print(out)
+
+
+def _parts(config: Config, seed: int) -> Parts:
+    scorer = (
+        load_object(config.truth) if config.truth else RewardModel(config.reward_model) if config.reward_model else None
+    )
+    return load_parts(config.preferences, (config.split.judge, config.split.test), seed, scorer)
+
+
+class Models:
+    """One seed's pairs, and what is made of them: folders, in the cache that runs share.
+
+    Attributes:
+        parts: of the pairs.
+        policy: the policy and reference.
+        reward: of the train pairs, or the one that is given.
+        judge: of the judge's pairs.
+        pooled: of both.
+        referee: of the test pairs.
+    """
+
+    def __init__(self, config: Config, seed: int, cache: Path) -> None:
+        self.parts = parts = _parts(config, seed)
+        policy: dict[str, Any] = {"seed": seed, "family": "llama", "hidden_size": 64, "layers": 2, "rows": 6000}
+        self.policy = config.model or str(cached(cache, "policy", policy, lambda out: train_policy(out, **policy), {}))
+
+        def reward_model(rows: Dataset) -> str:
+            training = to_dict(config.reward_training)
+            facts = {"seed": seed, "model": self.policy, "training": training, "rows": [list(r.values()) for r in rows]}
+            return str(
+                cached(
+                    cache, "preferences", facts,
+                    lambda out: train_reward_model(self.policy, rows, out, seed=seed, **training), {},
+                )
+            )  # fmt: skip
+
+        columns = ["prompt", "chosen", "rejected"]
+        train, judge, test = (rows.select_columns(columns) for rows in (parts.train, parts.judge, parts.test))
+        self.reward = config.reward_model or reward_model(train)
+        self.judge = reward_model(judge)
+        self.pooled = reward_model(concatenate_datasets([train, judge]))
+        self.referee = reward_model(test)
+        self.prompts = str(
+            cached(
+                cache, "prompts", {"seed": seed, "rows": [str(r) for part in parts.prompts().values() for r in part]},
+                lambda out: parts.prompts().save_to_disk(str(out)), {},
+            )
+        )  # fmt: skip
+
+    def bench(self, config: Config, seed: int, out: Path, cache: Path, reward: str | None = None) -> Bench:
+        """The laboratory with the judge's model as its judge; `reward` is the proxy, by default the train pairs'."""
+        world = WorldSettings(data=self.prompts, model=self.policy, proxy=reward or self.reward, rewards=config.rewards)
+        judge = JudgeSettings(reward_model=self.judge)
+        shared = {name: getattr(config, name) for name in ("leader", "follower", "hpgd", "measure")}
+        return Bench(BenchSettings(world=world, judge=judge, **shared), seed, out, cache)
+
+
+def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    models = Models(config, seed, cache)
+    bench = models.bench(config, seed, folder, cache)
+    pooled = models.bench(config, seed, folder, cache, models.pooled)
+    referee = Referee(config, bench, models)
+
+    def base() -> dict[str, Any]:
+        return referee.measure(bench.follower(seed))
+
+    def plain() -> dict[str, Any]:
+        reward = bench.plain()
+        follower = bench.train("plain", reward, seed)
+        return {**referee.measure(follower), "curve": bench.curve("plain"), "agreement": referee.agreement(reward)}
+
+    def of_all() -> dict[str, Any]:
+        reward = pooled.plain()
+        follower = pooled.train("pooled", reward, seed)
+        return {**referee.measure(follower), "curve": pooled.curve("pooled"), "agreement": referee.agreement(reward)}
+
+    def tuned() -> dict[str, Any]:
+        leader, objective = bench.leader(), config.objective.build(bench.judge)
+        if config.label_weight > 0:
+            labels = pairs(models.parts.judge)
+            data = PreferenceData(*labels, min(config.pairs_per_step, labels[0].size), seed)
+            objective = Regularised(objective, data, config.label_weight)
+        follower = bench.follower(seed)
+        finished = bench.tune("hpgd", leader, objective, follower)
+        return {
+            **referee.measure(follower), "curve": bench.curve("hpgd"), "agreement": referee.agreement(leader),
+            "reward": leader.describe(), "leader_share": finished.history[-1]["leader_share"],
+        }  # fmt: skip
+
+    def fresh() -> dict[str, Any]:
+        follower = bench.train("fresh", bench.learned("hpgd"), seed + FRESH_SEED)
+        return {**referee.measure(follower), "curve": bench.curve("fresh")}
+
+    def judge() -> dict[str, Any]:
+        return {"agreement": referee.agreement(RewardModel(models.judge))}
+
+    for name, make in (("base", base), ("plain", plain), ("pooled", of_all), ("hpgd", tuned), ("fresh", fresh)):
+        kept(folder / f"{name}.json", make)
+    kept(folder / "judge.json", judge)
+
+
+class Referee:
+    """Measures policies and rewards by what nobody has seen: the test pairs, and the truth where there is one."""
+
+    def __init__(self, config: Config, bench: Bench, models: Models) -> None:
+        self.config, self.bench, self.labels = config, bench, pairs(models.parts.test)
+        self.model = RewardModel(models.referee)
+        self.truth = None if config.truth is None else Judge(load_object(config.truth), name=f"truth {config.truth}")
+        self._base: Tensor | None = None
+
+    def measure(self, follower: TrainedFollower) -> dict[str, Any]:
+        """A follower's figures on the test prompts, each {mean, se} over prompts, and samples.
+
+        `wins` is the probability, under the model of the test pairs, that the policy's answer is preferred to the
+        reference's; `judge` the score of the model that the leader pleases, in nats of the odds of a preference.
+        """
+        group = self.bench.settings.measure.final_group_size
+        rollouts = self._answers(follower, follower.policy)
+        if self._base is None:
+            self._base = self._scores(self._answers(follower, follower.prior))
+        odds = self._scores(rollouts).view(-1, group, 1) - self._base.view(-1, 1, group)
+        assert rollouts.log_policy is not None and rollouts.log_prior is not None  # sampled here
+        figures = {
+            "wins": odds.sigmoid().mean((1, 2)),
+            "judge": self.bench.judge(None, rollouts).view(-1, group).mean(1),
+            "kl": (rollouts.log_policy - rollouts.log_prior).view(-1, group).mean(1),
+            "words": torch.tensor([float(len(str(c).split())) for c in rollouts.steps["completion"]])
+            .view(-1, group)
+            .mean(1),
+        }
+        if self.truth is not None:
+            figures["truth"] = self.truth(None, rollouts).view(-1, group).mean(1)
+        shown_rows = list(range(0, rollouts.size, group))[:6]
+        samples = [{name: str(rollouts.steps[name][i]) for name in ("prompt", "completion")} for i in shown_rows]
+        return {**{name: mean_and_error(value) for name, value in figures.items()}, "samples": samples}
+
+    def agreement(self, reward: LanguageLeader | RewardModel) -> float:
+        """The share of the test labels that a reward agrees with."""
+        good, bad = (self._reward(reward, rollouts) for rollouts in self.labels)
+        return ((good > bad).double() + 0.5 * (good == bad)).mean().item()
+
+    def _reward(self, reward: LanguageLeader | RewardModel, rollouts: Any) -> Tensor:
+        if isinstance(reward, RewardModel):
+            return torch.tensor(reward(rollouts.steps["prompt"], rollouts.steps["completion"]), dtype=torch.float64)
+        with torch.no_grad():
+            return reward.reward(rollouts)[:, 0].double()
+
+    def _scores(self, rollouts: Any) -> Tensor:
+        return self._reward(self.model, rollouts)
+
+    def _answers(self, follower: TrainedFollower, policy: Any) -> Any:
+        test, settings = self.bench.test(), self.bench.settings
+        return sample_completions(
+            policy, follower.prior, follower.tokenizer, test, list(range(len(test))),
+            settings.measure.final_group_size, settings.follower.max_completion_length, seed=self.bench.seed,
+        ).rollouts()  # fmt: skip
+
+
+def _summarize(config: Config, out: Path) -> dict[str, Any]:
+    parts = {name: of_each_seed(out, config.seeds, name) for name in (*LABELS, "judge")}
+    figures = [name for name in FIGURES if name in parts["base"][0]]
+    comparisons = {
+        f"{FIGURES[figure]}, HPGD minus {LABELS[name]}": interval(
+            [h[figure]["mean"] - o[figure]["mean"] for h, o in zip(parts["hpgd"], parts[name], strict=True)]
+        )
+        for figure in ("wins", "truth")
+        if figure in figures
+        for name in ("plain", "pooled", "fresh")
+    }
+    return {
+        "rows": [{"name": n, **{f: mean_and_error([p[f]["mean"] for p in parts[n]]) for f in figures}} for n in LABELS],
+        "comparisons": comparisons,
+        "agreement": {n: mean_and_error([part["agreement"] for part in parts[n]]) for n in REWARDS},
+        "rewards": [part["reward"] for part in parts["hpgd"]],
+        "leader_share": max(part["leader_share"] for part in parts["hpgd"]),
+    }
+
+
+def report(out: Path) -> None:
+    """Draw curves.png and write report.html again, from what a finished run left in `out`."""
+    summary = read_summary(out)
+    config = load_config(Config, out / "config.yaml")
+    parts = {name: of_each_seed(out, config.seeds, name) for name in LABELS}
+    figures = [name for name in FIGURES if name in summary["rows"][0]]
+    curves = {LABELS[name]: [run["curve"] for run in runs] for name, runs in parts.items() if "curve" in runs[0]}
+    curves_png(
+        out / "curves.png",
+        [
+            Panel("Judge model", "follower steps", "nats", {n: band(c, "step", "judge") for n, c in curves.items()}),
+            Panel("Divergence", "follower steps", "nats", {n: band(c, "step", "kl") for n, c in curves.items()}),
+        ],
+    )
+    seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
+    write_report(
+        out / "report.html",
+        title="A reward from preferences",
+        subtitle=f"{config.preferences}, {seeds}: the reward is tuned to please a model of pairs that it was not "
+        "trained on, and measured by pairs that neither has seen.",
+        sections=[
+            Section(
+                "Result",
+                "",
+                [
+                    Table(
+                        ["policy", *(FIGURES[f] for f in figures)],
+                        [[LABELS[r["name"]], *(shown(r[f]) for f in figures)] for r in summary["rows"]],
+                        "Test prompts; mean and standard error over seeds. Wins over base: the probability, by a model "
+                        "of the test pairs, that an answer is preferred to one of the base model. Judge model: the "
+                        "score that HPGD climbs, in nats of the odds.",
+                        highlight=LABELS["hpgd"],
+                    ),
+                    Table(["comparison", "value"], [[n, shown(v)] for n, v in summary["comparisons"].items()]),
+                ],
+            ),
+            Section(
+                "What the rewards know",
+                "The share of the test labels that each agrees with. A reward that explains labels better need not "
+                "lead to a better policy: labels are of answers like the base model's, and the policy leaves them.",
+                [Table(["reward", "agreement"], [[REWARDS[n], shown(v)] for n, v in summary["agreement"].items()])],
+            ),
+            Section("The learned reward", "\n\n".join(_described(reward) for reward in summary["rewards"])),
+            Section(
+                "Curves",
+                "",
+                [Figure(out / "curves.png", "Test prompts; mean over seeds, one standard error around it.")],
+            ),
+            Section("Test prompts", "", _samples(parts)),
+        ],
+    )
+
+
+def _described(reward: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:+.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in reward.items()
+    )
+
+
+def _samples(parts: dict[str, list[dict[str, Any]]]) -> list[Sample]:
+    by_name = {LABELS[name]: runs[0]["samples"] for name, runs in parts.items()}
+    first = next(iter(by_name.values()))
+    return [Sample(first[i]["prompt"], {n: s[i]["completion"] for n, s in by_name.items()}) for i in range(len(first))]
+
+
+def _print(out: Path) -> None:
+    summary = read_summary(out)
+    figures = [name for name in FIGURES if name in summary["rows"][0]]
+    print(f"\n{'':<34}" + "".join(f"{FIGURES[f]:>17}" for f in figures))
+    for row in summary["rows"]:
+        print(f"{LABELS[row['name']]:<34}" + "".join(f"{shown(row[f]):>17}" for f in figures))
+    print()
+    for name, value in summary["comparisons"].items():
+        print(f"{name}: {shown(value)}")
+    for name, value in summary["agreement"].items():
+        print(f"test labels that {REWARDS[name]} agrees with: {shown(value)}")
+    print(f"\nlearned reward, first seed: {_described(summary['rewards'][0])}\nreport: {out / 'report.html'}")
