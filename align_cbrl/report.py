@@ -268,7 +268,7 @@ def _table(table: Table) -> str:
             )
     numeric = [
         any(_is_numeric(row[i]) for row in table.rows)
-        and all(_is_numeric(row[i]) or row[i] is None for row in table.rows)
+        and all(_is_numeric(row[i]) or row[i] in (None, "–") for row in table.rows)
         for i in range(len(table.columns))
     ]
     classes = [' class="number"' if n else "" for n in numeric]
@@ -401,7 +401,7 @@ img { display: block; max-width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.95rem; font-variant-numeric: tabular-nums; }
 th { padding: 8px 16px 8px 12px; color: var(--soft); font-weight: 600; text-align: left; white-space: nowrap;
   border-bottom: 2px solid var(--line); }
-td { padding: 9px 16px 9px 12px; border-bottom: 1px solid var(--line); }
+td { padding: 9px 16px 9px 12px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 .highlight td { background: #edf3f9; font-weight: 600; }
