@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import enumerable_lm as lm
 import pytest
+import safetensors.torch
 import tiny_models
+import torch
 from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
-from align_cbrl.llm import load_reward
+from align_cbrl.llm import JudgeCache, load_reward
+from align_cbrl.llm.judges import judge_identity
+from recipes import reward_weights
 from recipes.objectives.recipe import measure
 from recipes.overoptimization.recipe import fit_overoptimization
 from recipes.replies.bench import at_divergence
@@ -44,6 +52,59 @@ def test_reward_weights(runs: Path) -> None:
     assert report_is_rebuilt(out)
     again = ["run", "reward_weights", "--config", "smoke.yaml", "--out", str(out), "--resume"]
     assert main(again) == 0 and summary_of(out)["rows"] == summary["rows"]
+
+
+@pytest.mark.slow
+def test_a_recipe_that_is_killed_in_every_stage_ends_the_same_and_pays_nothing_twice(tmp_path: Path) -> None:
+    """kill -9 at random moments, among them some past the first epoch of six prompts."""
+    rows = [{"prompt": f"angry buyer : {topic} for the {thing} . reply : "} for topic, thing in
+            itertools.product(("refund", "repair"), ("laptop", "phone", "camera", "printer"))]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        (Path(reward_weights.__file__).parent / "smoke.yaml").read_text().replace("  rows: 400\n",
+            f"  rows: 400\n  data: {tmp_path}/prompts.jsonl\n")
+        + "judge: {function: recipes.replies.judge.reply_judge, budget: 1000000}\n"
+    )  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "align_cbrl.cli", "run", "reward_weights", "--config",
+               str(tmp_path / "mine.yaml"), "--set", "hpgd.steps=8", "hpgd.replays=1", "follower.steps=16",
+               "--resume", "--out"]  # fmt: skip
+    subprocess.run([*command, str(tmp_path / "whole" / "run")], check=True, capture_output=True, timeout=600)
+    moments, kills = random.Random(0), 0
+    while kills < 8:
+        process = subprocess.Popen([*command, str(tmp_path / "cut" / "run")], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        try:
+            process.wait(moments.uniform(8, 30))
+            break  # it was done before it could be killed
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run([*command, str(tmp_path / "cut" / "run")], check=True, capture_output=True, timeout=600)
+    assert kills >= 2
+    whole, cut = (tmp_path / name / "run" / "seed-0" for name in ("whole", "cut"))
+    parts = sorted(file.name for file in whole.glob("*.json"))
+    assert parts == ["base.json", "fresh.json", "hpgd.json", "plain.json", "refit.json", "tpe.json"]
+    for part in parts:
+        ours, theirs = (json.loads((folder / part).read_text()) for folder in (whole, cut))
+        ours.pop("leader_share", None)
+        theirs.pop("leader_share", None)
+        assert ours == theirs, part
+    for name in ("hpgd", "plain", "fresh"):
+        ours, theirs = (load_newest(folder / name / "checkpoints") for folder in (whole, cut))
+        for path, value in ours.items():
+            assert torch.equal(value, theirs[path]), f"{name}: {path}"
+    paid = [
+        JudgeCache(folder / "judge_cache.sqlite").spent(judge_identity(reply_judge) or "") for folder in (whole, cut)
+    ]
+    assert paid[0] == paid[1] > 0
+
+
+def load_newest(folder: Path) -> dict[str, torch.Tensor]:
+    """The policy and the leader in the newest checkpoint, by name."""
+    file = sorted(folder.glob("step-*"))[-1] / "tensors.safetensors"
+    found: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
+    return found
 
 
 @pytest.mark.parametrize("recipe", ["overoptimization", "objectives", "population"])
