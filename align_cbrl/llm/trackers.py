@@ -164,13 +164,13 @@ def tracker_names(report_to: str | Sequence[str]) -> list[str]:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown; line breaks in a cell are shown as ↵, numbers to three decimals, None as a dash.
+    r"""A table in Markdown; line breaks in a cell are shown as ↵, numbers to three decimals, None as a dash.
 
     Example:
         >>> print(markdown(["prompt", "judge"], [["a|b", 0.5], ["c", None]]))
         | prompt | judge |
         |---|---|
-        | a\\|b | 0.500 |
+        | a\|b | 0.500 |
         | c | – |
     """
     lines = [list(columns), *([_cell(value) for value in row] for row in rows)]
