@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from transformers.trainer_utils import set_seed
 from align_cbrl.errors import InputError
 from align_cbrl.llm.completions import Completions, add_position_ids
 from align_cbrl.problem import step_seed
+
+# trl 1.16 reads an attribute by its old name at every start of training, which nobody here can mend; goes with the next.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 CONTEXT = "context"
 """Name of the dataset column that carries each prompt's row number through trl."""
