@@ -26,7 +26,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.llm.completions import Completions, add_position_ids
 from align_cbrl.problem import step_seed
 
-# trl 1.16 reads an attribute by its old name at every start of training, which nobody here can mend; goes with the next.
+# trl 1.16 reads an attribute by its old name at every start of training, which nobody here can mend; it goes with 1.17.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 CONTEXT = "context"
