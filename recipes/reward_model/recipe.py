@@ -274,7 +274,7 @@ def report(out: Path) -> None:
                         "Differences of the judge's score on test prompts.",
                     ),
                     Figure(out / "curves.png", "Plain RLHF in training, from the reference on; the end of fresh "
-                           "followers' training on learned rewards, at two strengths. Mean over seeds, one standard error."),
+                           "followers' training on learned rewards, at two strengths. Mean over seeds and its error."),
                 ],
             ),
             Section(
