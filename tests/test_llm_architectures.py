@@ -113,6 +113,16 @@ def test_both_ways_of_sampling_draw_from_the_policy_itself(models: Path, family:
             assert z.abs().max() < 4.5, (family, prompt)
 
 
+def test_an_end_of_turn_that_the_model_declares_ends_a_completion(models: Path) -> None:
+    """In both ways of sampling; the tokenizer knows of <eos> only."""
+    follower = make(models / "llama-True", True, group_size=64, learning_rate=1e-9)
+    follower.train(RewardMixture({"words": words}), 1)
+    for rollouts in (follower.newest, follower.rollout(torch.arange(4), 64, torch.Generator().manual_seed(0))):
+        completions = rollouts.steps["completion_ids"]
+        assert sum(ids[-1] == tiny_models.END_OF_TURN and len(ids) < LENGTH for ids in completions) > 5
+        assert not any(tiny_models.END_OF_TURN in ids[:-1] for ids in completions)
+
+
 @pytest.mark.parametrize("kind", [RLOOFollower, GRPOFollower])
 def test_a_policy_in_training_has_no_dropout(models: Path, kind: type[TrainedFollower]) -> None:
     """Llama's and Qwen's is an argument of a function, which trl does not reach."""
