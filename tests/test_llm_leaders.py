@@ -14,7 +14,16 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem, Rollouts, RunStopped
+from align_cbrl import (
+    HPGD,
+    ExpectedUtility,
+    HPGDConfig,
+    InputError,
+    PolicyResponse,
+    Problem,
+    Rollouts,
+    RunStopped,
+)
 from align_cbrl.llm import (
     Judge,
     LanguageLeader,
@@ -119,6 +128,26 @@ def test_terms_are_asked_once_about_a_batch_and_the_weights_still_move() -> None
     mixture.score(**odd)
     mixture.score(**odd)
     assert len(asked) == 6
+
+
+def test_follower_and_leader_ask_the_terms_once_about_a_batch(folder: Path) -> None:
+    """The certificate and the gradient use what the follower's trainer has asked for already."""
+    asked = []
+
+    def counted(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        asked.append(completions)
+        return [float(sum(word in "abc" for word in text.split())) for text in completions]
+
+    mixture = RewardMixture({"counted": counted}, budget=1.0)
+    prompts = lm.prompt_dataset().add_column("topic", list("wxyz"))
+    follower = RLOOFollower(folder, prompts, 1.0, max_completion_length=2, prompts_per_step=4, interval=1)
+    wanted = ExpectedUtility(
+        Judge(lambda prompts, completions: [float(sum(w in "cde" for w in c.split())) for c in completions])
+    )
+    optimizer = torch.optim.Adam(mixture.parameters(), lr=0.1, maximize=True)
+    config = HPGDConfig(steps=3, contexts_per_step=4, group_size=8, progress=False)
+    HPGD(Problem(mixture, wanted, follower), optimizer, config=config).run()
+    assert len(asked) == follower.steps == 3
 
 
 def test_mixture_round_trip_with_functions_reward_models_and_files(tmp_path: Path, reward_model_folder: Path) -> None:
