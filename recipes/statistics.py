@@ -65,3 +65,13 @@ def band(runs: Sequence[Sequence[Mapping[str, Any]]], x: str, y: str) -> tuple[l
         means.append(found["mean"])
         errors.append(found["se"] if math.isfinite(found["se"]) else 0.0)
     return common, means, errors
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things in words.
+
+    Example:
+        >>> counted(1, "seed"), counted(3, "seed")
+        ('1 seed', '3 seeds')
+    """
+    return f"{number} {thing}" + ("" if number == 1 else "s")

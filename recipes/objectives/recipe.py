@@ -15,7 +15,7 @@ from align_cbrl.run_folder import claim, read_summary, write_summary
 from recipes.parts import each_seed, kept, of_each_seed
 from recipes.replies.bench import Bench, BenchSettings
 from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import mean_and_error, shown
+from recipes.statistics import counted, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 
@@ -161,7 +161,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="Six objectives" if len(columns) == 6 else f"{len(columns)} objectives",
-        subtitle=f"{len(config.seeds)} seeds; fresh followers trained on each learned reward, on test prompts.",
+        subtitle=f"{counted(len(config.seeds), 'seed')}; fresh followers trained on each learned reward, on test prompts.",
         sections=[
             Section(
                 "Trained for, measured by",

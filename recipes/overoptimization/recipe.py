@@ -16,7 +16,7 @@ from align_cbrl.run_folder import claim, read_summary, write_summary
 from recipes.parts import each_seed, kept, of_each_seed
 from recipes.replies.bench import Bench, BenchSettings, at_divergence
 from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import interval, mean_and_error, shown
+from recipes.statistics import counted, interval, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 LABELS = {"plain": "plain RLHF", "fresh": "on HPGD's reward", "hpgd": "while HPGD tunes"}
@@ -154,7 +154,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="Over-optimization",
-        subtitle=f"{len(config.seeds)} seeds: the judge's score against the divergence that was spent for it.",
+        subtitle=f"{counted(len(config.seeds), 'seed')}: the judge's score against the divergence that was spent for it.",
         sections=[
             Section(
                 "The frontier",
@@ -196,7 +196,7 @@ def _print(out: Path) -> None:
             print(f"{row['kl']:g} nats: no seed reaches it on both rewards")
         else:
             print(
-                f"{row['kl']:g} nats, {row['seeds']} seeds: plain {shown(row['plain'])}, HPGD {shown(row['hpgd'])}, "
+                f"{row['kl']:g} nats, {counted(row['seeds'], 'seed')}: plain {shown(row['plain'])}, HPGD {shown(row['hpgd'])}, "
                 f"difference {shown(row['difference'])}"
             )
     print(f"report: {out / 'report.html'}")

@@ -15,7 +15,7 @@ from recipes.parts import each_seed, kept, of_each_seed
 from recipes.replies.bench import Bench, BenchSettings
 from recipes.replies.models import Family
 from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import band, interval, mean_and_error, shown
+from recipes.statistics import band, counted, interval, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 REWARDS = {"plain": "plain RLHF", "alone": "tuned around the first", "population": "tuned around all"}
@@ -123,7 +123,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="One reward for several policies",
-        subtitle=f"{', '.join(config.followers)}; {len(config.seeds)} seeds.",
+        subtitle=f"{', '.join(config.followers)}; {counted(len(config.seeds), 'seed')}.",
         sections=[
             Section(
                 "Fresh followers on each reward",

@@ -18,7 +18,7 @@ from recipes.replies.bench import Bench, BenchSettings, at_divergence
 from recipes.replies.models import Family
 from recipes.replies.refit import refit
 from recipes.settings.leader import LeaderSettings, RewardModelSettings
-from recipes.statistics import band, interval, mean_and_error, shown
+from recipes.statistics import band, counted, interval, mean_and_error, shown
 
 Trainable = Literal["head", "lora", "all"]
 FRESH_SEED = 1_000_003
@@ -255,7 +255,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="A repaired reward model",
-        subtitle=f"{len(config.seeds)} seeds, {summary['labels']:,} labels of the judge for each way of repair.",
+        subtitle=f"{counted(len(config.seeds), 'seed')}, {summary['labels']:,} labels of the judge for each way of repair.",
         sections=[
             Section(
                 "At equal divergence",

@@ -18,7 +18,7 @@ from recipes.replies.bench import Bench, BenchSettings
 from recipes.replies.refit import refit
 from recipes.reward_weights.search import SearchSettings, search
 from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import band, interval, mean_and_error, shown
+from recipes.statistics import band, counted, interval, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 """Added to the seed for the fresh follower: other prompts in another order, other samples."""
@@ -209,7 +209,7 @@ def report(out: Path) -> None:
             Panel("Judge, against what it was asked", "completions judged", "score", by_calls, log_x=True),
         ],
     )
-    seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
+    seeds = counted(len(config.seeds), "seed")
     write_report(
         out / "report.html",
         title="Tuned reward weights",
