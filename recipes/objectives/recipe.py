@@ -161,7 +161,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="Six objectives" if len(columns) == 6 else f"{len(columns)} objectives",
-        subtitle=f"{counted(len(config.seeds), 'seed')}; fresh followers trained on each learned reward, on test prompts.",
+        subtitle=f"{counted(len(config.seeds), 'seed')}; a fresh follower on each learned reward, on test prompts.",
         sections=[
             Section(
                 "Trained for, measured by",

@@ -154,7 +154,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="Over-optimization",
-        subtitle=f"{counted(len(config.seeds), 'seed')}: the judge's score against the divergence that was spent for it.",
+        subtitle=f"{counted(len(config.seeds), 'seed')}: the judge's score against the divergence spent for it.",
         sections=[
             Section(
                 "The frontier",
@@ -196,7 +196,8 @@ def _print(out: Path) -> None:
             print(f"{row['kl']:g} nats: no seed reaches it on both rewards")
         else:
             print(
-                f"{row['kl']:g} nats, {counted(row['seeds'], 'seed')}: plain {shown(row['plain'])}, HPGD {shown(row['hpgd'])}, "
+                f"{row['kl']:g} nats, {counted(row['seeds'], 'seed')}: plain {shown(row['plain'])}, "
+                f"HPGD {shown(row['hpgd'])}, "
                 f"difference {shown(row['difference'])}"
             )
     print(f"report: {out / 'report.html'}")

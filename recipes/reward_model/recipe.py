@@ -255,7 +255,7 @@ def report(out: Path) -> None:
     write_report(
         out / "report.html",
         title="A repaired reward model",
-        subtitle=f"{counted(len(config.seeds), 'seed')}, {summary['labels']:,} labels of the judge for each way of repair.",
+        subtitle=f"{counted(len(config.seeds), 'seed')}, {summary['labels']:,} labels of the judge for each repair.",
         sections=[
             Section(
                 "At equal divergence",
