@@ -71,7 +71,7 @@ def test_a_file_of_pairs_is_all_it_takes(material: Path, tmp_path: Path, overrid
     assert main(command(material, out, *overrides)) == 0
     summary = json.loads((out / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == ["base", "plain", "pooled", "hpgd", "fresh"]
+    assert list(rows) == ["base", "plain", "pooled", "direct", "hpgd", "fresh"]
     assert rows["base"]["wins"]["mean"] == pytest.approx(0.5, abs=1e-6)  # over itself
     assert rows["base"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert ("truth" in rows["base"]) == ("truth=null" not in overrides)
@@ -126,13 +126,18 @@ def test_a_test_split_is_held_out_less_what_was_trained_on(tmp_path: Path) -> No
     assert sorted([*parts.judge["prompt"], *parts.test["prompt"]]) == list("defg")
 
 
-def test_annotators_want_what_the_judge_wants_and_slip() -> None:
-    rows = annotated_replies()
-    assert rows[:5] == annotated_replies()[:5]
-    assert all(row["chosen"] != row["rejected"] for row in rows)
-    good, bad = (reply_judge(list(rows["prompt"]), list(rows[name])) for name in ("chosen", "rejected"))
-    agreed = sum(g > b for g, b in zip(good, bad, strict=True)) / len(rows)
-    assert 0.7 < agreed < 0.95
+def test_careful_annotators_want_what_the_judge_wants_and_hurried_ones_what_is_long() -> None:
+    data = annotated_replies()
+    assert data["test"][:5] == annotated_replies()["test"][:5]
+    assert not set(data["train"]["prompt"]) & set(data["test"]["prompt"])
+    agreed, longer = {}, {}
+    for split, rows in data.items():
+        assert all(row["chosen"] != row["rejected"] for row in rows)
+        good, bad = (reply_judge(list(rows["prompt"]), list(rows[name])) for name in ("chosen", "rejected"))
+        agreed[split] = sum(g > b for g, b in zip(good, bad, strict=True)) / len(rows)
+        longer[split] = sum(len(row["chosen"].split()) > len(row["rejected"].split()) for row in rows) / len(rows)
+    assert 0.7 < agreed["test"] < 0.95 and agreed["train"] < agreed["test"] - 0.1
+    assert longer["train"] > longer["test"] + 0.1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Callable
 
 from datasets import Dataset, DatasetDict
 
@@ -13,36 +14,48 @@ from align_cbrl.llm import Preferences, load_preferences
 from align_cbrl.llm.judges import ScoreFunction
 from recipes.replies.data import desk_log
 from recipes.replies.judge import reply_judge
+from recipes.replies.models import biased_utility
 
 _NOISE = 0.15
-"""Temperature of an annotator's logistic choice, in points of the judge: careful people, who slip."""
+"""Temperature of an annotator's logistic choice, in points of the judge: people slip."""
+
+Utility = Callable[[list[str], list[str]], list[float]]
 
 
-def annotated_replies(requests: int = 1200) -> Dataset:
+def annotated_replies(hurried: int = 1500, careful: int = 900) -> DatasetDict:
     """Pairs of replies of the support desk, and which of the two an annotator preferred.
 
-    The annotators want what the judge of that world wants, and choose between two replies by the logistic of the
-    difference: nothing is wrong with the labels but that there are few, and that some are slips.
+    The train split is by many who are in a hurry and like what is long and sounds big; the test split by few who want
+    what the judge of that world wants. Both choose by the logistic of the difference. No prompt is in both.
 
     Args:
-        requests: how many are drawn; pairs of two equal replies are left out.
+        hurried: pairs of the train split.
+        careful: pairs of the test split.
 
     Returns:
         The columns `prompt`, `chosen` and `rejected`.
     """
     rng = random.Random(0)
-    replies: dict[str, list[str]] = {}
-    for row in desk_log(12 * requests, seed=17):
-        replies.setdefault(row["prompt"], []).append(row["completion"])
-    several = sorted(prompt for prompt, texts in replies.items() if len(set(texts)) > 1)
-    rows = []
-    for _ in range(requests):
-        prompt = rng.choice(several)
-        a, b = rng.sample(sorted(set(replies[prompt])), 2)
-        score_a, score_b = reply_judge([prompt, prompt], [a, b])
-        prefers_a = rng.random() < 1 / (1 + math.exp((score_b - score_a) / _NOISE))
-        rows.append({"prompt": prompt, "chosen": a if prefers_a else b, "rejected": b if prefers_a else a})
-    return Dataset.from_list(rows)
+    replies: dict[str, set[str]] = {}
+    for row in desk_log(14_000, seed=17):
+        replies.setdefault(row["prompt"], set()).add(row["completion"])
+    several = sorted(prompt for prompt, texts in replies.items() if len(texts) > 1)
+    rng.shuffle(several)
+    cut = len(several) * hurried // (hurried + careful)
+
+    def labelled(prompts: list[str], count: int, utility: Utility) -> Dataset:
+        rows = []
+        for _ in range(count):
+            prompt = rng.choice(prompts)
+            a, b = rng.sample(sorted(replies[prompt]), 2)
+            of_a, of_b = utility([prompt, prompt], [a, b])
+            prefers_a = rng.random() < 1 / (1 + math.exp((of_b - of_a) / _NOISE))
+            rows.append({"prompt": prompt, "chosen": a if prefers_a else b, "rejected": b if prefers_a else a})
+        return Dataset.from_list(rows)
+
+    return DatasetDict(
+        train=labelled(several[:cut], hurried, biased_utility), test=labelled(several[cut:], careful, reply_judge)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ LABELS = {
     "base": "base model",
     "plain": "plain RLHF on the reward model",
     "pooled": "plain RLHF on one of all pairs",
+    "direct": "plain RLHF on the judge model",
     "hpgd": "HPGD",
     "fresh": "fresh follower on HPGD's reward",
 }
@@ -44,7 +45,7 @@ FIGURES = {"wins": "wins over base", "truth": "true judge", "judge": "judge mode
 REWARDS = {
     "plain": "the reward model",
     "pooled": "one of all pairs",
-    "judge": "the judge model",
+    "direct": "the judge model",
     "hpgd": "HPGD's reward",
 }
 
@@ -203,7 +204,6 @@ class Models:
 def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     models = Models(config, seed, cache)
     bench = models.bench(config, seed, folder, cache)
-    pooled = models.bench(config, seed, folder, cache, models.pooled)
     referee = Referee(config, bench, models)
 
     def base() -> dict[str, Any]:
@@ -214,10 +214,11 @@ def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         follower = bench.train("plain", reward, seed)
         return {**referee.measure(follower), "curve": bench.curve("plain"), "agreement": referee.agreement(reward)}
 
-    def of_all() -> dict[str, Any]:
-        reward = pooled.plain()
-        follower = pooled.train("pooled", reward, seed)
-        return {**referee.measure(follower), "curve": pooled.curve("pooled"), "agreement": referee.agreement(reward)}
+    def on_another(name: str, path: str) -> dict[str, Any]:
+        other = models.bench(config, seed, folder, cache, path)
+        reward = other.plain()
+        follower = other.train(name, reward, seed)
+        return {**referee.measure(follower), "curve": other.curve(name), "agreement": referee.agreement(reward)}
 
     def tuned() -> dict[str, Any]:
         leader, objective = bench.leader(), config.objective.build(bench.judge)
@@ -236,12 +237,12 @@ def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         follower = bench.train("fresh", bench.learned("hpgd"), seed + FRESH_SEED)
         return {**referee.measure(follower), "curve": bench.curve("fresh")}
 
-    def judge() -> dict[str, Any]:
-        return {"agreement": referee.agreement(RewardModel(models.judge))}
-
-    for name, make in (("base", base), ("plain", plain), ("pooled", of_all), ("hpgd", tuned), ("fresh", fresh)):
-        kept(folder / f"{name}.json", make)
-    kept(folder / "judge.json", judge)
+    kept(folder / "base.json", base)
+    kept(folder / "plain.json", plain)
+    kept(folder / "pooled.json", lambda: on_another("pooled", models.pooled))
+    kept(folder / "direct.json", lambda: on_another("direct", models.judge))
+    kept(folder / "hpgd.json", tuned)
+    kept(folder / "fresh.json", fresh)
 
 
 class Referee:
@@ -302,7 +303,7 @@ class Referee:
 
 
 def _summarize(config: Config, out: Path) -> dict[str, Any]:
-    parts = {name: of_each_seed(out, config.seeds, name) for name in (*LABELS, "judge")}
+    parts = {name: of_each_seed(out, config.seeds, name) for name in LABELS}
     figures = [name for name in FIGURES if name in parts["base"][0]]
     comparisons = {
         f"{FIGURES[figure]}, HPGD minus {LABELS[name]}": interval(
@@ -310,7 +311,7 @@ def _summarize(config: Config, out: Path) -> dict[str, Any]:
         )
         for figure in ("wins", "truth")
         if figure in figures
-        for name in ("plain", "pooled", "fresh")
+        for name in ("plain", "pooled", "direct", "fresh")
     }
     return {
         "rows": [{"name": n, **{f: mean_and_error([p[f]["mean"] for p in parts[n]]) for f in figures}} for n in LABELS],
