@@ -10,6 +10,7 @@ import math
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from importlib import resources
 from pathlib import Path
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         return command(options)
     except InputError as error:
@@ -68,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumable = options.command is _run
         return _fail(f"stopped; resume with: {_resume_command(arguments)}" if resumable else "stopped", 130)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning_line(message: Warning | str, *where: Any, **more: Any) -> str:
+    """A warning as its reader needs it: what is the matter, not which line of ours said so."""
+    return f"warning: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
