@@ -239,6 +239,20 @@ def _draw(axes: Any, panel: Panel, pens: Mapping[str, tuple[str, str]], *, legen
     handles, _ = axes.get_legend_handles_labels()
     if legend and len(handles) > 1:
         axes.legend(fontsize=9.5, handlelength=1.8, labelcolor="#22272e", framealpha=0.75, edgecolor="none")
+    for logarithmic, axis in ((panel.log_x, axes.xaxis), (panel.log_y, axes.yaxis)):
+        if logarithmic:
+            _number_decades(axis)
+
+
+def _number_decades(axis: Any) -> None:
+    """Label 1, 2 and 5 of each decade as plain numbers; where there are many decades, the powers of ten alone."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if 0 < low < high < 500 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
