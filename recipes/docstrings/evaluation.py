@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm import LanguageLeader, RLOOFollower, sample_completions
 from recipes.docstrings.stages import Workbench
+from recipes.statistics import mean_and_error
 
 
 def evaluate(
@@ -64,9 +63,3 @@ def evaluate(
         for i in range(0, rollouts.size, settings.group_size)
     ]
     return {**{name: mean_and_error(values) for name, values in figures.items()}, "samples": samples}
-
-
-def mean_and_error(values: Tensor) -> dict[str, float]:
-    """Mean and standard error of independent values [N]; the error of a single one is unknown."""
-    error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": values.double().mean().item(), "se": error}

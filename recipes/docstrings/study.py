@@ -25,26 +25,12 @@ from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_r
 from align_cbrl.run_folder import Clock, Rows, write_json
 from recipes.docstrings.baselines import random_search, regression
 from recipes.docstrings.config import Config
-from recipes.docstrings.evaluation import mean_and_error
 from recipes.docstrings.outputs import CURVES, LABELS, policy_logs
 from recipes.docstrings.recipe import run
 from recipes.docstrings.stages import prepare
+from recipes.statistics import interval, mean_and_error, shown
 
 FIGURES = ("judge", "proxy", "kl", "gap")
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
-T_QUANTILES = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-    14: 2.145,
-    19: 2.093,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,8 +105,8 @@ def summarize(out: Path, variant: str, seeds: Sequence[int]) -> dict[str, Any]:
     kl = {name: column(name, "kl") for name in ("hpgd", "plain")}
     shares = {name: max(rows["hpgd"]["leader"][name] for rows in by_seed) for name in ("leader_share", "judge_share")}
     comparisons = {
-        "judge, HPGD minus plain": _interval(gain),
-        "judge, fresh follower minus plain": _interval(kept),
+        "judge, HPGD minus plain": _difference(gain),
+        "judge, fresh follower minus plain": _difference(kept),
         "share of the gain that the fresh follower keeps": f"{kept.mean() / gain.mean():.2f}",
         "KL, HPGD over plain": f"{kl['hpgd'].mean() / kl['plain'].mean():.2f} "
         f"(by seed {', '.join(f'{ratio:.2f}' for ratio in (kl['hpgd'] / kl['plain']).tolist())})",
@@ -129,7 +115,7 @@ def summarize(out: Path, variant: str, seeds: Sequence[int]) -> dict[str, Any]:
     }
     for name in ("regression", "random"):
         if name in names:
-            comparisons[f"judge, HPGD minus {name}"] = _interval(column("hpgd", "judge") - column(name, "judge"))
+            comparisons[f"judge, HPGD minus {name}"] = _difference(column("hpgd", "judge") - column(name, "judge"))
     return {
         "seeds": list(seeds),
         "rows": [{"name": n, **{f: mean_and_error(column(n, f)) for f in FIGURES}} for n in names],
@@ -140,13 +126,8 @@ def summarize(out: Path, variant: str, seeds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _interval(values: torch.Tensor) -> str:
-    if len(values) < 2:
-        return f"{values.mean():+.3f} (one seed)"
-    error = values.std().item() / math.sqrt(len(values))
-    half = T_QUANTILES.get(len(values) - 1, 1.96) * error
-    mean = values.mean().item()
-    return f"{mean:+.3f} ± {error:.3f}, 95 % interval [{mean - half:+.3f}, {mean + half:+.3f}]"
+def _difference(values: torch.Tensor) -> str:
+    return shown(interval(values.tolist()))
 
 
 def _report(out: Path, studies: dict[str, Any]) -> None:

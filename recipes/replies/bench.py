@@ -297,12 +297,10 @@ class Bench:
         every = self.settings.measure.every
 
         def observe(row: dict[str, float], rollouts: Rollouts) -> None:
-            interval, warmup = settings.schedule.interval, settings.schedule.warmup
             if row["step"] == 1:
                 curve.truncate_after(0)
             taken = row["follower_steps"] / len(members)
-            if taken % every < interval or row["step"] == hpgd.steps:
-                del warmup
+            if taken % every < settings.schedule.interval or row["step"] == hpgd.steps:
                 for i, member in enumerate(members):
                     judged = row["step"] * rollouts.size
                     curve.append(
