@@ -19,8 +19,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     set_seed,
 )
 
@@ -29,7 +27,7 @@ from recipes.fine_tuning import fine_tune, train_reward_model
 from recipes.replies.data import PROMISES, desk_log, vocabulary
 from recipes.replies.judge import reply_judge
 
-Family = Literal["llama", "gpt2", "qwen2"]
+Family = Literal["llama", "gpt2"]  # transformers 5 loads another tokenizer than the saved one beside a Qwen model
 BOS, EOS, PAD, UNKNOWN = "<bos>", "<eos>", "<pad>", "<unk>"
 
 
@@ -67,8 +65,6 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, family: Family, hidden_size:
         "num_attention_heads": 4, "num_key_value_heads": 4, "attention_dropout": 0.0, "tie_word_embeddings": True,
         **tokens,
     }  # fmt: skip
-    if family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**shape))
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
