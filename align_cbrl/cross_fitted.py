@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives import OverContexts, number_labels
-from align_cbrl.problem import Evaluation, Leader, Objective
+from align_cbrl.objectives import OverContexts, Wrapping, number_labels
+from align_cbrl.problem import Evaluation, Leader
 from align_cbrl.rollouts import Rollouts
 
 _ROWS = 4096  # slopes that are taken at once
 
 
-class CrossFitted(Objective):
+class CrossFitted(Wrapping):
     """A risk over contexts whose weights are not made of the samples that they weigh.
 
     The gradient of g(f_1, ..., f_K), f_c being what context c is worth, is sum_c g_c(f) df_c: each context counts by
@@ -53,6 +53,8 @@ class CrossFitted(Objective):
         3.6
     """
 
+    objective: OverContexts
+
     def __init__(self, objective: OverContexts, memory: int = 0) -> None:
         if not isinstance(objective, OverContexts):
             raise InputError(
@@ -65,28 +67,6 @@ class CrossFitted(Objective):
         self.memory = memory
         self._past: list[tuple[Any, float, float]] = []  # label, value, mass relative to the mean of its step
         self._seen: list[tuple[Any, float, float]] = []  # the same of the batch just summarized
-
-    @property
-    def discount(self) -> float:  # type: ignore[override]  # a field of the base class, here that of what is wrapped
-        """The wrapped objective's gammaF."""
-        return self.objective.discount
-
-    @property
-    def depends_on_leader(self) -> bool:  # type: ignore[override]  # as above
-        """Whether the wrapped objective's utility depends on the leader."""
-        return self.objective.depends_on_leader
-
-    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
-        """The wrapped objective's utility [B, 1]."""
-        return self.objective.utility(leader, rollouts)
-
-    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
-        """The wrapped objective's own."""
-        return self.objective.direct_term(leader, rollouts, weight)
-
-    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
-        """As the wrapped objective aggregates."""
-        return self.objective.aggregate(values, probabilities)
 
     def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
         """The risk over batch and memory, and the cross-fitted credit [B, 1]."""

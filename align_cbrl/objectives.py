@@ -63,7 +63,7 @@ class ExpectedUtility(Objective):
         return Evaluation(value=value, credit=utility.detach())
 
 
-class _Wrapping(Objective):
+class Wrapping(Objective):
     """An objective made of another one, to which it leaves whatever it does not override.
 
     Raises:
@@ -119,7 +119,7 @@ class _Wrapping(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class KLPriced(_Wrapping):
+class KLPriced(Wrapping):
     """Another objective less a price for leaving the prior: u - kappa log(pi / prior), per step.
 
     It is a budget for leaders whose power has none: without one, a leader buys utility with unlimited divergence
@@ -163,7 +163,7 @@ class KLPriced(_Wrapping):
 
 
 @dataclasses.dataclass
-class Constrained(_Wrapping):
+class Constrained(Wrapping):
     """Maximise an objective subject to E sum_t gammaF^t c(s_t, a_t) <= bound, by ascent in the dual.
 
     The leader climbs the Lagrangian J_u - mu (J_c - bound). After every leader step the multiplier follows the
@@ -257,7 +257,7 @@ class Constrained(_Wrapping):
         self.objective.load_state_dict(state["objective"])
 
 
-class OverContexts(_Wrapping):
+class OverContexts(Wrapping):
     """A function of what the wrapped objective is worth in each context, instead of its mean.
 
     The credit of a step is its utility times the derivative of the function with respect to its context's value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import shutil
 import tempfile
@@ -138,12 +139,14 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self._on_step: Callable[[int], bool] = lambda step: True
 
     @staticmethod
+    @abc.abstractmethod
     def _make_config(temperature: float, /, **settings: Any) -> Any:
-        raise NotImplementedError
+        """trl's configuration, checked."""
 
     @staticmethod
+    @abc.abstractmethod
     def _make_trainer(**arguments: Any) -> ObservedTrainer:
-        raise NotImplementedError
+        """trl's trainer, observed."""
 
     @property
     def policy(self) -> PreTrainedModel:
