@@ -5,15 +5,18 @@ what the leader wants through that best response, from the follower's samples on
 tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing this package imports torch only.
 """
 
-from align_cbrl.certificate import Certificate, certify
-from align_cbrl.critics import FittedCritic, GroupCritic
-from align_cbrl.cross_fitted import CrossFitted
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
-from align_cbrl.geometric import GradientEstimator
+from align_cbrl.estimators.baselines import DirectOnly, Myopic
+from align_cbrl.estimators.certificate import Certificate, certify
+from align_cbrl.estimators.critics import FittedCritic, GroupCritic
+from align_cbrl.estimators.geometric import GradientEstimator
+from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.policy_response import PolicyResponse
+from align_cbrl.estimators.search import Climb, Halving, successive_halving
+from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
+from align_cbrl.estimators.zeroth_order import ZerothOrder
 from align_cbrl.hpgd import HPGD, HPGDConfig
-from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
-from align_cbrl.myopic import Myopic
-from align_cbrl.objectives import (
+from align_cbrl.objectives.all import (
     Constrained,
     CVaR,
     EntropicRisk,
@@ -23,13 +26,11 @@ from align_cbrl.objectives import (
     PreferenceLikelihood,
     WorstContext,
 )
-from align_cbrl.preference_data import PreferenceData, Regularised
+from align_cbrl.objectives.cross_fitted import CrossFitted
+from align_cbrl.objectives.preference_data import PreferenceData, Regularised
+from align_cbrl.objectives.worst_group import WorstGroup
 from align_cbrl.problem import Critic, Critique, Evaluation, Follower, Leader, Objective, Problem
-from align_cbrl.randomly_truncated import IterativeFollower, RandomlyTruncated, Truncated
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.search import Climb, Halving, successive_halving
-from align_cbrl.worst_group import WorstGroup
-from align_cbrl.zeroth_order import ZerothOrder
 
 __version__ = "0.1.0"
 

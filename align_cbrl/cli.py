@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from align_cbrl.config import load_config, nearest
 from align_cbrl.distributed import initialize, world_size
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
-from align_cbrl.run_folder import ABOUT, CONFIG, read_summary
+from align_cbrl.runs.config import load_config, nearest
+from align_cbrl.runs.run_folder import ABOUT, CONFIG, read_summary
 
 _DESCRIPTION = """\
 Contextual bilevel reinforcement learning for RLHF.
@@ -204,7 +204,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    module: Any = importlib.import_module("align_cbrl.compare")
+    module: Any = importlib.import_module("align_cbrl.runs.compare")
     runs = module.read_runs(options.folders)
     for title, table in module.comparison(runs):
         print(f"\n{title}")

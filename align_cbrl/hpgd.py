@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from align_cbrl.certificate import certify, corrected
-from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
-from align_cbrl.config import fingerprint as fingerprint_of
 from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, world_size
 from align_cbrl.errors import InputError, RunStopped
-from align_cbrl.hypergradient import Hypergradient, PolicyResponse
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.estimators.certificate import certify, corrected
+from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.policy_response import PolicyResponse
+from align_cbrl.estimators.replay import Memory
 from align_cbrl.problem import Problem, step_seed
-from align_cbrl.replay import Memory
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
+from align_cbrl.runs.config import fingerprint as fingerprint_of
+from align_cbrl.runs.metrics import MetricsLog
 
 Observer = Callable[[dict[str, float], Rollouts], None]
 """Called after each leader step with its row of metrics and the rollouts it was taken on; changes neither."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from align_cbrl.metrics import MetricsLog
-from align_cbrl.run_folder import write_json
+from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.run_folder import write_json
 
 
 def measured(file: Path, count: int, measure: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from align_cbrl.llm.completions import completion_log_probs
-from align_cbrl.llm.leaders import LanguageLeader
+from align_cbrl.llm.leaders.base import LanguageLeader
+from align_cbrl.llm.sampling import completion_log_probs
 from align_cbrl.rollouts import Rollouts
 
 VOCABULARY = ["<pad>", "<eos>", "a", "b", "c", "d", "e", "f"]

@@ -7,11 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from align_cbrl.estimators.baselines import DirectOnly
+from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.functional import eligibility_trace, returns_to_go
-from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
 from align_cbrl.problem import Critic, Critique, Problem
 from align_cbrl.rollouts import Rollouts
-from toy_cmdp.exact import ExactCritic, enumerate_paths
+from toy_cmdp.referee.exact import ExactCritic, enumerate_paths
 from toy_cmdp.validate import deviations, finite_differences, implicit_gradient, sample_gradients
 
 __all__ = [

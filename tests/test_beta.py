@@ -36,8 +36,8 @@ from align_cbrl import (
 )
 from align_cbrl.llm import LearnedBeta, RewardMixture, load_leader
 from toy_cmdp import ExactCritic, expected_policy_response, random_cmdp
-from toy_cmdp.iterative import SoftValueIteration
-from toy_cmdp.random_cmdp import RandomLeader
+from toy_cmdp.followers.iterative import SoftValueIteration
+from toy_cmdp.problems.random_cmdp import RandomLeader
 
 
 class HeatedLeader(RandomLeader):

@@ -26,7 +26,7 @@ from align_cbrl import (
     Problem,
     Rollouts,
 )
-from align_cbrl.certificate import Certificate, certify, corrected
+from align_cbrl.estimators.certificate import Certificate, certify, corrected
 
 TEMPERATURE = 2.0
 

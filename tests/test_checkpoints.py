@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from align_cbrl import checkpoints
-from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.runs import checkpoints
+from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
 
 FINGERPRINT = "f" * 64
 

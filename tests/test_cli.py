@@ -18,7 +18,7 @@ RECIPE = """
 import dataclasses
 from pathlib import Path
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
-from align_cbrl.run_folder import claim, read_summary, write_summary
+from align_cbrl.runs.run_folder import claim, read_summary, write_summary
 
 @dataclasses.dataclass
 class Config:

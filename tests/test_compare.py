@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from align_cbrl.compare import comparison, read_runs, write_comparison
 from align_cbrl.errors import InputError
-from align_cbrl.metrics import MetricsLog
-from align_cbrl.report import Table
-from align_cbrl.run_folder import claim, write_summary
+from align_cbrl.runs.compare import comparison, read_runs, write_comparison
+from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.report import Table
+from align_cbrl.runs.run_folder import claim, write_summary
 
 
 @dataclasses.dataclass
@@ -95,12 +95,12 @@ def test_the_page_holds_everything_and_the_curves(tmp_path: Path, monkeypatch: p
     drawn: list[Any] = []
 
     def spy(path: Path, panels: Any) -> Path:
-        from align_cbrl.report import curves_png
+        from align_cbrl.runs.report import curves_png
 
         drawn.extend(panels)
         return curves_png(path, panels)
 
-    monkeypatch.setattr("align_cbrl.compare.curves_png", spy)
+    monkeypatch.setattr("align_cbrl.runs.compare.curves_png", spy)
     one = make(tmp_path / "one", Config(), finished(0.7), rows=3)
     two = make(tmp_path / "two", Config(seed=1), rows=2)  # still running: its curves are there already
     runs = read_runs([one, two])
@@ -123,7 +123,7 @@ def test_seeds_of_a_run_are_averaged(tmp_path: Path) -> None:
                 for step, value in enumerate(values):
                     log.append({"step": step, "objective": value})
         folders.append(out)
-    from align_cbrl.compare import _panels
+    from align_cbrl.runs.compare import _panels
 
     (panel,) = _panels(read_runs(folders))
     assert panel.curves["one"] == ([0, 1], [2.0, 3.0], [1.0, 1.0])

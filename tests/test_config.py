@@ -9,8 +9,8 @@ from typing import Literal
 
 import pytest
 
-from align_cbrl.config import fingerprint, load_config, nearest, to_dict
 from align_cbrl.errors import InputError
+from align_cbrl.runs.config import fingerprint, load_config, nearest, to_dict
 
 
 @dataclasses.dataclass

@@ -16,11 +16,11 @@ import torch
 
 import align_cbrl
 from align_cbrl import InputError, RunStopped
-from align_cbrl.checkpoints import load_checkpoint
 from align_cbrl.cli import main
 from align_cbrl.distributed import check_launch, share
 from align_cbrl.llm import RLOOFollower
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.runs.checkpoints import load_checkpoint
+from align_cbrl.runs.metrics import MetricsLog
 
 WORKER = Path(worker.__file__)
 ROOT = Path(align_cbrl.__file__).parent.parent
@@ -182,7 +182,7 @@ def test_what_a_sharded_policy_cannot_do_is_refused(tmp_path: Path, monkeypatch:
     )
     monkeypatch.setattr(follower._built(), "is_fsdp_enabled", True)
     follower.state_dict()  # one process holds all of it
-    monkeypatch.setattr("align_cbrl.llm.trained.world_size", lambda: 2)
+    monkeypatch.setattr("align_cbrl.llm.followers.trained.world_size", lambda: 2)
     for attempt in (follower.state_dict, lambda: follower.sample(torch.arange(2), 2, torch.Generator())):
         with pytest.raises(InputError, match="got one that FSDP shards"):
             attempt()

@@ -15,9 +15,9 @@ from rebuilt import report_is_rebuilt
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from align_cbrl.cli import main
-from align_cbrl.config import load_config
 from align_cbrl.llm import load_reward
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.metrics import MetricsLog
 from recipes.docstrings.config import Config
 
 # A model of a few words answers some prompts always alike.

@@ -13,14 +13,17 @@ from rebuilt import report_is_rebuilt
 
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, PolicyResponse, Problem
 from align_cbrl.cli import main
+from align_cbrl.estimators.baselines import Myopic
+from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.functional import returns_to_go
-from align_cbrl.geometric import GradientEstimator
-from align_cbrl.myopic import Myopic
-from align_cbrl.objectives import CVaR
+from align_cbrl.objectives.all import CVaR
 from toy_cmdp import ExactCritic, ExactFollower, Tables, TabularLeader, four_rooms, random_cmdp
-from toy_cmdp.exact import context_values
-from toy_cmdp.plug_in import PlugIn, TransitionMemory
-from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, TemporalDifferenceCritic, ValuePenalty, VisitAveraged
+from toy_cmdp.estimators.amd import AMD
+from toy_cmdp.estimators.bchg import BCHG, SarsaCritic, TemporalDifferenceCritic
+from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
+from toy_cmdp.estimators.value_penalty import ValuePenalty
+from toy_cmdp.estimators.visit_averaged import VisitAveraged
+from toy_cmdp.referee.exact import context_values
 
 
 class RewardOnly(TabularLeader):

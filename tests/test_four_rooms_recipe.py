@@ -14,7 +14,7 @@ from rebuilt import report_is_rebuilt
 
 import toy_cmdp
 from align_cbrl.cli import main
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.runs.metrics import MetricsLog
 
 TIMES = ("leader_seconds", "follower_seconds", "leader_share")
 

@@ -11,9 +11,10 @@ import torch
 from oracles import assert_close, assert_unbiased, finite_differences, implicit_gradient
 
 from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem
-from toy_cmdp import ExactCritic, ExactFollower, expected_policy_response, leader_value, sparse
-from toy_cmdp.cmdp import Tables, TabularLeader, TabularUtility
-from toy_cmdp.gridworld import GridworldLeader, gridworld
+from toy_cmdp import ExactCritic, ExactFollower, expected_policy_response, leader_value
+from toy_cmdp.problems.gridworld import GridworldLeader, gridworld
+from toy_cmdp.tables import sparse
+from toy_cmdp.tables.cmdp import Tables, TabularLeader, TabularUtility
 
 _SMALL: dict[str, dict[str, Any]] = {
     "default": {"height": 5, "width": 6},

@@ -25,9 +25,9 @@ from align_cbrl import (
     Problem,
     Rollouts,
     RunStopped,
-    checkpoints,
 )
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.runs import checkpoints
+from align_cbrl.runs.metrics import MetricsLog
 
 
 def run_of(out: Path | None, steps: int = 12, temperature: float = 0.5, **settings: Any) -> HPGD:

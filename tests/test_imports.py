@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align_cbrl.errors import InputError
-from align_cbrl.imports import load_object
+from align_cbrl.runs.imports import load_object
 
 
 @pytest.mark.parametrize(

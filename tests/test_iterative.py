@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from align_cbrl import HPGD, HPGDConfig, InputError, PolicyResponse, Problem
-from toy_cmdp.cmdp import ContextualMDP, Tables, TabularLeader
-from toy_cmdp.exact import ExactCritic, expected_policy_response
-from toy_cmdp.four_rooms import four_rooms
-from toy_cmdp.frozen_policy import PresentCritic, PresentPolicyResponse, present
-from toy_cmdp.iterative import (
+from toy_cmdp.followers.iterative import (
     NaturalPolicyGradient,
     SoftQLearning,
     SoftValueIteration,
     TabularIterativeFollower,
     policy_q,
 )
-from toy_cmdp.random_cmdp import random_cmdp
-from toy_cmdp.solve import SoftSolution, soft_policy_iteration
-from toy_cmdp.sparse import SparseTransition
-from toy_cmdp.transition import expected_next
+from toy_cmdp.followers.solve import SoftSolution, soft_policy_iteration
+from toy_cmdp.problems.four_rooms import four_rooms
+from toy_cmdp.problems.random_cmdp import random_cmdp
+from toy_cmdp.referee.exact import ExactCritic, expected_policy_response
+from toy_cmdp.referee.frozen_policy import PresentCritic, PresentPolicyResponse, present
+from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader
+from toy_cmdp.tables.sparse import SparseTransition
+from toy_cmdp.tables.transition import expected_next
 
 TEMPERATURE, DISCOUNT = 0.3, 0.8
 

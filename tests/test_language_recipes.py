@@ -19,7 +19,7 @@ from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
 from align_cbrl.llm import JudgeCache, load_reward
-from align_cbrl.llm.judges import judge_identity
+from align_cbrl.llm.judges.judge import judge_identity
 from recipes import reward_weights
 from recipes.objectives.recipe import measure
 from recipes.overoptimization.recipe import fit_overoptimization

@@ -10,8 +10,6 @@ import tiny_reward_models
 import torch
 
 from align_cbrl import InputError, Rollouts
-from align_cbrl.config import load_config
-from align_cbrl.imports import load_object
 from align_cbrl.llm import (
     LearnedBeta,
     LengthShaping,
@@ -21,6 +19,8 @@ from align_cbrl.llm import (
     RewardModelLeader,
     Shaped,
 )
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.imports import load_object
 from recipes.settings.leader import LeaderSettings
 
 TEXTS = ["a", "b a", "c d", "e", "f f a", "a c b d"]

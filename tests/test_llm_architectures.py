@@ -22,7 +22,7 @@ from align_cbrl.llm import (
     TrainedFollower,
     sample_completions,
 )
-from align_cbrl.llm.completions import completion_log_probs, pad_left, prompt_ids
+from align_cbrl.llm.sampling import completion_log_probs, pad_left, prompt_ids
 
 LENGTH = 4
 

@@ -25,6 +25,7 @@ from align_cbrl import (
     RandomlyTruncated,
     Rollouts,
 )
+from align_cbrl.estimators.truncated import gradients_after
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm import (
     GRPOFollower,
@@ -33,11 +34,9 @@ from align_cbrl.llm import (
     TiltedFollower,
     TrainedFollower,
     sample_completions,
-    trl_grpo,
-    trl_observed,
 )
+from align_cbrl.llm.followers.trl import grpo, observed
 from align_cbrl.problem import Critic, Critique
-from align_cbrl.randomly_truncated import gradients_after
 from recipes.settings.follower import FollowerSettings, ScheduleSettings
 
 TEMPERATURE = 2.0
@@ -349,7 +348,7 @@ def test_grpo_settings_with_another_fixed_point_are_refused(
 
 def test_grpos_own_kl_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"beta=0\.1: GRPO's own KL.* \(0\.019 to 0\.025 nats"):
-        trl_grpo.boltzmann_config(0.1, output_dir=str(tmp_path), beta=0.1, num_generations=2)
+        grpo.boltzmann_config(0.1, output_dir=str(tmp_path), beta=0.1, num_generations=2)
 
 
 # ---- the temperature may be the leader's ----
@@ -534,7 +533,7 @@ def test_vllm_that_is_missing_is_named(folder: Path, monkeypatch: pytest.MonkeyP
     for kind in (RLOOFollower, GRPOFollower):
         with pytest.raises(InputError, match=r"use_vllm=True: vllm is not installed; pip install 'trl\[vllm\]'"):
             kind(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, settings={"use_vllm": True})
-    monkeypatch.setattr(trl_observed.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(observed.importlib.util, "find_spec", lambda name: object())
     settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
     config = GRPOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, settings=settings)._config
     assert config.use_vllm and config.vllm_mode == "colocate" and not config.vllm_importance_sampling_correction
@@ -559,7 +558,7 @@ def test_models_that_are_not_a_base_model_are_refused(folder: Path, tmp_path: Pa
 
 
 def test_another_trl_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl_observed.importlib.metadata, "version", lambda name: "1.17.0")
+    monkeypatch.setattr(observed.importlib.metadata, "version", lambda name: "1.17.0")
     with pytest.raises(InputError, match=r"trl 1\.17\.0 is installed; expected at least 1\.16 and below 1\.17"):
         RLOOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2)
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from align_cbrl import InputError, PreferenceLikelihood, Rollouts, RunStopped
-from align_cbrl.config import load_config
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge
-from align_cbrl.llm.judges import judge_identity
+from align_cbrl.llm.judges.judge import judge_identity
+from align_cbrl.runs.config import load_config
 from recipes.settings.judge import JudgeSettings
 from recipes.settings.objective import ObjectiveSettings
 
@@ -96,7 +96,7 @@ def test_many_keys_and_exact_scores(tmp_path: Path) -> None:
 
 
 def test_the_identity_changes_with_the_file(tmp_path: Path) -> None:
-    from align_cbrl.imports import load_object
+    from align_cbrl.runs.imports import load_object
 
     identities = []
     for folder, score in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
@@ -242,7 +242,7 @@ def test_a_server_that_recovers_is_asked_again_when_it_says(monkeypatch: pytest.
 
     waits: list[float] = []
     with server(answer) as (url, seen):
-        monkeypatch.setattr("align_cbrl.llm.judges.time.sleep", waits.append)
+        monkeypatch.setattr("align_cbrl.llm.judges.judge.time.sleep", waits.append)
         judge = Judge(RemoteJudge(url), retries=3, wait=0.5)
         assert judge(None, rollouts(["abc"])).item() == 3.0
     assert len(seen) == 4 and judge.calls == 1

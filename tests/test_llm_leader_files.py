@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import align_cbrl
 from align_cbrl import InputError, Rollouts
-from align_cbrl.imports import load_object
 from align_cbrl.llm import (
     LanguageLeader,
     LengthShaping,
@@ -30,6 +29,7 @@ from align_cbrl.llm import (
     load_leader,
     load_reward,
 )
+from align_cbrl.runs.imports import load_object
 
 PROMPTS = ["a b"] * 8
 TEXTS = ["a", "b a", "c d", "e", "f f a", "a c b d", "b", "d e f"]
@@ -262,7 +262,7 @@ def test_saved_leaders_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("term", [str.upper, len, load_object, "text", object()])
 def test_terms_that_cannot_be_found_again(term: Any, tmp_path: Path) -> None:
     mixture = RewardMixture({"odd": term})
-    if getattr(term, "__module__", None) in ("builtins", "align_cbrl.imports"):  # importable: saved by name
+    if getattr(term, "__module__", None) in ("builtins", "align_cbrl.runs.imports"):  # importable: saved by name
         mixture.save_pretrained(tmp_path)
     else:
         with pytest.raises(InputError, match="term 'odd': expected a reward model or a function defined at the top"):

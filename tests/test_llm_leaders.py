@@ -40,7 +40,7 @@ from align_cbrl.llm import (
     load_reward,
     sample_completions,
 )
-from align_cbrl.llm.trl_rloo import boltzmann_config
+from align_cbrl.llm.followers.trl.rloo import boltzmann_config
 
 
 def words(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -155,7 +155,7 @@ def test_mixture_round_trip_with_functions_reward_models_and_files(tmp_path: Pat
     own.write_text(
         "def shout(prompts, completions, **columns):\n    return [float(c.isupper()) for c in completions]\n"
     )
-    from align_cbrl.imports import load_object
+    from align_cbrl.runs.imports import load_object
 
     terms = {
         "proxy": RewardModel(reward_model_folder),

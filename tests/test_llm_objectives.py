@@ -30,7 +30,7 @@ from align_cbrl import (
     WorstContext,
     WorstGroup,
 )
-from align_cbrl.objectives import OverContexts
+from align_cbrl.objectives.all import OverContexts
 
 UTILITY = torch.tensor([[0.0, 1.0], [0.3, 2.0]], dtype=torch.float64)  # [C, A]
 TOPICS = ["law", "art"]

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, PolicyResponse, Problem, Rollouts, RunStopped
-from align_cbrl.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.llm import GRPOFollower, RLOOFollower, Schedule, TrainedFollower, train_follower
-from align_cbrl.llm.prompt_order import PromptOrder
+from align_cbrl.llm.followers.prompt_order import PromptOrder
+from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
 
 TEMPERATURE = 2.0
 OUTSIDE = Schedule(interval=2, warmup=1, inside=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align_cbrl.errors import InputError
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.runs.metrics import MetricsLog
 
 
 def test_every_row_is_readable_at_once(tmp_path: Path) -> None:

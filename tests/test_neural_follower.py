@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from align_cbrl import HPGD, FittedCritic, HPGDConfig, InputError, PolicyResponse, Problem
-from toy_cmdp.cmdp import ContextualMDP
-from toy_cmdp.follower import ExactFollower
-from toy_cmdp.four_rooms import four_rooms
-from toy_cmdp.neural_follower import NeuralSoftQFollower
-from toy_cmdp.random_cmdp import random_cmdp
-from toy_cmdp.solve import continuation
-from toy_cmdp.tax_design import TaxLeader, tax_design
-from toy_cmdp.transition import policy_system
+from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.followers.neural import NeuralSoftQFollower
+from toy_cmdp.followers.solve import continuation
+from toy_cmdp.problems.four_rooms import four_rooms
+from toy_cmdp.problems.random_cmdp import random_cmdp
+from toy_cmdp.problems.tax_design import TaxLeader, tax_design
+from toy_cmdp.tables.cmdp import ContextualMDP
+from toy_cmdp.tables.transition import policy_system
 
 
 def cmdp_of(problem: Problem) -> ContextualMDP:

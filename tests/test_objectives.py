@@ -39,7 +39,7 @@ from toy_cmdp import (
     leader_value,
     random_cmdp,
 )
-from toy_cmdp.exact import context_values
+from toy_cmdp.referee.exact import context_values
 from toy_cmdp.validate import deviations, sample_gradients
 
 BARE = ExpectedUtility(lambda leader, rollouts: rollouts.steps["u"])

@@ -12,8 +12,8 @@ from rebuilt import report_is_rebuilt
 
 from align_cbrl import InputError
 from align_cbrl.cli import main
-from align_cbrl.config import load_config
 from align_cbrl.llm import load_reward
+from align_cbrl.runs.config import load_config
 from recipes.preference_dataset.data import annotated_replies, load_parts
 from recipes.preference_dataset.recipe import Config
 from recipes.replies.judge import reply_judge

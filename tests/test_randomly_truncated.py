@@ -24,11 +24,16 @@ from align_cbrl import (
     ZerothOrder,
 )
 from align_cbrl.cli import main
-from align_cbrl.random_numbers import generator_for
-from align_cbrl.randomly_truncated import IterativeFollower, RandomlyTruncated, Truncated, gradients_after
-from toy_cmdp.frozen_policy import PresentCritic, PresentPolicyResponse
-from toy_cmdp.iterative import NaturalPolicyGradient, SoftQLearning, SoftValueIteration, TabularIterativeFollower
-from toy_cmdp.random_cmdp import random_cmdp
+from align_cbrl.estimators.random_numbers import generator_for
+from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated, gradients_after
+from toy_cmdp.followers.iterative import (
+    NaturalPolicyGradient,
+    SoftQLearning,
+    SoftValueIteration,
+    TabularIterativeFollower,
+)
+from toy_cmdp.problems.random_cmdp import random_cmdp
+from toy_cmdp.referee.frozen_policy import PresentCritic, PresentPolicyResponse
 
 
 def stopped(

@@ -10,9 +10,9 @@ import torch
 
 import toy_cmdp
 from align_cbrl import HPGD, HPGDConfig, InputError, PolicyResponse, Rollouts
-from align_cbrl.certificate import certify, corrected
+from align_cbrl.estimators.certificate import certify, corrected
+from align_cbrl.estimators.replay import Memory
 from align_cbrl.llm import Judge
-from align_cbrl.replay import Memory
 
 
 def run_of(out: Path | None, steps: int, **settings: Any) -> HPGD:

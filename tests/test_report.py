@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from align_cbrl.errors import InputError
-from align_cbrl.report import Figure, Matrix, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Figure, Matrix, Panel, Sample, Section, Table, curves_png, write_report
 
 
 class _WellFormed(HTMLParser):

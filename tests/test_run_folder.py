@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from align_cbrl import run_folder
-from align_cbrl.config import load_config
 from align_cbrl.errors import CheckpointError, InputError
-from align_cbrl.run_folder import Clock, Rows, claim, differences, flat, read_about, read_summary, write_summary
+from align_cbrl.runs import run_folder
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.run_folder import Clock, Rows, claim, differences, flat, read_about, read_summary, write_summary
 
 
 @dataclasses.dataclass

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from align_cbrl import InputError
+from align_cbrl.estimators.search import Climb, Halving, best, scatter, successive_halving
 from align_cbrl.problem import Problem
-from align_cbrl.search import Climb, Halving, best, scatter, successive_halving
 from toy_cmdp import four_rooms, leader_value, random_cmdp
-from toy_cmdp.plug_in import PlugIn, TransitionMemory
-from toy_cmdp.search import ExactClimb, SampledClimb
+from toy_cmdp.estimators.climbs import ExactClimb, SampledClimb
+from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 
 # --- the halving itself ------------------------------------------------------------------------------------------
 

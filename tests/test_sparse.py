@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from align_cbrl import InputError
-from toy_cmdp import sparse
-from toy_cmdp.sparse import SparseTransition
+from toy_cmdp.tables import sparse
+from toy_cmdp.tables.sparse import SparseTransition
 
 _STATES, _ACTIONS, _SUCCESSORS, _CONTEXTS = 7, 3, 4, 3
 

@@ -15,14 +15,14 @@ from scipy import stats
 
 from align_cbrl.cli import main
 from align_cbrl.errors import InputError
-from align_cbrl.metrics import MetricsLog
-from align_cbrl.objectives import CVaR, KLPriced
+from align_cbrl.objectives.all import CVaR, KLPriced
+from align_cbrl.runs.metrics import MetricsLog
 from toy_cmdp import expected_policy_response, leader_value, random_cmdp
-from toy_cmdp.follower import make_rollouts
-from toy_cmdp.line_transition import LineTransition
-from toy_cmdp.observed_policy import ObservedPolicyResponse
-from toy_cmdp.tax_design import tax_design
-from toy_cmdp.transition import between, expected_next, policy_system, pushed
+from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
+from toy_cmdp.followers.exact import make_rollouts
+from toy_cmdp.problems.tax_design import tax_design
+from toy_cmdp.tables.line_transition import LineTransition
+from toy_cmdp.tables.transition import between, expected_next, policy_system, pushed
 
 D = torch.float64
 UNEVEN = (0.1, 0.6, 0.3, 0.5)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from toy_cmdp import ExactCritic, enumerate_paths, four_rooms, four_rooms_map, random_cmdp
-from toy_cmdp.exact import context_values, exact_world, leader_value
-from toy_cmdp.follower import default_horizon
+from toy_cmdp.followers.exact import default_horizon
+from toy_cmdp.referee.exact import context_values, exact_world, leader_value
 
 
 def sample(problem, count=2000, seed=0):

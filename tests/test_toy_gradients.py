@@ -18,8 +18,8 @@ from oracles import (
     implicit_gradient,
 )
 
-from align_cbrl.critics import FittedCritic
-from align_cbrl.hypergradient import PolicyResponse
+from align_cbrl.estimators.critics import FittedCritic
+from align_cbrl.estimators.policy_response import PolicyResponse
 from toy_cmdp import ExactCritic, expected_policy_response, four_rooms, leader_value, random_cmdp
 from toy_cmdp.validate import PROBLEMS, SAMPLED, validate
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from align_cbrl.critics import FittedCritic
 from align_cbrl.errors import InputError
-from align_cbrl.objectives import ExpectedUtility
+from align_cbrl.estimators.critics import FittedCritic
+from align_cbrl.objectives.all import ExpectedUtility
 from align_cbrl.problem import Follower, Leader, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp import (
@@ -23,7 +23,7 @@ from toy_cmdp import (
     leader_value,
     random_cmdp,
 )
-from toy_cmdp.cmdp import gather_steps
+from toy_cmdp.tables.cmdp import gather_steps
 from toy_cmdp.validate import validate
 
 

@@ -17,8 +17,8 @@ from oracles import (
 )
 
 from align_cbrl.errors import InputError
-from align_cbrl.hypergradient import PolicyResponse
-from align_cbrl.objectives import (
+from align_cbrl.estimators.policy_response import PolicyResponse
+from align_cbrl.objectives.all import (
     Constrained,
     CVaR,
     EntropicRisk,
@@ -29,25 +29,25 @@ from align_cbrl.objectives import (
     WorstContext,
 )
 from align_cbrl.problem import Objective, Problem
-from toy_cmdp.closed_forms import (
+from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.problems.free_rewards import free_rewards
+from toy_cmdp.problems.gridworld import gridworld
+from toy_cmdp.problems.mechanism import mechanism
+from toy_cmdp.problems.meta_rl import average_response, meta_rl
+from toy_cmdp.problems.preferences import preferences
+from toy_cmdp.problems.principal_agent import principal_agent
+from toy_cmdp.problems.random_cmdp import random_cmdp
+from toy_cmdp.problems.stackelberg_game import stackelberg_game
+from toy_cmdp.problems.tax_design import tax_design
+from toy_cmdp.referee.closed_forms import (
     logit_price,
     optimal_bonus,
     optimal_prices,
     threshold_rewards,
     wright_omega,
 )
-from toy_cmdp.cmdp import Tables, TabularUtility
-from toy_cmdp.exact import ExactCritic, expected_policy_response, leader_value
-from toy_cmdp.follower import ExactFollower
-from toy_cmdp.free_rewards import free_rewards
-from toy_cmdp.gridworld import gridworld
-from toy_cmdp.mechanism import mechanism
-from toy_cmdp.meta_rl import average_response, meta_rl
-from toy_cmdp.preferences import preferences
-from toy_cmdp.principal_agent import principal_agent
-from toy_cmdp.random_cmdp import random_cmdp
-from toy_cmdp.stackelberg_game import stackelberg_game
-from toy_cmdp.tax_design import tax_design
+from toy_cmdp.referee.exact import ExactCritic, expected_policy_response, leader_value
+from toy_cmdp.tables.cmdp import Tables, TabularUtility
 from toy_cmdp.validate import spread_four_rooms
 
 

@@ -16,7 +16,7 @@ from toy_cmdp import (
     soft_policy_iteration,
     soft_value_iteration,
 )
-from toy_cmdp.transition import Factorization
+from toy_cmdp.tables.transition import Factorization
 
 
 def setting(problem):

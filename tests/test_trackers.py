@@ -16,9 +16,9 @@ from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, Problem
 from align_cbrl.errors import InputError
 from align_cbrl.llm import Judge, RewardMixture, TiltedFollower
 from align_cbrl.llm.trackers import Tracker, markdown
-from align_cbrl.metrics import MetricsLog
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.metrics import MetricsLog
 
 
 def letters(completion: str) -> float:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align_cbrl.cli import recipe_names
-from align_cbrl.config import load_config
+from align_cbrl.runs.config import load_config
 from recipes.overoptimization.recipe import Config as OveroptimizationConfig
 from recipes.reward_weights.recipe import Config
 from recipes.settings.objective import ObjectiveSettings

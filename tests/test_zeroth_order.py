@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from align_cbrl import HPGD, HPGDConfig, InputError, Problem, Rollouts
-from align_cbrl.zeroth_order import ZerothOrder
+from align_cbrl.estimators.zeroth_order import ZerothOrder
 from toy_cmdp import leader_value
-from toy_cmdp.iterative import SoftQLearning
-from toy_cmdp.neural_follower import NeuralSoftQFollower
-from toy_cmdp.random_cmdp import random_cmdp
+from toy_cmdp.followers.iterative import SoftQLearning
+from toy_cmdp.followers.neural import NeuralSoftQFollower
+from toy_cmdp.problems.random_cmdp import random_cmdp
 from toy_cmdp.validate import implicit_gradient
 
 

@@ -11,35 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cbrl.critics import FittedCritic
 from align_cbrl.errors import InputError
-from align_cbrl.geometric import GradientEstimator
-from align_cbrl.hypergradient import DirectOnly, Hypergradient, PolicyResponse
-from align_cbrl.myopic import Myopic
-from align_cbrl.objectives import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
+from align_cbrl.estimators.baselines import DirectOnly, Myopic
+from align_cbrl.estimators.critics import FittedCritic
+from align_cbrl.estimators.geometric import GradientEstimator
+from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.policy_response import PolicyResponse
+from align_cbrl.estimators.truncated import RandomlyTruncated
+from align_cbrl.estimators.zeroth_order import ZerothOrder
+from align_cbrl.objectives.all import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
 from align_cbrl.problem import Problem, step_seed
-from align_cbrl.randomly_truncated import RandomlyTruncated
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.zeroth_order import ZerothOrder
-from toy_cmdp.cmdp import ContextualMDP, require_tabular
-from toy_cmdp.exact import ExactCritic, expected_policy_response, leader_value
-from toy_cmdp.follower import ExactFollower
-from toy_cmdp.four_rooms import four_rooms
-from toy_cmdp.free_rewards import free_rewards
-from toy_cmdp.frozen_policy import PresentPolicyResponse
-from toy_cmdp.gridworld import gridworld
-from toy_cmdp.iterative import NaturalPolicyGradient
-from toy_cmdp.mechanism import mechanism
-from toy_cmdp.meta_rl import meta_rl
-from toy_cmdp.observed_policy import ObservedPolicyResponse
-from toy_cmdp.plug_in import PlugIn
-from toy_cmdp.preferences import preferences
-from toy_cmdp.principal_agent import principal_agent
-from toy_cmdp.random_cmdp import random_cmdp
-from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, ValuePenalty, VisitAveraged
-from toy_cmdp.sparse import SparseTransition
-from toy_cmdp.stackelberg_game import stackelberg_game
-from toy_cmdp.tax_design import TaxLeader, tax_design
+from toy_cmdp.estimators.amd import AMD
+from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
+from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
+from toy_cmdp.estimators.plug_in import PlugIn
+from toy_cmdp.estimators.value_penalty import ValuePenalty
+from toy_cmdp.estimators.visit_averaged import VisitAveraged
+from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.followers.iterative import NaturalPolicyGradient
+from toy_cmdp.problems.four_rooms import four_rooms
+from toy_cmdp.problems.free_rewards import free_rewards
+from toy_cmdp.problems.gridworld import gridworld
+from toy_cmdp.problems.mechanism import mechanism
+from toy_cmdp.problems.meta_rl import meta_rl
+from toy_cmdp.problems.preferences import preferences
+from toy_cmdp.problems.principal_agent import principal_agent
+from toy_cmdp.problems.random_cmdp import random_cmdp
+from toy_cmdp.problems.stackelberg_game import stackelberg_game
+from toy_cmdp.problems.tax_design import TaxLeader, tax_design
+from toy_cmdp.referee.exact import ExactCritic, expected_policy_response, leader_value
+from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
+from toy_cmdp.tables.cmdp import ContextualMDP, require_tabular
+from toy_cmdp.tables.sparse import SparseTransition
 
 REFEREE = "implicit"
 _Z_LIMIT = 4.0

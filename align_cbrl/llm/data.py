@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.imports import load_object
-from align_cbrl.llm.completions import check_prompts
-from align_cbrl.llm.judges import ScoreFunction, call_score_function, check_scores
+from align_cbrl.llm.sampling import check_prompts
+from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.imports import load_object
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _ASSISTANT = "Assistant:"

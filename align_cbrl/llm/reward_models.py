@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.llm.completions import batches
+from align_cbrl.llm.sampling import batches
 
 HEADS = ("score", "classifier", "v_head")
 """What classifiers call their last layer: Llama, GPT-2 and Qwen "score", BERT "classifier"."""
@@ -182,7 +182,7 @@ def _check_missing(path: str, missing: list[str]) -> None:
 
 def _load_adapted(path: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and merged model of a folder with a peft adapter."""
-    from align_cbrl.llm.lora import import_peft  # that module builds on this one
+    from align_cbrl.llm.leaders.lora import import_peft  # that module builds on this one
 
     peft = import_peft()
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))

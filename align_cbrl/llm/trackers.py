@@ -13,13 +13,13 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
-from align_cbrl.config import nearest
 from align_cbrl.distributed import is_main
 from align_cbrl.errors import InputError
-from align_cbrl.llm.leaders import LanguageLeader
+from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.run_folder import flat
+from align_cbrl.runs.config import nearest
+from align_cbrl.runs.run_folder import flat
 
 Utility = Callable[[Leader, Rollouts], Tensor]
 _COLUMNS = ["prompt", "completion", "judge", "reward"]

@@ -13,7 +13,7 @@ import time
 import torch
 
 from toy_cmdp import ImplicitHypergradient
-from toy_cmdp.gridworld import gridworld
+from toy_cmdp.problems.gridworld import gridworld
 
 _WALLS = 0.1
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from align_cbrl import PolicyResponse, Problem
 from toy_cmdp import ExactCritic, four_rooms, four_rooms_map
-from toy_cmdp.four_rooms import FourRoomsLeader
+from toy_cmdp.problems.four_rooms import FourRoomsLeader
 
 _BUDGET = 0.2
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align_cbrl.metrics import MetricsLog
-from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import Rows, read_summary, write_summary
+from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import Rows, read_summary, write_summary
 
 FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
 CURVES = (

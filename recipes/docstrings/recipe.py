@@ -8,7 +8,7 @@ import datasets
 import transformers
 from transformers import AutoModelForCausalLM
 
-from align_cbrl.run_folder import Clock, Rows, claim
+from align_cbrl.runs.run_folder import Clock, Rows, claim
 from recipes.docstrings.config import Config
 from recipes.docstrings.evaluation import evaluate
 from recipes.docstrings.outputs import print_table, report, summarize

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from align_cbrl.config import fingerprint
 from align_cbrl.errors import InputError
-from align_cbrl.imports import load_object
 from align_cbrl.llm import (
     Judge,
     RewardMixture,
@@ -25,8 +23,10 @@ from align_cbrl.llm import (
     sample_completions,
     train_follower,
 )
-from align_cbrl.llm.completions import check_prompts
+from align_cbrl.llm.sampling import check_prompts
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.config import fingerprint
+from align_cbrl.runs.imports import load_object
 from recipes.docstrings.base import train_base
 from recipes.docstrings.config import Config
 from recipes.docstrings.proxy import train_proxy

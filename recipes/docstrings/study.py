@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from align_cbrl.config import load_config
-from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import Clock, Rows, write_json
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import Clock, Rows, write_json
 from recipes.docstrings.baselines import random_search, regression
 from recipes.docstrings.config import Config
 from recipes.docstrings.outputs import CURVES, LABELS, policy_logs

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, KLPriced, PolicyResponse, Problem
-from align_cbrl.config import fingerprint, to_dict
 from align_cbrl.llm import LanguageLeader, RewardMixture, RLOOFollower, load_leader, train_follower
+from align_cbrl.runs.config import fingerprint, to_dict
 from recipes.docstrings.config import Config
 from recipes.docstrings.stages import Workbench
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from align_cbrl import InputError
-from align_cbrl.config import load_config
-from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 from recipes.estimators.study import ORACLES, Cell, measure
 from toy_cmdp.validate import PROBLEMS
 

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from align_cbrl import Critic, Critique, DirectOnly, FittedCritic, Hypergradient, InputError, PolicyResponse, Problem
-from align_cbrl.geometric import GradientEstimator
-from align_cbrl.myopic import Myopic
+from align_cbrl.estimators.baselines import Myopic
+from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.problem import step_seed
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp import ContextualMDP, ExactCritic, ExactFollower, four_rooms
-from toy_cmdp.plug_in import PlugIn
-from toy_cmdp.rivals import AMD, BCHG, SarsaCritic, ValuePenalty, VisitAveraged
+from toy_cmdp.estimators.amd import AMD
+from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
+from toy_cmdp.estimators.plug_in import PlugIn
+from toy_cmdp.estimators.value_penalty import ValuePenalty
+from toy_cmdp.estimators.visit_averaged import VisitAveraged
 from toy_cmdp.validate import PROBLEMS, estimate, implicit_gradient
 
 ORACLES = ("exact critic", "AMD, 100 sweeps", "value penalty 1e4")

@@ -12,9 +12,9 @@ from torch import Tensor
 import toy_cmdp
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Problem
-from toy_cmdp.four_rooms import FourRoomsLeader
-from toy_cmdp.solve import continuation
-from toy_cmdp.transition import policy_system
+from toy_cmdp.followers.solve import continuation
+from toy_cmdp.problems.four_rooms import FourRoomsLeader
+from toy_cmdp.tables.transition import policy_system
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,10 +15,10 @@ import torch
 
 import toy_cmdp
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyResponse
-from align_cbrl.config import fingerprint, load_config, to_dict
-from align_cbrl.metrics import MetricsLog
-from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from align_cbrl.runs.config import fingerprint, load_config, to_dict
+from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 from recipes.four_rooms.figures import before_and_after_png, fines_png
 from recipes.four_rooms.table import GROWING, TableConfig, read_units, rows, run_units
 

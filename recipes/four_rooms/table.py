@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import toy_cmdp
-from align_cbrl.config import fingerprint, to_dict
 from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.estimators.search import Halving, scatter, successive_halving
 from align_cbrl.problem import Problem
-from align_cbrl.search import Halving, scatter, successive_halving
-from toy_cmdp.follower import require_exact
-from toy_cmdp.plug_in import PlugIn, TransitionMemory
-from toy_cmdp.search import ExactClimb, SampledClimb
+from align_cbrl.runs.config import fingerprint, to_dict
+from toy_cmdp.estimators.climbs import ExactClimb, SampledClimb
+from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
+from toy_cmdp.followers.exact import require_exact
 
 GROWING = ("temperatures", "prices", "seeds", "processes")
 """Settings that may differ when a table is resumed: it may be larger, or faster."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from align_cbrl import CVaR, ExpectedUtility, InputError, MeanVariance
-from align_cbrl.config import load_config
-from align_cbrl.report import Matrix, Section, Table, write_report
-from align_cbrl.run_folder import claim, read_summary, write_summary
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.report import Matrix, Section, Table, write_report
+from align_cbrl.runs.run_folder import claim, read_summary, write_summary
 from recipes.parts import each_seed, kept, of_each_seed
 from recipes.replies.bench import Bench, BenchSettings
 from recipes.settings.objective import ObjectiveSettings

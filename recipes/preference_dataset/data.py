@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from align_cbrl import InputError, Rollouts
 from align_cbrl.llm import Preferences, load_preferences
-from align_cbrl.llm.judges import ScoreFunction
+from align_cbrl.llm.scoring import ScoreFunction
 from recipes.replies.data import desk_log
 from recipes.replies.judge import reply_judge
 from recipes.replies.models import biased_utility

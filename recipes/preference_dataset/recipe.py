@@ -11,13 +11,13 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from align_cbrl import InputError
-from align_cbrl.config import load_config, to_dict
-from align_cbrl.imports import load_object
 from align_cbrl.llm import Judge, LanguageLeader, RewardModel, sample_completions
-from align_cbrl.llm.trained import TrainedFollower
-from align_cbrl.preference_data import PreferenceData, Regularised
-from align_cbrl.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import claim, read_summary, write_summary
+from align_cbrl.llm.followers.trained import TrainedFollower
+from align_cbrl.objectives.preference_data import PreferenceData, Regularised
+from align_cbrl.runs.config import load_config, to_dict
+from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import claim, read_summary, write_summary
 from recipes.docstrings.stages import cached
 from recipes.fine_tuning import train_reward_model
 from recipes.parts import each_seed, kept, of_each_seed

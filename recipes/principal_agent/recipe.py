@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from align_cbrl import DirectOnly, InputError, Problem
-from align_cbrl.config import load_config
-from align_cbrl.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
-from toy_cmdp.closed_forms import optimal_bonus
-from toy_cmdp.follower import require_exact
-from toy_cmdp.principal_agent import PrincipalAgentLeader, principal_agent
+from toy_cmdp.followers.exact import require_exact
+from toy_cmdp.problems.principal_agent import PrincipalAgentLeader, principal_agent
+from toy_cmdp.referee.closed_forms import optimal_bonus
 
 _SUCCESS, _COST = (0.2, 0.8), 0.15  # the closed form's: of an idle and of a working agent, and what work costs
 _COOLING = (0.4, 0.2, 0.1)  # temperatures that are passed through on the way to a lower one

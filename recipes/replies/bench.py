@@ -19,8 +19,6 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from align_cbrl import HPGD, HPGDConfig, InputError, Objective, Problem, Rollouts
-from align_cbrl.config import fingerprint, to_dict
-from align_cbrl.imports import load_object
 from align_cbrl.llm import (
     Judge,
     LanguageLeader,
@@ -30,9 +28,11 @@ from align_cbrl.llm import (
     sample_completions,
     train_follower,
 )
-from align_cbrl.llm.judges import ScoreFunction
-from align_cbrl.llm.trained import TrainedFollower
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.llm.followers.trained import TrainedFollower
+from align_cbrl.llm.scoring import ScoreFunction
+from align_cbrl.runs.config import fingerprint, to_dict
+from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.metrics import MetricsLog
 from recipes.docstrings.stages import cached
 from recipes.replies.models import Family, train_policy, train_proxy
 from recipes.settings.follower import FollowerSettings

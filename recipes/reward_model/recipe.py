@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from align_cbrl import ExpectedUtility, InputError, KLPriced
-from align_cbrl.config import load_config
 from align_cbrl.llm import RewardModelLeader
-from align_cbrl.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.run_folder import claim, read_summary, write_summary
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import claim, read_summary, write_summary
 from recipes.parts import each_seed, kept, of_each_seed
 from recipes.replies.bench import Bench, BenchSettings, at_divergence
 from recipes.replies.models import Family

@@ -11,7 +11,7 @@ import torch
 
 from align_cbrl import InputError
 from align_cbrl.llm import RewardMixture
-from align_cbrl.metrics import MetricsLog
+from align_cbrl.runs.metrics import MetricsLog
 from recipes.replies.bench import Bench
 
 

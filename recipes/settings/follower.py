@@ -10,10 +10,10 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from align_cbrl.errors import InputError
-from align_cbrl.llm.followers import LanguageFollower
-from align_cbrl.llm.schedule import Schedule
-from align_cbrl.llm.tilted import TiltedFollower
-from align_cbrl.llm.trained import GRPOFollower, RLOOFollower
+from align_cbrl.llm.followers.base import LanguageFollower
+from align_cbrl.llm.followers.schedule import Schedule
+from align_cbrl.llm.followers.tilted import TiltedFollower
+from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower
 
 
 @dataclasses.dataclass(frozen=True)

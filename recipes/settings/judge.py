@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from align_cbrl.errors import InputError
-from align_cbrl.imports import load_object
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel
+from align_cbrl.runs.imports import load_object
 
 _SOURCES = ("function", "reward_model", "url")
 

@@ -17,9 +17,9 @@ from align_cbrl.llm import (
     RewardModelLeader,
     Shaped,
 )
-from align_cbrl.llm.judges import ScoreFunction
-from align_cbrl.llm.reward_mixture import Constraint
-from align_cbrl.llm.reward_model_leader import Trainable
+from align_cbrl.llm.leaders.mixture import Constraint
+from align_cbrl.llm.leaders.reward_model import Trainable
+from align_cbrl.llm.scoring import ScoreFunction
 
 
 @dataclasses.dataclass(frozen=True)

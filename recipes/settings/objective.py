@@ -21,9 +21,9 @@ from align_cbrl import (
     Rollouts,
     WorstGroup,
 )
-from align_cbrl.config import nearest
 from align_cbrl.errors import InputError
 from align_cbrl.llm import PairwiseJudge
+from align_cbrl.runs.config import nearest
 
 Utility = Callable[[Leader, Rollouts], Tensor]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from align_cbrl import InputError, Problem
-from align_cbrl.report import COLOURS
-from toy_cmdp.exact import exact_world
-from toy_cmdp.tax_design import TaxLeader
-from toy_cmdp.transition import policy_system
+from align_cbrl.runs.report import COLOURS
+from toy_cmdp.problems.tax_design import TaxLeader
+from toy_cmdp.referee.exact import exact_world
+from toy_cmdp.tables.transition import policy_system
 
 _SHOWN = (-30.0, 60.0)  # where households are nearly always
 _RATES = {"vat_1": "VAT, good 1", "vat_2": "VAT, good 2", "vat_3": "VAT, good 3", "tau": "income tax"}

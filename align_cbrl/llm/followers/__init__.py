@@ -1,0 +1,1 @@
+"""Followers that are language models: trained by trl, tilted, or several at once."""

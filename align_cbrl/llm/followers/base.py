@@ -1,0 +1,180 @@
+"""What followers that are language models share: a policy, its prompts, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from align_cbrl.distributed import initialize, share, world_size
+from align_cbrl.errors import InputError, first_line
+from align_cbrl.llm.followers.adapters import without_dropout
+from align_cbrl.llm.leaders.base import LanguageLeader
+from align_cbrl.llm.sampling import add_position_ids, check_chat_template, check_prompts
+from align_cbrl.problem import Follower, Leader, OnRollouts, check_temperature, step_seed
+from align_cbrl.rollouts import Rollouts
+
+
+class LanguageFollower(Follower):
+    """A causal language model that answers prompts; contexts are rows of its prompt dataset.
+
+    Args:
+        model: hub id or folder of the reference policy, which is also where training starts.
+        prompts: dataset with a "prompt" column, of texts or of conversations (lists of messages, which go through the
+            tokenizer's chat template); other columns reach rewards and judges.
+        temperature: lambda > 0, the price of a nat of divergence from the reference, in units of reward. A leader that
+            sets it, by `Leader.follower_temperature`, has the last word.
+        max_completion_length: in tokens; the cut completion is the action.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        InputError: a model that does not load, a trainer's checkpoint or an adapter given as the model, a tokenizer
+            that has no end-of-sequence token or more tokens than the model, a dataset without a prompt column,
+            conversations without a chat template, a temperature that is not positive.
+    """
+
+    temperature: float
+    discount: float = 0.0  # one step: nothing follows a completion
+
+    def __init__(
+        self,
+        model: str | Path,
+        prompts: Dataset,
+        temperature: float,
+        *,
+        max_completion_length: int = 64,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        initialize()  # before anything of accelerate's, which would decide alone how many processes there are
+        check_temperature("temperature", temperature)
+        check_prompts(prompts, 1)
+        if max_completion_length < 1:
+            raise InputError(f"max_completion_length: expected at least 1 token, got {max_completion_length}")
+        self.model_path = str(model)
+        self.prompts = prompts
+        self.temperature = temperature
+        self.max_completion_length = max_completion_length
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        check_base_model(self.model_path)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.model_path, padding_side="left"
+            )
+            config = AutoConfig.from_pretrained(self.model_path)
+        except (OSError, ValueError) as error:
+            raise _does_not_load(self.model_path, error) from error
+        check_tokenizer(self.model_path, self.tokenizer, config)
+        check_chat_template(self.tokenizer, prompts[0]["prompt"])
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        # Dropout has no place in a policy whose log-probabilities are compared. float32 whatever the checkpoint's type:
+        # a policy trained in lower precision would not settle.
+        self._load_settings: dict[str, Any] = without_dropout(config)
+
+    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` distinct rows of the prompts, uniformly. Raises InputError when there are fewer."""
+        check_prompts(self.prompts, count)
+        return torch.randperm(len(self.prompts), generator=generator)[:count]
+
+    def turn(
+        self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """The follower's part of leader step `step`: a response, and the rollouts that the leader then sees.
+
+        In a run of several processes each gets its own part of them. The arguments are those of `follow`.
+        """
+        generator = torch.Generator().manual_seed(step_seed(seed, step))
+        contexts = self.sample_contexts(contexts_per_step, generator)
+        metrics = self._respond_for(leader, step, contexts)
+        if world_size() > 1:
+            mine = share(contexts_per_step)
+            contexts = contexts[mine]
+            generator = torch.Generator().manual_seed(step_seed(step_seed(seed, step), 1 + mine.start))
+        return self.rollout(contexts, group_size, generator), metrics
+
+    def follow(
+        self,
+        leader: Leader,
+        on_rollouts: OnRollouts,
+        *,
+        start: int,
+        steps: int,
+        contexts_per_step: int,
+        group_size: int,
+        seed: int,
+    ) -> None:
+        """See `Follower.follow`."""
+        for step in range(start, steps):
+            rollouts, metrics = self.turn(
+                leader, step, contexts_per_step=contexts_per_step, group_size=group_size, seed=seed
+            )
+            go_on = on_rollouts(rollouts, metrics)
+            self.leader_stepped()
+            if not go_on:
+                return
+
+    def leader_stepped(self) -> None:
+        """Called after the leader's step on the rollouts of the last `turn`. Default: nothing to do."""
+
+    def _respond_for(self, leader: Leader, step: int, contexts: Tensor) -> dict[str, float]:
+        return self.respond(leader, contexts)
+
+    def _load(self) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32, **self._load_settings)
+        add_position_ids(model)
+        return model
+
+
+def check_base_model(path: str) -> None:
+    """Refuse folders that would silently become another reference policy than is meant.
+
+    Raises:
+        InputError: a checkpoint of a trainer, or an adapter without its model.
+    """
+    folder = Path(path)
+    if (folder / "trainer_state.json").is_file():
+        raise InputError(
+            f"model {path!r}: is a checkpoint of a run in training (it has a trainer_state.json), which would become "
+            "the reference policy; pass the model that the run started from and let the follower continue from its own "
+            "checkpoint, or, if this policy is to be the reference, copy it elsewhere with save_pretrained"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"model {path!r}: is an adapter (it has an adapter_config.json), and the reference would be its base model "
+            "without it; merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload()"
+            ".save_pretrained(...), or pass the base model and peft_config="
+        )
+
+
+def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Refuse a tokenizer that does not belong to the model.
+
+    Raises:
+        InputError: no end-of-sequence token, or token ids that the model has no row for.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model {path!r}: its tokenizer has no end-of-sequence token; set eos_token")
+    largest, size = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= size:
+        raise InputError(
+            f"model {path!r}: its tokenizer makes token ids up to {largest}, and the model has {size} tokens; they do "
+            "not belong together: save the model's own tokenizer beside it, or call model.resize_token_embeddings"
+        )
+
+
+def language_leader(leader: Leader) -> LanguageLeader:
+    """The leader as a `LanguageLeader`. Raises InputError when it is none."""
+    if not isinstance(leader, LanguageLeader):
+        raise InputError(
+            f"leader: expected a LanguageLeader, which scores prompts and completions, got {type(leader).__name__}"
+        )
+    return leader
+
+
+def _does_not_load(path: str, error: Exception) -> InputError:
+    return InputError(f"model {path!r}: neither a hub id nor a folder that loads ({first_line(error)})")

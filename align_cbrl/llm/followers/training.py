@@ -1,0 +1,91 @@
+"""Training a follower on a frozen reward: plain RLHF, logged and resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from align_cbrl.distributed import broadcast_, gather_rows, is_main
+from align_cbrl.functional import best_response_gap
+from align_cbrl.llm.followers.trained import TrainedFollower
+from align_cbrl.llm.leaders.base import LanguageLeader
+from align_cbrl.problem import temperature_of
+from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
+from align_cbrl.runs.metrics import MetricsLog
+
+Monitor = Callable[[Rollouts], dict[str, float]]
+
+
+def train_follower(
+    follower: TrainedFollower,
+    leader: LanguageLeader,
+    steps: int,
+    *,
+    out: Path,
+    fingerprint: str,
+    monitor: Monitor | None = None,
+    log_every: int = 5,
+    checkpoint_every: int = 25,
+    progress: bool = True,
+    name: str = "follower",
+) -> None:
+    """Train `follower` for `steps` optimizer steps on the leader's present reward.
+
+    Always continues from the newest valid checkpoint in `out`. In several processes all train on the leader of rank 0,
+    and rank 0 alone writes.
+
+    Args:
+        follower: a fresh follower, or one to continue.
+        leader: its reward is not changed.
+        steps: optimizer steps in all.
+        out: folder for metrics.jsonl (`step`, `reward`, `kl`, `gap` in nats, and the monitor's) and checkpoints/.
+        fingerprint: of the configuration; a checkpoint of another one is refused.
+        monitor: further metrics of the newest batch; in several processes, of rank 0's part of it.
+        log_every: steps between rows.
+        checkpoint_every: steps between checkpoints.
+        progress: show a progress bar.
+        name: beside the bar.
+
+    Raises:
+        CheckpointError: `out` holds a run of another configuration, or the disk is full.
+    """
+    broadcast_(leader)
+    found = load_checkpoint(out / "checkpoints", fingerprint=fingerprint)
+    done = 0
+    if found is not None:
+        done, state = found
+        follower.load_state_dict(state)
+    before = done
+    log = MetricsLog(out / "metrics.jsonl")
+    log.truncate_after(done + 1)
+    bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
+
+    def on_step(taken: int) -> bool:
+        nonlocal done
+        done = before + taken
+        if done % log_every == 0 or done == steps:
+            rollouts = follower.newest
+            log.append({"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})})
+        bar.update()
+        if done % checkpoint_every == 0 or done == steps:
+            save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
+        return True
+
+    with bar, log:
+        if done < steps:
+            follower.train(leader, steps - done, on_step)
+
+
+def _summary(follower: TrainedFollower, leader: LanguageLeader, rollouts: Rollouts) -> dict[str, float]:
+    with torch.no_grad():
+        temperature = float(temperature_of(leader, follower))
+        reward = gather_rows(leader.reward(rollouts)[:, 0].double().cpu())
+    rollouts = rollouts.over_ranks()  # a group may straddle ranks
+    assert rollouts.log_policy is not None and rollouts.log_prior is not None  # trained followers give both
+    divergence = (rollouts.log_policy - rollouts.log_prior)[:, 0]
+    gap = best_response_gap(reward / temperature - divergence, rollouts.group[:, 0])
+    return {"reward": reward.mean().item(), "kl": divergence.mean().item(), "gap": gap.mean().item()}

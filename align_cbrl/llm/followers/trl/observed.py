@@ -1,0 +1,304 @@
+"""What every trl trainer used here has in common: observed batches, and steps that depend on their number alone.
+
+This file, trl_rloo.py and trl_grpo.py are the only ones that touch trl's private methods. Written against trl 1.16.
+What is relied upon: `_generate_and_score_completions` works on the unshuffled batch, in which the completions of a
+prompt stand side by side; log-probabilities come from `_get_per_token_logps_and_entropies`, of the policy first and of
+the reference second; `_prepare_inputs` shuffles every tensor of the batch alike before `_compute_loss`; the sampler
+yields one row a completion. tests/test_llm_followers.py and tests/test_llm_resume.py fail if any of it changes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from align_cbrl.errors import InputError
+from align_cbrl.llm.sampling import Completions, add_position_ids
+from align_cbrl.problem import step_seed
+
+# trl 1.16 reads an attribute by its old name at every start of training, which nobody here can mend; it goes with 1.17.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+CONTEXT = "context"
+"""Name of the dataset column that carries each prompt's row number through trl."""
+
+TESTED = (Version("1.16"), Version("1.17"))
+"""The versions of trl that this was tested with: from the first, up to but without the second."""
+
+
+class ObservedTrainer(Trainer):
+    """A mixin for trl's online trainers. It keeps the newest batch of completions, with their log-probabilities, for
+    the leader to see, and makes prompts and random numbers of a step functions of the step's number.
+
+    Attributes:
+        observed: the newest batch.
+        rows: the prompts' rows of an optimizer step, by its number.
+        seed_of: the seed of an optimizer step, by its number.
+        kl_price: lambda, asked for anew at every step.
+        first_step: optimizer steps before this train() call.
+    """
+
+    observed: Completions | None = None
+    rows: Callable[[int], Sequence[int]]
+    seed_of: Callable[[int], int]
+    kl_price: Callable[[], float]
+    first_step: int = 0
+
+    _log_probs_seen: list[Tensor]
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reference(self) -> PreTrainedModel | None:
+        """The frozen reference policy; None where it is the policy without its adapter."""
+        raise NotImplementedError
+
+    def begin(self, first_step: int, steps: int) -> None:
+        """Prepare a train() call of `steps` optimizer steps that continues after `first_step` of them."""
+        self.first_step = first_step
+        self.args.max_steps = steps
+        self._step = first_step * self.args.gradient_accumulation_steps  # trl counts forward passes
+        self.forget_buffer()
+        self._last_loaded_step = -1  # trl would skip vLLM's new weights where the last call ended at the same step
+
+    def forget_buffer(self) -> None:
+        """Drop completions that an earlier reward has scored."""
+        self._buffered_inputs = None
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        accumulation = self.args.gradient_accumulation_steps
+        return _StepSampler(
+            self.rows,
+            passes=range(self.first_step * accumulation, (self.first_step + self.args.max_steps) * accumulation),
+            passes_per_batch=accumulation * self.num_iterations,
+            iterations=self.num_iterations,
+            repeat=self.num_generations,
+            length=self.args.generation_batch_size,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        seed = step_seed(self.seed_of(self.first_step + self.state.global_step), self.accelerator.process_index)
+        set_seed(seed % 2**32)
+        self._log_probs_seen, self._kept = [], None
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        completions, token_ids = self._scored
+        mask = output["completion_mask"].to(torch.float64)
+        policy, prior = ((seen.double() * mask).sum(1).cpu() for seen in self._log_probs_seen[:2])  # [B, L] -> [B]
+        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != CONTEXT}
+        self.observed = Completions(
+            context=torch.tensor([row[CONTEXT] for row in inputs]),
+            columns=columns,
+            token_ids=token_ids,
+            text=completions,
+            log_policy=policy,
+            log_prior=prior,
+        )
+        self._log_probs_seen = []
+        output["place"] = torch.arange(len(inputs))  # shuffled with the rest, to find the kept log-probabilities by
+        return output
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            if self._kept is not None:
+                (log_probs, entropies), self._kept = self._kept, None
+                place = self._place.to(log_probs.device)
+                return log_probs[place], entropies[place], None
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if not self._log_probs_seen and self._one_forward_is_enough():
+            # The loss needs the policy's log-probabilities on the same batch, at the same parameters: keep this graph.
+            with torch.enable_grad():
+                log_probs, entropies, _ = super()._get_per_token_logps_and_entropies(
+                    *args, **{**kwargs, "compute_entropy": True}
+                )
+            self._kept = (log_probs, entropies)
+            result = (log_probs.detach(), None, None)
+        else:
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._log_probs_seen.append(result[0].detach())
+        return result
+
+    def _one_forward_is_enough(self) -> bool:
+        """Whether the batch is trained on once, whole, by this process, and its graph may stay in memory meanwhile."""
+        args = self.args
+        return (
+            self.model.training
+            and self.num_iterations == 1
+            and args.gradient_accumulation_steps == args.steps_per_generation == 1
+            and self.accelerator.num_processes == 1
+            and not self.is_deepspeed_enabled
+            and not self.is_fsdp_enabled
+            and not args.gradient_checkpointing
+            and not self.aux_loss_enabled
+        )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        self._place = inputs["place"]
+        return super()._compute_loss(model, inputs)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        self._scored = (list(completions), [list(ids) for ids in completion_ids_list])
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return rewards
+
+
+class _StepSampler(Sampler[int]):
+    """The rows that a train() call reads, `repeat` times each; see `RepeatSampler` in trl for the order."""
+
+    def __init__(
+        self,
+        rows: Callable[[int], Sequence[int]],
+        passes: range,
+        passes_per_batch: int,
+        iterations: int,
+        repeat: int,
+        length: int,
+    ) -> None:
+        self.rows, self.passes, self.passes_per_batch = rows, passes, passes_per_batch
+        self.iterations, self.repeat, self.length = iterations, repeat, length
+
+    def __iter__(self) -> Iterator[int]:
+        for forward in self.passes:
+            for row in self.rows(forward // self.passes_per_batch * self.iterations):
+                yield from [row] * self.repeat
+
+    def __len__(self) -> int:
+        return len(self.passes) * self.length
+
+
+class AfterEachStep(TrainerCallback):
+    """Calls a function after every optimizer step; training ends when it returns False."""
+
+    def __init__(self, function: Callable[[int], bool]) -> None:
+        self.function = function
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Called by transformers."""
+        if not self.function(state.global_step):
+            control.should_training_stop = True
+        return control
+
+
+def prepare_observed(trainer: ObservedTrainer) -> None:
+    """Finish a trainer that was just built: position ids, and train() calls without their fixed cost."""
+    for model in (trainer.accelerator.unwrap_model(trainer.model), trainer.reference):
+        if model is not None:
+            add_position_ids(model)
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+
+    def free_memory(*objects: Any) -> Any:
+        # As accelerate's, without its walk through all of Python's objects: 0.2 s at every train() call.
+        accelerator._schedulers, accelerator._optimizers, accelerator._models = [], [], []
+        accelerator._dataloaders = []
+        accelerator.step = 0
+        return list(objects)
+
+    accelerator.free_memory = free_memory
+
+
+def check_trl_version() -> None:
+    """Raise InputError unless the trl that is installed was tested."""
+    installed = importlib.metadata.version("trl")
+    if not TESTED[0] <= Version(installed) < TESTED[1]:
+        raise InputError(
+            f"trl {installed} is installed; expected at least {TESTED[0]} and below {TESTED[1]}, whose private methods "
+            f"the followers rely on: pip install 'trl>={TESTED[0]},<{TESTED[1]}'"
+        )
+
+
+def build_config(kind: type[Any], name: str, defaults: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """A trl configuration with our defaults, the user's settings over them.
+
+    Raises:
+        InputError: an unknown field, values that trl refuses, or vLLM where it is not installed.
+    """
+    check_trl_version()
+    common: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "num_iterations": 1,
+        "mask_truncated_completions": False,
+        "sync_ref_model": False,
+        "disable_dropout": True,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    if not torch.cuda.is_available():  # defaults of trl that only pay on an accelerator
+        common |= {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
+    if settings.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+        raise InputError("use_vllm=True: vllm is not installed; pip install 'trl[vllm]' on a machine with a GPU")
+    try:
+        return kind(**{**common, **defaults, **settings})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} settings: {error}; see trl.{kind.__name__} for the fields") from error
+
+
+def common_problems(config: Any) -> dict[str, bool]:
+    """Reasons why a policy trained under `config` would miss its Boltzmann response, and whether each holds."""
+    return {
+        f"temperature={config.temperature}: samples are not the policy's (0.7 left 0.046 nats)": config.temperature
+        != 1,
+        f"top_k={config.top_k}: cuts the policy's support (4 left 0.30 nats)": config.top_k not in (0, None),
+        f"top_p={config.top_p}: cuts the policy's support": config.top_p not in (1.0, None),
+        f"min_p={config.min_p}: cuts the policy's support": bool(config.min_p),
+        f"repetition_penalty={config.repetition_penalty}: samples are not the policy's": config.repetition_penalty != 1,
+        f"generation_kwargs={config.generation_kwargs}: samples are not the policy's (suppress_tokens left 1.94 "
+        "nats)": bool(set(config.generation_kwargs or {}) & _BIASED_GENERATION),
+        "mask_truncated_completions=True: worse than no training (0.97 nats)": config.mask_truncated_completions,
+        "sync_ref_model=True: the prior moves, so the best response does": config.sync_ref_model,
+        "disable_dropout=False: the log-probabilities are not the sampling policy's": not config.disable_dropout,
+        f"num_generations={config.num_generations}: the baseline needs at least 2": config.num_generations < 2,
+        f"steps_per_generation={config.steps_per_generation}: the leader would see stale samples (0.046 nats at 4)": (
+            config.steps_per_generation not in (None, config.gradient_accumulation_steps)
+        ),
+        f"lr_scheduler_type={str(config.lr_scheduler_type)!r}: starts again at every call of the trainer; only "
+        "'constant' is the same after a resume": getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+        != "constant",
+    }
+
+
+def refuse(name: str, problems: dict[str, bool]) -> None:
+    """Raise InputError with the reasons that hold."""
+    if found := [text for text, wrong in problems.items() if wrong]:
+        raise InputError(f"{name} settings that keep the policy from its Boltzmann response: " + "; ".join(found))
+
+
+_BIASED_GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "do_sample",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}

@@ -1,0 +1,1 @@
+"""Judges of completions and of pairs, with cache, budget and retries."""

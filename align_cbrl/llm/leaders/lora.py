@@ -1,0 +1,176 @@
+"""Low-rank adapters in a reward model (Hu et al. 2021, arXiv 2106.09685), through peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from align_cbrl.errors import InputError, first_line
+from align_cbrl.llm.reward_models import HEADS, RewardModel
+from align_cbrl.runs.config import nearest
+
+_ADAPTER = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """The size and place of an adapter: W_0 becomes W_0 + (alpha / rank) B A, with B zero at the start.
+
+    Attributes:
+        rank: of B A.
+        alpha: the scale's numerator.
+        target_modules: names of the adapted layers, such as ("q_proj", "v_proj"); None: every linear layer but the
+            head, whatever the architecture calls them.
+
+    Raises:
+        InputError: a rank below 1, an alpha that is not positive, or a target that is the head or lm_head.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank: expected at least 1, got {self.rank}")
+        if not (0 < self.alpha < float("inf")):
+            raise InputError(f"lora.alpha: expected a positive number, got {self.alpha}")
+        if self.target_modules is not None and not self.target_modules:
+            raise InputError("lora.target_modules: expected at least one name, or null for every linear layer")
+        for target in self.target_modules or ():
+            if target.split(".")[-1] == "lm_head":
+                raise InputError(
+                    "lora.target_modules: a reward model has no lm_head, that is a language model's; name layers of "
+                    "its body, such as q_proj"
+                )
+            if target.split(".")[-1] in HEADS:
+                raise InputError(
+                    f"lora.target_modules: {target!r} is the score head, a single row, of which a low-rank change is "
+                    "any change; use trainable='head' to train it"
+                )
+
+
+class Adapter:
+    """An adapter put into a reward model's body in place; its A and B are the only parameters that train.
+
+    Args:
+        model: the reward model.
+        lora: where and how large.
+
+    Raises:
+        InputError: peft is not installed, a target does not exist in this model, or is not a linear layer.
+    """
+
+    def __init__(self, model: RewardModel, lora: LoRA) -> None:
+        peft = import_peft()
+        network, self._model = model.model, model
+        if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in network.modules()):
+            raise InputError(f"reward model {model.path!r}: holds an adapter already; load it anew from its folder")
+        _check_targets(model, lora)
+        network.requires_grad_(False)
+        self.config = peft.LoraConfig(
+            task_type="SEQ_CLS",  # by which peft leaves the head out of "all-linear"
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules="all-linear" if lora.target_modules is None else list(lora.target_modules),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),  # GPT-2
+            bias="none",
+            base_model_name_or_path="../model",
+        )
+        try:
+            peft.inject_adapter_in_model(self.config, network, adapter_name=_ADAPTER)
+        except ValueError as error:
+            raise InputError(f"reward model {model.path!r}: peft refuses the adapter: {first_line(error)}") from error
+        self.layers: dict[str, nn.Module] = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, peft.tuners.lora.LoraLayer) and _ADAPTER in module.lora_A
+        }
+
+    def change(self) -> tuple[Tensor, Tensor]:
+        """Norms of the weights' change, scaling ||B A||, and of what is adapted, ||W_0||, over all adapted layers.
+
+        B is zero at the start and A is not, so a relative change of A and B themselves would say nothing. Costs
+        products of rank x rank only: ||B A||^2 = sum((B'B) o (A A')).
+        """
+        changed, start = [], []
+        for layer in self.layers.values():
+            down, up = self._factors(layer)
+            square = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+            changed.append(square.sqrt() * layer.scaling[_ADAPTER])  # type: ignore[index]
+            start.append(layer.base_layer.weight.norm())  # type: ignore[union-attr, operator]
+        return torch.stack(changed).norm(), torch.stack(start).norm()
+
+    def ups(self) -> dict[str, nn.Parameter]:
+        """The matrices B, by their names in the model: with all of them zero the model is its base."""
+        return {f"{name}.lora_B.{_ADAPTER}.weight": self._factors(layer)[1] for name, layer in self.layers.items()}
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """The state of the model without the adapter, under the names it had."""
+        state = self._model.model.state_dict()
+        return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+    def save(self, path: Path) -> None:
+        """Write the adapter as peft does, for the base in `../model`."""
+        # Not as a classifier's: peft would then look for a trained head in the file.
+        dataclasses.replace(self.config, task_type=None).save_pretrained(path)
+        safetensors.torch.save_file(
+            {name: value.detach().contiguous().cpu() for name, value in self._tensors().items()},
+            path / "adapter_model.safetensors",
+        )
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote. Raises InputError when it is missing or does not fit."""
+        file = path / "adapter_model.safetensors"
+        if not file.is_file():
+            raise InputError(f"load_leader: the adapter's weights are missing, expected {file}")
+        saved, own = safetensors.torch.load_file(file), self._tensors()
+        if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+            raise InputError(f"load_leader: {file} does not fit the reward model beside it; save the leader again")
+        for name, value in own.items():
+            value.copy_(saved[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """A and B under peft's own names in a file."""
+        named: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            down, up = self._factors(layer)
+            named |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        return named
+
+    @staticmethod
+    def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def import_peft() -> Any:
+    """The package peft, which is optional. Raises InputError when it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise InputError("adapters need the package peft: pip install 'align-cbrl[peft]'") from error
+
+
+def _check_targets(model: RewardModel, lora: LoRA) -> None:
+    modules = dict(model.model.named_modules())
+    linear = {name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+    body = {name.split(".")[-1] for name in linear if name.split(".")[0] not in HEADS}
+    for target in lora.target_modules or ():
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise InputError(f"lora.target_modules: {model.path!r} has no layer {target!r}; {nearest(target, body)}")
+        if other := sorted(set(found) - linear):
+            raise InputError(f"lora.target_modules: {other[0]!r} is no linear layer; {nearest(target, body)}")
+        if heads := [name for name in found if name.split(".")[0] in HEADS]:
+            raise InputError(
+                f"lora.target_modules: {target!r} also names {heads[0]!r} in the score head; use trainable='head' to "
+                "train that"
+            )

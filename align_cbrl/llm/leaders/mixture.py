@@ -1,0 +1,252 @@
+"""A weighted sum of reward functions, whose weights the leader learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from align_cbrl.errors import InputError
+from align_cbrl.llm.leaders.base import LanguageLeader, write_record
+from align_cbrl.llm.leaders.calibration import within_prompts
+from align_cbrl.llm.leaders.terms import load_term, save_terms
+from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores, score_arguments
+from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.config import nearest
+
+Constraint = Literal["free", "positive", "softmax"]
+"""Which weights a mixture allows within its budget; see `RewardMixture`."""
+
+_LEAST_SHARE = (
+    0.01  # of the largest one: a softmax weight's gradient is proportional to it, and one at zero never moves
+)
+_LOWEST_LOGIT = math.log(_LEAST_SHARE)
+
+
+class RewardMixture(LanguageLeader):
+    """A weighted sum of reward functions, x being the weights: r_x = sum_k w_k (f_k - shift_k) / scale_k.
+
+    Each term is standardised once, by `calibrate`, so that weights compare. The weights live in an ellipsoid, those
+    whose reward spreads by at most `budget` among one prompt's reference completions: the leader chooses what to
+    reward, the budget how much reward there is, and with the temperature how far the follower may leave its reference.
+
+    Three constraints can be put on the weights besides:
+
+    - "free": any sign; x is the weights. A term may turn into its opposite.
+    - "positive": w >= 0; x is the weights, cut at zero by `project`.
+    - "softmax": w = s softmax(x), with s the sum of the starting weights. Terms share a fixed sum, so only their
+      proportions are learned; how much reward there is stays with s, or with a temperature that is learned. The
+      standard deviation of a sum is at most the sum of the standard deviations, here s, so s <= budget keeps within the
+      budget, and `project` need not scale. No share falls below a hundredth of the largest one, at the start or later:
+      the logits, the largest being 0, stay in [log 0.01, 0]. All mass on one of K terms starts at a share of
+      1 / (1 + 0.01 (K - 1)), and every term can return.
+
+    Args:
+        terms: reward functions by name, called as f(prompts=..., completions=..., **columns); reward models too.
+        weights: where the weights start, by name; missing names start at zero. Default: the budget on the first term.
+        budget: largest standard deviation of r_x within a prompt of the calibrating rollouts; the largest norm of the
+            weights before calibration (their largest sum, for "softmax").
+        constraint: "free", "positive" or "softmax".
+
+    Attributes:
+        weight: the parameter x, float64 [K], in the order of `terms`; absent for "softmax".
+        logits: the parameter x of "softmax", float64 [K].
+
+    Raises:
+        InputError: no terms, a weight for an unknown term, a start outside the budget or the constraint, or a budget
+            that is not positive.
+
+    Example:
+        >>> def short(prompts, completions, **columns):
+        ...     return [-float(len(c)) for c in completions]
+        >>> mixture = RewardMixture({"short": short}, {"short": 1.0}, budget=2.0)
+        >>> mixture.score(["a", "a"], ["b", "bcd"]).tolist()
+        [-1.0, -3.0]
+    """
+
+    shift: Tensor
+    scale: Tensor
+    correlation: Tensor
+
+    def __init__(
+        self,
+        terms: Mapping[str, ScoreFunction],
+        weights: Mapping[str, float] | None = None,
+        budget: float = 1.0,
+        constraint: Constraint = "free",
+    ) -> None:
+        super().__init__()
+        if not terms:
+            raise InputError("RewardMixture.terms: expected at least one reward function, got none")
+        if not (0 < budget < float("inf")):
+            raise InputError(f"RewardMixture.budget: expected a positive number, got {budget}")
+        if constraint not in get_args(Constraint):
+            raise InputError(
+                f"RewardMixture.constraint: got {constraint!r}; {nearest(str(constraint), get_args(Constraint))}"
+            )
+        self.terms = dict(terms)
+        self.budget, self.constraint = budget, constraint
+        start = self._start({next(iter(terms)): budget} if weights is None else weights)
+        if constraint == "softmax":
+            self.total = float(start.sum())
+            self.logits = nn.Parameter((start / start.max()).clamp(min=_LEAST_SHARE).log())
+        else:
+            self.weight = nn.Parameter(start)
+        self._newest: tuple[str, Tensor] | None = None  # a batch, and the terms' scores of it as they are
+        self.register_buffer("shift", torch.zeros(len(terms), dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(len(terms), dtype=torch.float64))
+        self.register_buffer("correlation", torch.eye(len(terms), dtype=torch.float64))
+
+    def effective_weight(self) -> Tensor:
+        """The weights w, float64 [K], differentiable in x."""
+        if self.constraint == "softmax":
+            return self.total * torch.softmax(self.logits, 0)
+        return self.weight
+
+    def features(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """The standardised terms, float64 [B, K], without gradients.
+
+        The terms do not move, so those of the newest batch are kept: follower, certificate and gradient ask about the
+        same one, each in turn.
+        """
+        arguments = {"prompts": prompts, "completions": completions, **columns}
+        key = _key(arguments)
+        if key is not None and self._newest is not None and key == self._newest[0]:
+            scores = self._newest[1]
+        else:
+            asked = [
+                check_scores(name, call_score_function(term, arguments), len(completions))
+                for name, term in self.terms.items()
+            ]
+            scores = torch.stack(asked, dim=1)
+            self._newest = None if key is None else (key, scores)
+        return (scores.to(self.shift.device) - self.shift) / self.scale
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """r_x [B]. Raises InputError when a term returns None, the wrong length, or NaN."""
+        return self.features(prompts, completions, **columns) @ self.effective_weight()
+
+    @torch.no_grad()
+    def calibrate(self, rollouts: Rollouts) -> None:
+        """Standardise every term on these rollouts: mean zero, and mean variance within a prompt's group one.
+
+        The variance is taken within groups since only differences between completions of one prompt move a policy.
+        A term that never varies there keeps scale one. The terms' correlations within groups shape the budget.
+
+        Raises:
+            InputError: no prompt has two completions.
+        """
+        self.shift.zero_()
+        self.scale.fill_(1.0)
+        features = self.features(**score_arguments(rollouts))  # [B, K]
+        within, freedom = within_prompts(features, rollouts)
+        deviation = (within.pow(2).sum(0) / freedom).sqrt()
+        self.shift.copy_(features.mean(0))
+        self.scale.copy_(torch.where(deviation > 1e-8, deviation, torch.ones_like(deviation)))
+        scaled = within / self.scale
+        self.correlation.copy_(scaled.T @ scaled / freedom)
+
+    @torch.no_grad()
+    def spread(self) -> float:
+        """Standard deviation of r_x within a prompt of the calibrating rollouts (the weights' norm before that)."""
+        weight = self.effective_weight()
+        return float((weight @ self.correlation @ weight).clamp(min=0).sqrt())
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the weights back into the constraint, and scale them back to the budget."""
+        if self.constraint == "softmax":
+            self.logits.sub_(self.logits.max()).clamp_(min=_LOWEST_LOGIT)
+            return
+        if self.constraint == "positive":
+            self.weight.clamp_(min=0.0)
+        spread = self.spread()
+        if spread > self.budget:
+            self.weight.mul_(self.budget / spread)
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Scale the weights by `factor`. Raises InputError for "softmax", whose sum is fixed."""
+        if self.constraint == "softmax":
+            raise InputError(
+                "RewardMixture.shrink: the weights of a softmax have a fixed sum; use 'free' or 'positive'"
+            )
+        self.weight.mul_(factor)
+
+    def weights(self) -> dict[str, float]:
+        """The present weights w by name, whatever the constraint."""
+        return dict(zip(self.terms, self.effective_weight().tolist(), strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """The weights by name, and the constraint on them."""
+        values: dict[str, Any] = {f"weight of {name}": weight for name, weight in self.weights().items()}
+        return {**values, "constraint": self.constraint}
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write weights, standardisation and the terms (reward models are copied, functions named by dotted path).
+
+        Raises:
+            InputError: a term that is neither a reward model nor an importable function, such as a lambda.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        record = {
+            "terms": save_terms(self.terms, path),
+            "constraint": self.constraint,
+            "weights": self.weights(),
+            "budget": self.budget,
+            "shift": self.shift.tolist(),
+            "scale": self.scale.tolist(),
+            "correlation": self.correlation.tolist(),
+        }
+        if self.constraint == "softmax":
+            record |= {"total": self.total, "logits": self.logits.tolist()}
+        write_record(self, path, record)
+
+    @classmethod
+    def from_record(cls, path: Path, record: Mapping[str, Any]) -> RewardMixture:
+        """The mixture that `save_pretrained` wrote; called by `load_leader`."""
+        terms = {name: load_term(name, term, path) for name, term in record["terms"].items()}
+        constraint = record.get("constraint", "free")  # version 0.1 knew no other
+        mixture = cls(terms, budget=record["budget"], constraint=constraint)
+        moving = "logits" if constraint == "softmax" else "weight"
+        values = record["logits"] if constraint == "softmax" else [record["weights"][name] for name in terms]
+        if constraint == "softmax":
+            mixture.total = record["total"]
+        with torch.no_grad():
+            getattr(mixture, moving).copy_(torch.tensor(values, dtype=torch.float64))
+        for name in ("shift", "scale", "correlation"):
+            getattr(mixture, name).copy_(torch.tensor(record[name], dtype=torch.float64))
+        return mixture
+
+    def _start(self, weights: Mapping[str, float]) -> Tensor:
+        """The starting weights [K], checked."""
+        if unknown := sorted(set(weights) - set(self.terms)):
+            raise InputError(f"RewardMixture.weights: no terms named {unknown}; the terms are {list(self.terms)}")
+        start = torch.tensor([float(weights.get(name, 0.0)) for name in self.terms], dtype=torch.float64)
+        if not torch.isfinite(start).all():
+            raise InputError(f"RewardMixture.weights: expected finite numbers, got {dict(weights)}")
+        if self.constraint != "free" and (start < 0).any():
+            raise InputError(
+                f"RewardMixture.weights: expected no negative weight under the constraint {self.constraint!r}, got "
+                f"{dict(weights)}; use 'free', or turn the term round"
+            )
+        if self.constraint == "softmax" and not start.sum() > 0:
+            raise InputError("RewardMixture.weights: a softmax shares a positive sum among the terms, got all zero")
+        name, size = ("sum", start.sum()) if self.constraint == "softmax" else ("norm", start.norm())
+        if size > self.budget * (1 + 1e-9):
+            raise InputError(f"RewardMixture.weights: their {name} {size:.4g} exceeds the budget {self.budget:.4g}")
+        return start
+
+
+def _key(arguments: Mapping[str, Any]) -> str | None:
+    """What tells one batch from another; None where other values than plain data, a trainer's state, are among them."""
+    try:
+        return json.dumps(arguments, sort_keys=True)
+    except (TypeError, ValueError):
+        return None

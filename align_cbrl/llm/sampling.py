@@ -1,0 +1,303 @@
+"""Prompts x G completions, sampled from a causal language model, as `Rollouts` of one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from align_cbrl.errors import InputError
+from align_cbrl.rollouts import Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """Completions of prompts, G in a row for each prompt: row i answers prompt i // G.
+
+    Attributes:
+        context: long [B], the index of each row's prompt in its dataset.
+        columns: the dataset's columns, repeated for each row; "prompt" is among them.
+        token_ids: completion tokens of each row, unpadded, with the end-of-sequence token where one was sampled.
+        text: the decoded completions, without special tokens; where the prompts are conversations, each a list of one
+            message, [{"role": "assistant", "content": text}], as trl hands it to reward functions.
+        log_policy: float64 [B], log-probability (nats) of the whole completion under the sampling policy.
+        log_prior: float64 [B], the same under the reference policy.
+    """
+
+    context: Tensor
+    columns: Mapping[str, list[Any]]
+    token_ids: list[list[int]]
+    text: list[Any]
+    log_policy: Tensor
+    log_prior: Tensor
+
+    def rollouts(self, weight: Tensor | None = None) -> Rollouts:
+        """As `Rollouts` with T = 1: the action is the whole completion, the decision point its prompt.
+
+        `steps` holds the dataset's columns, "completion" and "completion_ids".
+        """
+        return Rollouts.bandit(
+            contexts=self.context,
+            steps={**self.columns, "completion": self.text, "completion_ids": self.token_ids},
+            log_policy=self.log_policy,
+            log_prior=self.log_prior,
+            weight=weight,
+        )
+
+
+def check_prompts(prompts: Dataset, needed: int) -> None:
+    """Raise InputError unless `prompts` has a "prompt" column and at least `needed` rows.
+
+    Args:
+        prompts: the contexts of a language model.
+        needed: distinct prompts in one generation batch.
+    """
+    if "prompt" not in prompts.column_names:
+        raise InputError(
+            f"prompts: expected a dataset with a 'prompt' column, got columns {prompts.column_names}; rename one with "
+            "dataset.rename_column(old, 'prompt')"
+        )
+    if len(prompts) < needed:
+        raise InputError(
+            f"prompts: expected at least {needed} rows, the prompts of one generation batch, got {len(prompts)}; add "
+            "prompts or lower prompts_per_step"
+        )
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages with a role, to go through a chat template, rather than a text.
+
+    Example:
+        >>> is_conversation([{"role": "user", "content": "Hello"}]), is_conversation("Hello")
+        (True, False)
+    """
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """Token ids of prompts, unpadded, as trl makes them: texts as they are, conversations up to the assistant's turn.
+
+    Args:
+        tokenizer: of the policy.
+        prompts: texts, or conversations.
+        chat_template_kwargs: further arguments of the template, such as `enable_thinking`.
+
+    Raises:
+        InputError: conversations, and a tokenizer without a chat template.
+    """
+    if not is_conversation(prompts[0]):
+        ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+        return ids
+    check_chat_template(tokenizer, prompts[0])
+    encoded = tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )
+    ids = encoded["input_ids"]
+    return ids
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> None:
+    """Raise InputError for a conversation that the tokenizer has no template for."""
+    if is_conversation(prompt) and tokenizer.chat_template is None:
+        raise InputError(
+            f"prompts: expected texts, since the tokenizer {tokenizer.name_or_path!r} has no chat template, got a "
+            f"conversation, {prompt!r:.100}; set tokenizer.chat_template and save it, or make the prompts texts"
+        )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those that the model declares, such as an end of turn."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return [*([] if tokenizer.eos_token_id in declared else [tokenizer.eos_token_id]), *declared]
+
+
+def needs_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the model numbers positions from the left edge of the padding unless it is told better, as GPT-2 does.
+
+    Rotary positions are relative, so padding on the left does not matter to them.
+    """
+    model = getattr(model, "model_with_adapter", model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling")):
+        return False
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position of each token within its text, [B, L], where the mask [B, L] has zeros on the left.
+
+    Example:
+        >>> positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist()
+        [[0, 0, 0, 1], [0, 1, 2, 3]]
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def add_position_ids(model: PreTrainedModel) -> None:
+    """Have a model that needs position ids make them itself, wherever it is called with an attention mask only."""
+    if not needs_position_ids(model):
+        return
+
+    def complete(module: Any, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = inputs.get("attention_mask")
+        if inputs.get("position_ids") is None and inputs.get("past_key_values") is None and mask is not None:
+            inputs = {**inputs, "position_ids": positions(mask)}
+        return arguments, inputs
+
+    model.register_forward_pre_hook(complete, with_kwargs=True)
+
+
+def repeat_columns(prompts: Dataset, context: Sequence[int]) -> dict[str, list[Any]]:
+    """The dataset's columns at the rows `context`, repetitions included."""
+    distinct = sorted(set(context))
+    place = {row: i for i, row in enumerate(distinct)}
+    columns = prompts[distinct]
+    return {name: [values[place[row]] for row in context] for name, values in columns.items()}
+
+
+@torch.no_grad()
+def sample_completions(
+    policy: PreTrainedModel,
+    prior: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    context: Sequence[int],
+    group_size: int,
+    max_completion_length: int,
+    seed: int,
+    batch_size: int = 256,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Completions:
+    """`group_size` completions of each prompt, from the policy itself: temperature 1, no truncation of its support.
+
+    Args:
+        policy: the model sampled from.
+        prior: the reference model; None when it is the policy.
+        tokenizer: of both.
+        prompts: a dataset with a "prompt" column of texts, or of conversations, which go through the chat template.
+        context: rows of `prompts` to answer.
+        group_size: completions per prompt, G.
+        max_completion_length: in tokens; longer completions are cut there, and the cut text is the action.
+        seed: of the sampling; torch's global generator is left as it was.
+        batch_size: rows generated together.
+        chat_template_kwargs: further arguments of the chat template.
+
+    Returns:
+        B = len(context) * group_size completions.
+
+    Raises:
+        InputError: conversations, and a tokenizer without a chat template.
+    """
+    rows = [row for row in context for _ in range(group_size)]
+    columns = repeat_columns(prompts, rows)
+    token_ids: list[list[int]] = []
+    log_policy, log_prior = [], []
+    ends = end_tokens(policy, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        disable_compile=True,
+    )
+    training, own_config = policy.training, policy.generation_config
+    policy.eval()
+    policy.generation_config = config  # what it leaves open, such as a repetition penalty, would come from there
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(policy)):
+            torch.manual_seed(seed)
+            for start in range(0, len(rows), batch_size):
+                asked = prompt_ids(tokenizer, columns["prompt"][start : start + batch_size], chat_template_kwargs)
+                encoded = pad_left(asked, tokenizer.pad_token_id, policy.device)
+                output = policy.generate(**encoded, generation_config=config)
+                width = encoded["input_ids"].shape[1]
+                ids = [_cut(row, ends) for row in output[:, width:].tolist()]
+                token_ids.extend(ids)
+                log_policy.append(completion_log_probs(policy, encoded, ids))
+                log_prior.append(log_policy[-1] if prior is None else completion_log_probs(prior, encoded, ids))
+    finally:
+        policy.train(training)
+        policy.generation_config = own_config
+    return Completions(
+        context=torch.tensor(rows),
+        columns=columns,
+        token_ids=token_ids,
+        text=decode(tokenizer, token_ids, is_conversation(columns["prompt"][0])),
+        log_policy=torch.cat(log_policy),
+        log_prior=torch.cat(log_prior),
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], conversational: bool) -> list[Any]:
+    """Completions as reward functions see them: texts, or lists of one assistant message."""
+    texts: list[str] = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+
+
+def pad_left(token_ids: Sequence[Sequence[int]], value: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Inputs "input_ids" and "attention_mask" [B, P] of texts of different lengths, padded on the left.
+
+    Example:
+        >>> pad_left([[5], [6, 7]], value=0)["input_ids"].tolist()
+        [[0, 5], [6, 7]]
+    """
+    width = max(len(ids) for ids in token_ids)
+    return {
+        "input_ids": torch.tensor([[value] * (width - len(ids)) + list(ids) for ids in token_ids], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in token_ids], device=device),
+    }
+
+
+@torch.no_grad()
+def completion_log_probs(model: PreTrainedModel, prompt: Mapping[str, Tensor], token_ids: list[list[int]]) -> Tensor:
+    """log p(completion | prompt) in nats, summed over tokens: float64 [B] on the CPU.
+
+    Args:
+        model: a causal language model.
+        prompt: "input_ids" and "attention_mask" [B, P], padded on the left.
+        token_ids: B completions, unpadded.
+    """
+    length = max(len(ids) for ids in token_ids)
+    device = prompt["input_ids"].device
+    padded = torch.zeros(len(token_ids), length, dtype=torch.long, device=device)  # [B, L]
+    mask = torch.zeros_like(padded)
+    for row, ids in enumerate(token_ids):
+        padded[row, : len(ids)] = torch.tensor(ids, device=device)
+        mask[row, : len(ids)] = 1
+    input_ids = torch.cat([prompt["input_ids"], padded], dim=1)  # [B, P + L]
+    attention = torch.cat([prompt["attention_mask"], mask], dim=1)
+    further = {"position_ids": positions(attention)} if needs_position_ids(model) else {}
+    logits = model(input_ids=input_ids, attention_mask=attention, logits_to_keep=length + 1, **further).logits[:, :-1]
+    chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, padded[..., None])[..., 0]  # [B, L]
+    return (chosen * mask).double().sum(1).cpu()
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices that cut `count` rows into pieces of at most `size`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _cut(ids: list[int], ends: list[int]) -> list[int]:
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+def _cuda_devices(model: PreTrainedModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []

@@ -1,0 +1,1 @@
+"""Objectives: what the leader wants of the best response."""

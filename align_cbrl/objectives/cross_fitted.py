@@ -1,0 +1,163 @@
+"""Risk over contexts from small batches: no sample weighs itself, and contexts are remembered across steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.objectives.all import OverContexts, Wrapping, number_labels
+from align_cbrl.problem import Evaluation, Leader
+from align_cbrl.rollouts import Rollouts
+
+_ROWS = 4096  # slopes that are taken at once
+
+
+class CrossFitted(Wrapping):
+    """A risk over contexts whose weights are not made of the samples that they weigh.
+
+    The gradient of g(f_1, ..., f_K), f_c being what context c is worth, is sum_c g_c(f) df_c: each context counts by
+    the slope of the risk at its value. Taken from one batch as it is, slope and gradient come from the same G
+    completions, and their covariance is a bias of order 1 / G. The covariance within a group is a mean over pairs,
+
+        Cov(u, dr) = E (u_i - u_j) (dr_i - dr_j) / 2,
+
+    so here each pair is weighed by the slope at the value that the *other* G - 2 completions give:
+
+        credit_i = sum_j W_j s_ij (u_i - u_j),    s_ij = the slope without i and j, over the context's probability.
+
+    Where the slope is linear in the values, as for `MeanVariance`, the estimate is unbiased given the contexts.
+    Elsewhere what remains is the curvature of the slope times the variance of a mean of G - 2. It can exceed what was
+    removed where few contexts decide (docs/objectives.md has figures), and shrinks with the contexts that a group has.
+
+    A batch of a few prompts also says little about nature's law: which quarter of all prompts is the worst, or how a
+    group does that the batch happens to lack. The values of the last `memory` contexts, of earlier steps, are kept
+    beside the batch's own. They are up to memory / (contexts a step) steps old, and probabilities are shares of both.
+
+    Args:
+        objective: a risk over contexts: `CVaR`, `MeanVariance`, `EntropicRisk`, `WorstContext` or `WorstGroup`.
+        memory: how many contexts of earlier steps are remembered; 0 for none, where a batch holds all contexts.
+
+    Raises:
+        InputError: another kind of objective, a negative memory, paths of several steps, groups of fewer than 3, or a
+            group whose paths all have weight zero.
+
+    Example:
+        >>> from align_cbrl import ExpectedUtility, MeanVariance
+        >>> steps = {"score": torch.tensor([1.0, 3.0, 2.0, 6.0, 6.0, 6.0]).double()}
+        >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0, 0, 1, 1, 1]), steps=steps)
+        >>> score = ExpectedUtility(lambda leader, rollouts: rollouts.steps["score"][:, None])
+        >>> CrossFitted(MeanVariance(score, 0.1)).evaluate(None, rollouts).value.item()  # 4 - 0.1 * 4
+        3.6
+    """
+
+    objective: OverContexts
+
+    def __init__(self, objective: OverContexts, memory: int = 0) -> None:
+        if not isinstance(objective, OverContexts):
+            raise InputError(
+                "CrossFitted.objective: expected a risk over contexts (CVaR, MeanVariance, EntropicRisk, WorstContext "
+                f"or WorstGroup), got {type(objective).__name__}; nothing else has weights to be fitted"
+            )
+        if memory < 0:
+            raise InputError(f"CrossFitted.memory: expected a number of contexts >= 0, got {memory}")
+        self.objective = objective
+        self.memory = memory
+        self._past: list[tuple[Any, float, float]] = []  # label, value, mass relative to the mean of its step
+        self._seen: list[tuple[Any, float, float]] = []  # the same of the batch just summarized
+
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """The risk over batch and memory, and the cross-fitted credit [B, 1]."""
+        name = f"CrossFitted({type(self.objective).__name__})"
+        if rollouts.horizon != 1:
+            raise InputError(f"{name}: expected rollouts of one step, got a horizon of {rollouts.horizon}")
+        score = utility.detach()[:, 0]
+        weight = rollouts.path_weight(score.dtype).to(score.device)
+        points, place, sizes = torch.unique(
+            rollouts.group[:, 0].to(score.device), return_inverse=True, return_counts=True
+        )
+        if int(sizes.min()) < 3:
+            raise InputError(
+                f"{name}: expected groups of at least 3 completions, got one of {int(sizes.min())}; two make a pair "
+                "and the others weigh it"
+            )
+        zero = score.new_zeros(len(points))
+        mass, total = zero.index_add(0, place, weight), zero.index_add(0, place, weight * score)
+        if bool((mass == 0).any()):
+            raise InputError(f"{name}: every path of group {int(points[mass == 0][0])} has weight zero")
+        value, share = total / mass, mass / mass.mean()  # [N], one for each decision point
+
+        # One label for each decision point: that of its first path.
+        first = torch.full((len(points),), rollouts.size, device=place.device).scatter_reduce(
+            0, place, torch.arange(rollouts.size, device=place.device), "amin"
+        )
+        labels = self.objective.labels(utility, rollouts)
+        mine = [labels[i] for i in first.tolist()]
+        self._seen = list(zip(mine, value.tolist(), share.tolist(), strict=True))
+
+        names, label = number_labels([*(entry[0] for entry in self._past), *mine])
+        label = label.to(score.device)
+        past = score.new_tensor([entry[1:] for entry in self._past]).view(-1, 2)  # [memory, 2]
+        values, shares = torch.cat([past[:, 0], value]), torch.cat([past[:, 1], share])
+        of_label = score.new_zeros(len(names)).index_add(0, label, shares)
+        sums = score.new_zeros(len(names)).index_add(0, label, shares * values)
+        means, probabilities = sums / of_label, of_label / of_label.sum()  # [K]
+        here = label[len(self._past) :]  # [N]
+
+        credit, importance = torch.zeros_like(score), torch.zeros_like(score)
+        for size in sizes.unique().tolist():  # groups of one size at a time: [n G] -> [n, G]
+            rows = (sizes[place] == size).nonzero()[:, 0]
+            rows = rows[torch.argsort(place[rows], stable=True)].view(-1, size)
+            at = place[rows[:, 0]]  # [n]
+            w, u, k = weight[rows], score[rows], here[at]
+            rest = mass[at][:, None, None] - w[:, :, None] - w[:, None, :]  # [n, G, G]: the mass without i and j
+            others = total[at][:, None, None] - (w * u)[:, :, None] - (w * u)[:, None, :]
+            # Importance weights may all lie on i and j; such a pair has nobody else to ask.
+            alone = rest <= 1e-9 * mass[at][:, None, None]
+            without = torch.where(alone, value[at][:, None, None], others / torch.where(alone, 1.0, rest))
+            change = share[at] / of_label[k]
+            moved = means[k][:, None, None] + change[:, None, None] * (without - value[at][:, None, None])
+            slope = self._slopes(means, probabilities, k[:, None, None].expand_as(moved), moved)  # [n, G, G]
+            difference = u[:, :, None] - u[:, None, :]
+            credit[rows] = ((w / mass[at][:, None])[:, None, :] * slope * difference).sum(2)
+            # The mean over partners leaves i out as well: what u_i itself is multiplied with in the direct term.
+            importance[rows] = (slope.sum(2) - slope.diagonal(dim1=1, dim2=2)) / (size - 1)
+        worth = self.objective.risk(means, probabilities)
+        linear = (weight * importance * (utility[:, 0] - score)).mean()  # zero, with the gradient that is wanted
+        return Evaluation(value=worth.detach() + linear, credit=credit[:, None])
+
+    def _slopes(self, means: Tensor, probabilities: Tensor, label: Tensor, moved: Tensor) -> Tensor:
+        """The risk's slope at one label's value, over its probability, when that value is `moved`: all of any shape."""
+        shape, label, moved = moved.shape, label.reshape(-1), moved.reshape(-1)
+        slopes = []
+        for start in range(0, len(moved), _ROWS):
+            here = label[start : start + _ROWS]
+            rows = means.expand(len(here), -1).clone()
+            rows[torch.arange(len(here), device=here.device), here] = moved[start : start + _ROWS]
+            slope = torch.func.vmap(torch.func.grad(self.objective.risk), in_dims=(0, None))(rows, probabilities)
+            slopes.append(slope.gather(1, here[:, None])[:, 0] / probabilities[here])
+        return torch.cat(slopes).view(shape)
+
+    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+        """Remember the values of the batch just summarized, forget the oldest, and let the wrapped objective adapt."""
+        if self.memory:
+            self._past = [*self._past, *self._seen][-self.memory :]
+        self._seen = []
+        return self.objective.update(leader, rollouts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered values, and what the wrapped objective keeps."""
+        columns = [list(column) for column in zip(*self._past, strict=True)] or [[], [], []]
+        return {
+            "labels": columns[0],
+            "values": columns[1],
+            "masses": columns[2],
+            "objective": self.objective.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._past = list(zip(state["labels"], state["values"], state["masses"], strict=True))
+        self.objective.load_state_dict(state["objective"])

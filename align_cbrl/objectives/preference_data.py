@@ -1,0 +1,176 @@
+"""A fixed set of labelled pairs as an objective, and as a regulariser of another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.objectives.all import pair_likelihood
+from align_cbrl.problem import Evaluation, Leader, Objective, step_seed
+from align_cbrl.rollouts import Rollouts
+
+
+class PreferenceData(Objective):
+    """How well the leader's reward explains labelled pairs: the mean of log sigma(r_x(chosen) - r_x(rejected)).
+
+    It is what a reward model is trained on (Bradley and Terry). Nothing in it depends on the follower, so that its
+    gradient is the direct term alone. Added to another objective by `Regularised` it ties the reward to the labels.
+
+    Each leader step takes `pairs_per_step` pairs, other ones every time. They are scored once for each chunk of the
+    rollouts, so let there be about as many pairs as completions in a chunk.
+
+    Args:
+        chosen: the preferred answers, N rollouts of one step.
+        rejected: the others; row i answers the same prompt as row i of `chosen`.
+        pairs_per_step: pairs drawn for a leader step, without replacement; None for all of them.
+        seed: of that draw.
+
+    Raises:
+        InputError: another number of chosen than rejected answers, more pairs a step than there are, or rollouts of
+            several steps.
+
+    Example:
+        >>> from align_cbrl import Leader
+        >>> class Bonus(Leader):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.x = torch.nn.Parameter(torch.tensor(2.0))
+        ...
+        ...     def reward(self, rollouts):
+        ...         return self.x * rollouts.steps["polite"][:, None]
+        >>> def answers(polite):
+        ...     return Rollouts.bandit(contexts=torch.arange(2), steps={"polite": torch.tensor(polite)})
+        >>> data = PreferenceData(chosen=answers([1.0, 1.0]), rejected=answers([0.0, 1.0]))
+        >>> round(data.likelihood(Bonus()).item(), 4)  # the mean of log sigma(2) and log sigma(0)
+        -0.41
+    """
+
+    depends_on_leader = True
+
+    def __init__(self, chosen: Rollouts, rejected: Rollouts, pairs_per_step: int | None = None, seed: int = 0) -> None:
+        if chosen.size != rejected.size or chosen.horizon != 1 or rejected.horizon != 1:
+            raise InputError(
+                "PreferenceData: expected as many rejected as chosen answers, of one step each, got "
+                f"{rejected.size} x {rejected.horizon} and {chosen.size} x {chosen.horizon}"
+            )
+        if pairs_per_step is not None and not 1 <= pairs_per_step <= chosen.size:
+            raise InputError(
+                f"PreferenceData.pairs_per_step: expected between 1 and the {chosen.size} pairs that there are, got "
+                f"{pairs_per_step}"
+            )
+        self.chosen, self.rejected = chosen, rejected
+        self.pairs_per_step, self.seed = pairs_per_step, seed
+        self._step = 0
+
+    def likelihood(self, leader: Leader) -> Tensor:
+        """The mean log-likelihood of this step's pairs: scalar, differentiable in x."""
+        chosen, rejected = self.chosen, self.rejected
+        if self.pairs_per_step is not None:
+            generator = torch.Generator().manual_seed(step_seed(self.seed, self._step))
+            drawn = torch.randperm(chosen.size, generator=generator)[: self.pairs_per_step].tolist()
+            chosen, rejected = chosen.select(drawn), rejected.select(drawn)
+        return pair_likelihood(leader.reward(chosen) - leader.reward(rejected), 1.0).mean()
+
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The likelihood [B, 1], the same for every path: it is worth that whatever the follower does."""
+        if rollouts.horizon != 1:
+            raise InputError(f"PreferenceData: expected rollouts of one step, got a horizon of {rollouts.horizon}")
+        return self.likelihood(leader).expand(rollouts.size, 1)
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The likelihood times the chunk's share of the weight."""
+        return weight.sum() * self.likelihood(leader)
+
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """The likelihood; no credit, since the policy has no influence on it."""
+        return Evaluation(value=utility.mean(), credit=torch.zeros_like(utility).detach())
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """Refused: the pairs are no context's value."""
+        raise InputError("PreferenceData: its pairs are data, not contexts, so it has no exact value on a table")
+
+    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+        """Go on to other pairs. Metrics: `pair_likelihood`, of the pairs of this step."""
+        with torch.no_grad():
+            metrics = {"pair_likelihood": float(self.likelihood(leader))}
+        self._step += 1
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps taken, from which the pairs follow."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self._step = state["step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Regularised(Objective):
+    """An objective plus `weight` times the likelihood of labelled pairs: J(x) + weight * L(x).
+
+    Attributes:
+        objective: what the leader wants of the follower, for rollouts of one step.
+        pairs: what its reward should also explain.
+        weight: > 0, utility per nat of a pair's likelihood.
+    """
+
+    objective: Objective
+    pairs: PreferenceData
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise InputError(f"Regularised.weight: expected a positive number, got {self.weight}")
+        if isinstance(self.objective, (Regularised, PreferenceData)):
+            raise InputError(
+                f"Regularised.objective: expected what is wanted of the follower, got {type(self.objective).__name__}"
+            )
+
+    @property
+    def discount(self) -> float:  # type: ignore[override]  # a field of the base class, here that of the objective
+        """The objective's gammaF."""
+        return self.objective.discount
+
+    @property
+    def depends_on_leader(self) -> bool:  # type: ignore[override]  # as above
+        """True: the likelihood does."""
+        return True
+
+    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The objective's utility and the likelihood side by side, [B, n + 1]."""
+        utility = self.objective.utility(leader, rollouts)
+        return torch.cat([utility, self.pairs.utility(leader, rollouts).to(utility)], 1)
+
+    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
+        """The sum of both direct terms."""
+        own = self.objective.direct_term(leader, rollouts, weight[:, :-1])
+        pairs = self.pairs.direct_term(leader, rollouts, weight[:, -1:])
+        return pairs if own is None or pairs is None else own + pairs
+
+    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+        """The sum of both values; the credit is the objective's."""
+        evaluation = self.objective.summarize(utility[:, :-1], rollouts)
+        pairs = self.pairs.summarize(utility[:, -1:], rollouts)
+        return dataclasses.replace(evaluation, value=evaluation.value + self.weight * pairs.value)
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """Refused, as by `PreferenceData`."""
+        return self.pairs.aggregate(values, probabilities)
+
+    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+        """Both."""
+        return {**self.objective.update(leader, rollouts), **self.pairs.update(leader, rollouts)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of both."""
+        return {"objective": self.objective.state_dict(), "pairs": self.pairs.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        self.objective.load_state_dict(state["objective"])
+        self.pairs.load_state_dict(state["pairs"])

@@ -1,0 +1,254 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON, never pickle; whole or absent, never half written.
+
+A checkpoint is a folder `step-00000010` with two files. `tensors.safetensors` holds the tensors; `manifest.json` the
+step, the configuration's fingerprint, the state with references to the tensors, and the size and SHA-256 of both. The
+folder is written under a temporary name and renamed when all is on the disk, so that a kill or a full disk at any
+moment leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from align_cbrl.distributed import is_main
+from align_cbrl.errors import CheckpointError, InputError
+
+_FORMAT = 1
+_MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
+_STEP, _TEMPORARY = "step-", ".writing-"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerprint: str, keep: int = 2) -> Path:
+    """Write `state` after `step` and remove all but the newest `keep` checkpoints.
+
+    Checkpoints of a later step are removed too: they belong to a future that this run has left. In several processes
+    rank 0 alone writes, and on the others nothing happens.
+
+    Args:
+        folder: where the run's checkpoints live; it is created.
+        step: how many outer steps are done.
+        state: nested dictionaries (keys: strings or integers), lists and tuples of tensors, integers, floats,
+            booleans, strings and None, as `state_dict()` gives them.
+        fingerprint: of the configuration (`align_cbrl.runs.config.fingerprint`).
+        keep: how many checkpoints to keep, at least 1.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        InputError: something in `state` that a checkpoint cannot hold, a negative step, or `keep` below 1.
+        CheckpointError: the disk is full or refuses; the previous checkpoint is still valid.
+    """
+    if step < 0 or keep < 1:
+        raise InputError(f"save_checkpoint: expected step >= 0 and keep >= 1, got step={step} and keep={keep}")
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(state, "state", tensors, {})
+    target = folder / f"{_STEP}{step:08d}"
+    if not is_main():
+        return target
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
+        temporary.chmod(0o755)
+        blob = safetensors.torch.save(tensors)
+        text = _canonical(tree)
+        manifest = {
+            "format": _FORMAT,
+            "step": step,
+            "fingerprint": fingerprint,
+            "tensors": {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()},
+            "state_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "state": tree,
+        }
+        _write(temporary / _TENSORS, blob)
+        _write(temporary / _MANIFEST, json.dumps(manifest, allow_nan=False).encode())
+        _sync_folder(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync_folder(folder)
+        for old in [c for c in _checkpoints(folder) if _step(c) > step] + _checkpoints(folder, until=step)[keep:]:
+            shutil.rmtree(old)
+    except OSError as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        previous = [c for c in _checkpoints(folder) if _manifest(c) is not None]
+        rest = f"the previous checkpoint, {previous[0]}, is still valid" if previous else "there is no earlier one"
+        raise CheckpointError(
+            f"cannot write the checkpoint of step {step} to {folder}: {reason}; {rest}. Make room, then continue with "
+            "--resume"
+        ) from error
+    return target
+
+
+def load_checkpoint(folder: Path, *, fingerprint: str) -> tuple[int, dict[Any, Any]] | None:
+    """The newest valid checkpoint in `folder` as (step, state), its tensors on the CPU; None when there is none at all.
+
+    A damaged checkpoint is passed over, with a warning, for the one before.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, or they belong to another configuration.
+    """
+    damaged: list[str] = []
+    for checkpoint in _checkpoints(Path(folder)):
+        try:
+            step, state = _read(checkpoint, fingerprint)
+        except _DamagedError as error:
+            damaged.append(f"{checkpoint} is damaged ({error})")
+            continue
+        if damaged:
+            warnings.warn(f"{'; '.join(damaged)}; continuing from {checkpoint}", stacklevel=2)
+        return step, state
+    if damaged:
+        raise CheckpointError(f"{'; '.join(damaged)}; no valid checkpoint is left: start again without --resume")
+    return None
+
+
+class _DamagedError(Exception):
+    """A checkpoint that cannot be trusted, and why."""
+
+
+def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[Any, Any]]:
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        raise _DamagedError(f"{_MANIFEST} is missing or cut short")
+    if manifest["format"] != _FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {manifest['format']}, this version reads {_FORMAT}: "
+            "use the version of align-cbrl that wrote it, or start again in another --out"
+        )
+    if manifest["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another configuration ({manifest['fingerprint'][:12]}, this one is "
+            f"{fingerprint[:12]}): resume with the configuration it was made with, or choose another --out, or start "
+            "again without --resume"
+        )
+    expected = manifest["tensors"]
+    try:
+        blob = (checkpoint / _TENSORS).read_bytes()
+    except OSError as error:
+        raise _DamagedError(f"{_TENSORS}: {error.strerror}") from error
+    if len(blob) != expected["bytes"]:
+        raise _DamagedError(f"{_TENSORS} has {len(blob)} of {expected['bytes']} bytes")
+    if hashlib.sha256(blob).hexdigest() != expected["sha256"]:
+        raise _DamagedError(f"{_TENSORS} has another SHA-256 than when it was written")
+    return manifest["step"], _decode(manifest["state"], safetensors.torch.load(blob), {})
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest, or None unless it is whole."""
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_bytes())
+        whole = hashlib.sha256(_canonical(manifest["state"]).encode()).hexdigest() == manifest["state_sha256"]
+        fields = all(name in manifest for name in ("format", "step", "fingerprint", "tensors"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if whole and fields else None
+
+
+def _encode(value: Any, at: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
+    """`value` as JSON; lists stay lists, all else that JSON has no type for becomes an object with one tag."""
+    if isinstance(value, Tensor):
+        return _encode_tensor(value, at, tensors, seen)
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in (str, int):
+                raise InputError(f"{at}: expected keys that are strings or integers, got {key!r}")
+        return {"dict": [[k, _encode(v, f"{at}[{k!r}]", tensors, seen)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(v, f"{at}[{i}]", tensors, seen) for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, float):
+        # JSON keeps every finite double exactly; the others, NaN's payload included, travel as their bits.
+        return float(value) if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise InputError(
+        f"{at}: expected tensors, numbers, strings, booleans, None, or dictionaries and lists of these, "
+        f"got {type(value).__name__}"
+    )
+
+
+def _encode_tensor(value: Tensor, at: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> dict[str, Any]:
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        raise InputError(f"{at}: expected a dense tensor, got layout {value.layout} on {value.device}")
+    tensor = value.detach()
+    # The same memory under the same shape is one tensor (tied weights) and stays one. `seen` keeps no tensor alive:
+    # `state` does that until the encoding is done.
+    identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
+    name = seen.get(identity) if tensor.numel() else None
+    if name is None:
+        name = str(len(tensors))
+        seen[identity] = name
+        dense = tensor.resolve_conj().resolve_neg()
+        dense = torch.view_as_real(dense) if dense.is_complex() else dense  # safetensors knows complex64 at most
+        tensors[name] = dense.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return {"complex" if value.is_complex() else "tensor": name}
+
+
+def _decode(value: Any, tensors: dict[str, Tensor], made: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, tensors, made) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "dict":
+        return {k: _decode(v, tensors, made) for k, v in content}
+    if tag == "tuple":
+        return tuple(_decode(v, tensors, made) for v in content)
+    if tag == "float":
+        return struct.unpack(">d", bytes.fromhex(content))[0]
+    if content not in made:
+        made[content] = torch.view_as_complex(tensors[content]) if tag == "complex" else tensors[content]
+    return made[content]
+
+
+def _canonical(tree: Any) -> str:
+    return json.dumps(tree, allow_nan=False, separators=(",", ":"))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the folder's entries are on the disk, where the system can do that (Windows cannot)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _checkpoints(folder: Path, until: int | None = None) -> list[Path]:
+    """The checkpoints in `folder`, up to step `until`, newest first."""
+    found = [c for c in folder.glob(f"{_STEP}*") if c.is_dir() and c.name.removeprefix(_STEP).isdecimal()]
+    return sorted((c for c in found if until is None or _step(c) <= until), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_STEP))

@@ -1,0 +1,260 @@
+"""A run's folder describes itself: what was configured, which versions, which commit, when; and what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_cbrl.distributed import is_main
+from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.runs.config import to_dict
+from align_cbrl.runs.metrics import finite
+
+ABOUT = "run.json"
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+PACKAGES = ("align-cbrl", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
+"""Packages whose versions are kept; one that is not installed has null."""
+
+
+def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) -> None:
+    """Make `out` this configuration's folder, and note who works in it from now on.
+
+    Writes config.yaml, which `align-cbrl run RECIPE --config` reads again, and run.json: the recipe, the configuration,
+    its seeds, and a list of sessions. A session is one start or resumption: command line, versions, git commit of the
+    working directory and whether it was dirty (null where there is no checkout), platform, and when it started and
+    ended (null while it runs, and for ever if it was killed). Files are written whole or not at all.
+
+    Args:
+        out: the run's folder; made if need be.
+        config: an instance of a dataclass.
+        recipe: whose run it is: the name that `align-cbrl run` takes.
+        free: keys (`steps`, `hpgd.steps`) that may differ when a run is resumed, because it may be longer, say.
+
+    Raises:
+        CheckpointError: `out` holds a run of another recipe or configuration (which keys differ), or a damaged one.
+
+    Example:
+        >>> import dataclasses, tempfile
+        >>> @dataclasses.dataclass
+        ... class Config:
+        ...     seed: int = 0
+        >>> out = Path(tempfile.mkdtemp())
+        >>> claim(out, Config(), recipe="mine")
+        >>> claim(out, Config(seed=1), recipe="mine")
+        Traceback (most recent call last):
+        ...
+        align_cbrl.errors.CheckpointError: ...: holds a run of another configuration (different: seed); ...
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    ours = json.loads(json.dumps(to_dict(config)))
+    sessions = []
+    if (out / ABOUT).exists():
+        about = read_about(out)
+        if about["recipe"] != recipe:
+            raise CheckpointError(f"{out}: holds a run of the recipe {about['recipe']}; choose another --out")
+        differing = [key for key in differences([ours, about["config"]]) if not _covers(free, key)]
+        if differing:
+            raise CheckpointError(
+                f"{out}: holds a run of another configuration (different: {', '.join(differing)}); choose another "
+                "--out, or go back to its settings"
+            )
+        sessions = about["sessions"]
+    write_text(out / CONFIG, yaml.safe_dump(ours, sort_keys=False, allow_unicode=True))
+    seeds = {key: value for key, value in flat(ours).items() if key.split(".")[-1] in ("seed", "seeds")}
+    about = {"recipe": recipe, "config": ours, "seeds": seeds, "sessions": [*sessions, _session()]}
+    write_json(out / ABOUT, about)
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json, with the folder's recipe and configuration, and note when the session ended.
+
+    Args:
+        out: a claimed folder.
+        summary: what the run found. Under `rows`, a list of dictionaries, one a policy, a cell or an instance; a
+            figure is a number or `{"mean": m, "se": s}`. Under `seconds`, how long it took. Numbers that are not
+            finite become null.
+    """
+    about = read_about(out)
+    write_json(out / SUMMARY, {"recipe": about["recipe"], **summary, "config": about["config"]})
+    about["sessions"][-1]["ended"] = _now()
+    write_json(out / ABOUT, about)
+
+
+def read_about(out: Path) -> dict[str, Any]:
+    """What `claim` wrote in run.json.
+
+    Raises:
+        InputError: `out` is no folder of a run.
+        CheckpointError: run.json is damaged.
+    """
+    file = out / ABOUT
+    if not file.is_file():
+        what = "there is no such folder" if not out.exists() else f"not the folder of a run: it has no {ABOUT}"
+        raise InputError(f"{out}: {what}; expected one that `align-cbrl run` has written")
+    try:
+        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not {"recipe", "config", "sessions"} <= set(about):
+            raise ValueError
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged; restore it, or start again in another --out") from error
+    return about
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """What `write_summary` wrote.
+
+    Raises:
+        InputError: `out` is no folder of a run, or its run has not ended yet.
+    """
+    about = read_about(out)
+    if not (out / SUMMARY).is_file():
+        raise InputError(
+            f"{out}: the run of {about['recipe']} has not ended, there are no rows yet; continue it with "
+            f"align-cbrl run {about['recipe']} --out {shlex.quote(str(out))} --resume"
+        )
+    summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    return summary
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries under dotted names.
+
+    Example:
+        >>> flat({"seed": 0, "hpgd": {"steps": 3}})
+        {'seed': 0, 'hpgd.steps': 3}
+    """
+    if not isinstance(tree, dict) or (prefix and not tree):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def differences(trees: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted names whose values are not the same in all configurations, with the values; a missing one is None.
+
+    Example:
+        >>> differences([{"seed": 0, "hpgd": {"steps": 3}}, {"seed": 0, "hpgd": {"steps": 4}}])
+        {'hpgd.steps': [3, 4]}
+    """
+    leaves = [flat(tree) for tree in trees]
+    values = {name: [tree.get(name) for tree in leaves] for tree in leaves for name in tree}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON as `write_text` does; numbers that are not finite become null."""
+    write_text(file, json.dumps(finite(value, file.name), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write whole or not at all; of several processes the first one writes."""
+    if not is_main():
+        return
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+class Rows:
+    """Finished parts of a run by name, kept in a file so that a resumed run does not do them again.
+
+    Args:
+        file: a JSON file, read if it is there.
+
+    Attributes:
+        done: the rows by name.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.done: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        self.done[name] = row
+        write_json(self.file, self.done)
+
+
+class Clock:
+    """Seconds by stage, added up over interruptions.
+
+    Args:
+        file: a JSON file, read if it is there.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add what happens inside to `stage`, also when it is interrupted."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+            self.save()
+
+    def save(self) -> None:
+        """Write the file."""
+        write_json(self.file, self.seconds)
+
+
+def _session() -> dict[str, Any]:
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": _now(),
+        "ended": None,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git": _git(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working directory's checkout and whether tracked files differ from it; None outside one."""
+    try:
+        commit = _git_output("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git_output("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git_output(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _covers(free: Collection[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in free)

@@ -1,0 +1,1 @@
+"""Followers of a table: exact, iterative, and trained on samples."""

@@ -1,0 +1,1 @@
+"""One file for each problem, from the literature or as a test."""

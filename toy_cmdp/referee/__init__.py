@@ -1,0 +1,1 @@
+"""The referee: exact values, exact gradients, and optima known in closed form."""

@@ -1,0 +1,1 @@
+"""Contextual MDPs as tables, dense or sparse."""
