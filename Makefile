@@ -20,7 +20,7 @@ rlhf: $(READY)  ## the main job: tune reward weights around a trl follower; run 
 	$(BIN)/align-cbrl run docstrings --out runs/docstrings --resume
 
 study: $(READY)  ## the main job and its baselines over five seeds
-	$(BIN)/python -m recipes.docstrings.study
+	$(BIN)/python -m align_cbrl.recipes.docstrings.study
 
 laboratory: $(READY)  ## every tabular table and figure, the slow tests and benchmarks; about two hours, continues where it stopped
 	$(BIN)/align-cbrl run four_rooms --config table.yaml --out runs/four_rooms-table --resume
@@ -32,7 +32,7 @@ laboratory: $(READY)  ## every tabular table and figure, the slow tests and benc
 	$(BIN)/align-cbrl run rtq --out runs/rtq --resume
 	$(BIN)/align-cbrl run convergence --out runs/convergence --resume
 	$(BIN)/align-cbrl validate
-	for benchmark in exact_step sampled_step gridworld leader_memory; do $(BIN)/python -m recipes.benchmarks.$$benchmark; done
+	for benchmark in exact_step sampled_step gridworld leader_memory; do $(BIN)/python -m align_cbrl.recipes.benchmarks.$$benchmark; done
 	$(BIN)/python -m pytest -m slow
 
 test: lint  ## linter, type checker, and all tests but the slow ones

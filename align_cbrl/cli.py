@@ -12,7 +12,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +144,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _recipes() -> Path:
+    package: Any = importlib.import_module("align_cbrl.recipes")
+    return Path(package.__path__[-1])
+
+
 def recipe_names() -> list[str]:
     """The recipes that are installed."""
     return sorted(
-        folder.name
-        for folder in resources.files("recipes").iterdir()
-        if folder.is_dir() and folder.joinpath("recipe.py").is_file()
+        folder.name for folder in _recipes().iterdir() if folder.is_dir() and folder.joinpath("recipe.py").is_file()
     )
 
 
@@ -173,7 +175,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(
             f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
         )
-    recipe: Any = importlib.import_module(f"recipes.{options.recipe}.recipe")
+    recipe: Any = importlib.import_module(f"align_cbrl.recipes.{options.recipe}.recipe")
     config = load_config(recipe.Config, path, options.overrides)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -195,7 +197,7 @@ def _report(options: argparse.Namespace) -> int:
     names = recipe_names()
     if name not in names:
         raise InputError(f"{options.folder}: its recipe {name!r} is not installed here; {nearest(name, names)}")
-    recipe: Any = importlib.import_module(f"recipes.{name}.recipe")
+    recipe: Any = importlib.import_module(f"align_cbrl.recipes.{name}.recipe")
     if not hasattr(recipe, "report"):
         raise InputError(f"{options.folder}: the recipe {name!r} writes no report")
     recipe.report(options.folder)
@@ -215,7 +217,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _config_path(recipe: str, given: str | None) -> Path:
     """The YAML file to read: a path as it stands, or else a file of the recipe's folder, with or without `.yaml`."""
-    folder = Path(str(resources.files("recipes").joinpath(recipe)))
+    folder = _recipes() / recipe
     if given is None:
         return folder / "config.yaml"
     variants = sorted(file.name for file in folder.glob("*.yaml"))

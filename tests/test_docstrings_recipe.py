@@ -11,6 +11,7 @@ from pathlib import Path
 import enumerable_lm as lm
 import pytest
 import torch
+from align_cbrl.recipes.docstrings.config import Config
 from rebuilt import report_is_rebuilt
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -18,7 +19,6 @@ from align_cbrl.cli import main
 from align_cbrl.llm import load_reward
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.metrics import MetricsLog
-from recipes.docstrings.config import Config
 
 # A model of a few words answers some prompts always alike.
 pytestmark = pytest.mark.filterwarnings(  # a policy of eight tokens and batches of sixteen earn both
@@ -189,7 +189,7 @@ def test_defaults_are_those_of_the_yaml() -> None:
         ("follower.group_size=1", "follower.group_size: expected at least 2, got 1"),
         ("follower.steps=0", "follower.steps: expected at least 1, got 0"),
         ("hpgd.stepz=3", "steps"),
-        ("judge=recipes.docstrings.judge.docstring_jugde", "docstring_judge"),
+        ("judge=align_cbrl.recipes.docstrings.judge.docstring_jugde", "docstring_judge"),
         ("judge=nowhere.py:judge", "there is no file"),
         ("data=nowhere.jsonl", "data 'nowhere.jsonl'"),
         ("model=nowhere/at-all", "nowhere/at-all"),

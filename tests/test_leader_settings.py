@@ -19,9 +19,9 @@ from align_cbrl.llm import (
     RewardModelLeader,
     Shaped,
 )
+from align_cbrl.llm.settings.leader import LeaderSettings
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.imports import load_object
-from recipes.settings.leader import LeaderSettings
 
 TEXTS = ["a", "b a", "c d", "e", "f f a", "a c b d"]
 REFERENCE = Rollouts.bandit(

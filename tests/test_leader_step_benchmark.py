@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-
-from recipes.benchmarks.leader_step import Measurement, Meter, Phase, describe, main
+from align_cbrl.recipes.benchmarks.leader_step import Measurement, Meter, Phase, describe, main
 
 
 def test_a_meter_reads_each_phase_alone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from recipes.benchmarks.leader_step_memory import Usage, build, measure
+from align_cbrl.recipes.benchmarks.leader_step_memory import Usage, build, measure
 
 
 def test_a_measurement(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ from align_cbrl.llm import (
     sample_completions,
 )
 from align_cbrl.llm.followers.trl import grpo, observed
+from align_cbrl.llm.settings.follower import FollowerSettings, ScheduleSettings
 from align_cbrl.problem import Critic, Critique
-from recipes.settings.follower import FollowerSettings, ScheduleSettings
 
 TEMPERATURE = 2.0
 

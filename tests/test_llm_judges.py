@@ -20,9 +20,9 @@ import torch
 from align_cbrl import InputError, PreferenceLikelihood, Rollouts, RunStopped
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge
 from align_cbrl.llm.judges.judge import judge_identity
+from align_cbrl.llm.settings.judge import JudgeSettings
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.runs.config import load_config
-from recipes.settings.judge import JudgeSettings
-from recipes.settings.objective import ObjectiveSettings
 
 
 def rollouts(completions: list[str], **columns: list[Any]) -> Rollouts:

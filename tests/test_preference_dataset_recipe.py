@@ -8,15 +8,15 @@ from pathlib import Path
 
 import enumerable_lm as lm
 import pytest
+from align_cbrl.recipes.preference_dataset.data import annotated_replies, load_parts
+from align_cbrl.recipes.preference_dataset.recipe import Config
+from align_cbrl.recipes.replies.judge import reply_judge
 from rebuilt import report_is_rebuilt
 
 from align_cbrl import InputError
 from align_cbrl.cli import main
 from align_cbrl.llm import load_reward
 from align_cbrl.runs.config import load_config
-from recipes.preference_dataset.data import annotated_replies, load_parts
-from recipes.preference_dataset.recipe import Config
-from recipes.replies.judge import reply_judge
 
 
 def write(path: Path, rows: list[dict]) -> Path:

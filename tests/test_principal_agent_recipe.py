@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from align_cbrl.recipes.principal_agent.recipe import Config, instance, run
 from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
 from align_cbrl.errors import CheckpointError, InputError
-from recipes.principal_agent.recipe import Config, instance, run
 from toy_cmdp import leader_value
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from align_cbrl.recipes.overoptimization.recipe import Config as OveroptimizationConfig
+from align_cbrl.recipes.reward_weights.recipe import Config
 
 from align_cbrl.cli import recipe_names
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.runs.config import load_config
-from recipes.overoptimization.recipe import Config as OveroptimizationConfig
-from recipes.reward_weights.recipe import Config
-from recipes.settings.objective import ObjectiveSettings
 
 ROOT = Path(__file__).parents[1]
 TUNE, HACKED = ROOT / "docs/tune_reward_weights.md", ROOT / "docs/reward_hacking.md"

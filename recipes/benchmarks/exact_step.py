@@ -1,4 +1,4 @@
-"""One exact hypergradient step on Four Rooms, on one core (`python -m recipes.benchmarks.exact_step`)."""
+"""One exact hypergradient step on Four Rooms, on one core (`python -m align_cbrl.recipes.benchmarks.exact_step`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact hypergradients of gridworlds: time and peak memory by size (`python -m recipes.benchmarks.gridworld`)."""
+"""Gridworlds: time and peak memory of an exact hypergradient (`python -m align_cbrl.recipes.benchmarks.gridworld`)."""
 
 from __future__ import annotations
 

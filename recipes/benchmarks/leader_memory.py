@@ -1,4 +1,4 @@
-"""Memory of a sampled hypergradient by the size of the leader (`python -m recipes.benchmarks.leader_memory`).
+"""Memory of a sampled hypergradient, by leader size (`python -m align_cbrl.recipes.benchmarks.leader_memory`).
 
 Four Rooms, led by a network from a cell's coordinates to its share of the fines. Reads /proc, hence Linux only.
 """

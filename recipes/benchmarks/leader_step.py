@@ -1,4 +1,4 @@
-"""Time and memory of a leader step against a follower step (`python -m recipes.benchmarks.leader_step`).
+"""Time and memory of a leader step against a follower step (`python -m align_cbrl.recipes.benchmarks.leader_step`).
 
 The follower is RLOO with 64 completions of 24 tokens a step, the leader steps after every one of its steps, on the
 completions that it has just trained on. Policies are Llamas of several sizes with random weights, and reward models as
@@ -33,10 +33,11 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, Problem, Rollouts
 from align_cbrl.llm import Judge, LanguageLeader, RewardMixture, RewardModel, RewardModelLeader, RLOOFollower
 from align_cbrl.problem import Leader, OnRollouts
-from recipes.docstrings import rewards
-from recipes.docstrings.base import make_model, train_tokenizer
-from recipes.docstrings.data import load_docstrings
-from recipes.docstrings.judge import docstring_judge
+
+from ..docstrings import rewards
+from ..docstrings.base import make_model, train_tokenizer
+from ..docstrings.data import load_docstrings
+from ..docstrings.judge import docstring_judge
 
 SIZES = ("64x2", "192x2", "256x4", "384x6", "512x7")
 """Width x layers of the policy; about 0.2, 1.4, 4, 12 and 25 million parameters."""

@@ -1,4 +1,4 @@
-"""Memory of a leader step by its batch (`python -m recipes.benchmarks.leader_step_memory`).
+"""Memory of a leader step by its batch (`python -m align_cbrl.recipes.benchmarks.leader_step_memory`).
 
 The leader is all 10^8 parameters of a reward model, a Llama with random weights. The batch is cut into chunks of eight
 completions, so that memory should not depend on the batch. A batch of one chunk takes less: there the gradients come
@@ -123,7 +123,7 @@ def measure(path: Path, batch: int, chunk: int, length: int, gradient_checkpoint
 def measure_apart(path: Path, settings: Mapping[str, Any]) -> Usage:
     """The same in a fresh process."""
     code = (
-        "import dataclasses, json, pathlib, sys; from recipes.benchmarks.leader_step_memory import measure; "
+        "import dataclasses, json, pathlib, sys; from .leader_step_memory import measure; "
         "path, settings = sys.argv[1:]; "
         "print(json.dumps(dataclasses.asdict(measure(pathlib.Path(path), **json.loads(settings)))))"
     )

@@ -1,4 +1,4 @@
-"""One sampled hypergradient step on Four Rooms, on one core (`python -m recipes.benchmarks.sampled_step`)."""
+"""A sampled hypergradient step on Four Rooms, on one core (`python -m align_cbrl.recipes.benchmarks.sampled_step`)."""
 
 from __future__ import annotations
 

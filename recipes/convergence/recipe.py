@@ -18,11 +18,12 @@ from align_cbrl.runs.config import load_config
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
-from recipes.parts import measured
 from toy_cmdp import ExactCritic, ExactFollower, ImplicitHypergradient, expected_policy_response, random_cmdp
 from toy_cmdp.followers.iterative import SoftValueIteration
 from toy_cmdp.referee.frozen_policy import present
 from toy_cmdp.validate import implicit_gradient
+
+from ..parts import measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from align_cbrl.llm import RewardMixture, RLOOFollower, score_arguments
 from align_cbrl.rollouts import Rollouts
-from recipes.docstrings.evaluation import evaluate
-from recipes.docstrings.stages import Workbench
+
+from .evaluation import evaluate
+from .stages import Workbench
 
 
 def regression(bench: Workbench, seed: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from align_cbrl import InputError
-from recipes.settings.tracking import TrackingSettings
+from align_cbrl.llm.settings.tracking import TrackingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Config:
     """
 
     seed: int = 0
-    data: str = "recipes.docstrings.data.load_docstrings"
+    data: str = "align_cbrl.recipes.docstrings.data.load_docstrings"
     model: str | None = None
     proxy: str | None = None
     base_epochs: float = 4.5
     proxy_pairs: int = 3000
-    judge: str = "recipes.docstrings.judge.docstring_judge"
+    judge: str = "align_cbrl.recipes.docstrings.judge.docstring_judge"
     rewards: dict[str, str] = dataclasses.field(default_factory=dict)
     leader: str = "mixture"
     budget: float = 1.0

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm import LanguageLeader, RLOOFollower, sample_completions
-from recipes.docstrings.stages import Workbench
-from recipes.statistics import mean_and_error
+
+from ..statistics import mean_and_error
+from .stages import Workbench
 
 
 def evaluate(

@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.docstrings.judge import docstring_judge
-from recipes.fine_tuning import train_reward_model
+from ..fine_tuning import train_reward_model
+from .judge import docstring_judge
 
 # Phrases of the standard library's authors that say nothing. They occur in one human docstring
 # in twenty, so the base model writes them often enough for a follower to find them.

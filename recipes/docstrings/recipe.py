@@ -9,11 +9,12 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from align_cbrl.runs.run_folder import Clock, Rows, claim
-from recipes.docstrings.config import Config
-from recipes.docstrings.evaluation import evaluate
-from recipes.docstrings.outputs import print_table, report, summarize
-from recipes.docstrings.stages import prepare
-from recipes.docstrings.tuning import describe_leader, train_fresh, tune
+
+from .config import Config
+from .evaluation import evaluate
+from .outputs import print_table, report, summarize
+from .stages import prepare
+from .tuning import describe_leader, train_fresh, tune
 
 __all__ = ["Config", "report", "run"]
 

@@ -27,9 +27,10 @@ from align_cbrl.llm.sampling import check_prompts
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import fingerprint
 from align_cbrl.runs.imports import load_object
-from recipes.docstrings.base import train_base
-from recipes.docstrings.config import Config
-from recipes.docstrings.proxy import train_proxy
+
+from .base import train_base
+from .config import Config
+from .proxy import train_proxy
 
 
 @dataclasses.dataclass(frozen=True)

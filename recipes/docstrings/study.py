@@ -1,6 +1,6 @@
 """The study behind the README's table: several seeds of the main job with its baselines, and of the variant.
 
-    python -m recipes.docstrings.study --seeds 0 1 2 3 4 --variant-seeds 0 1 2 --out runs/study
+    python -m align_cbrl.recipes.docstrings.study --seeds 0 1 2 3 4 --variant-seeds 0 1 2 --out runs/study
 
 Every seed has its own base model, proxy, follower, leader and prompts. Finished parts are found again when the command
 is repeated.
@@ -23,19 +23,20 @@ import torch
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import Clock, Rows, write_json
-from recipes.docstrings.baselines import random_search, regression
-from recipes.docstrings.config import Config
-from recipes.docstrings.outputs import CURVES, LABELS, policy_logs
-from recipes.docstrings.recipe import run
-from recipes.docstrings.stages import prepare
-from recipes.statistics import interval, mean_and_error, shown
+
+from ..statistics import interval, mean_and_error, shown
+from .baselines import random_search, regression
+from .config import Config
+from .outputs import CURVES, LABELS, policy_logs
+from .recipe import run
+from .stages import prepare
 
 FIGURES = ("judge", "proxy", "kl", "gap")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write summary.json and report.html in `--out` and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.docstrings.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m align_cbrl.recipes.docstrings.study", description=__doc__)
     parser.add_argument(
         "--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="of the main job and its baselines"
     )

@@ -10,8 +10,9 @@ import torch
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, KLPriced, PolicyResponse, Problem
 from align_cbrl.llm import LanguageLeader, RewardMixture, RLOOFollower, load_leader, train_follower
 from align_cbrl.runs.config import fingerprint, to_dict
-from recipes.docstrings.config import Config
-from recipes.docstrings.stages import Workbench
+
+from .config import Config
+from .stages import Workbench
 
 
 def tune(bench: Workbench, out: Path, seed: int) -> tuple[LanguageLeader, RLOOFollower, HPGD]:

@@ -15,8 +15,9 @@ from align_cbrl import InputError
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
-from recipes.estimators.study import ORACLES, Cell, measure
 from toy_cmdp.validate import PROBLEMS
+
+from .study import ORACLES, Cell, measure
 
 _SHOWN = ("plug-in", "visit-averaged", "BC-HG", "policy response", "direct only", "exact critic")
 

@@ -19,8 +19,9 @@ from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
-from recipes.four_rooms.figures import before_and_after_png, fines_png
-from recipes.four_rooms.table import GROWING, TableConfig, read_units, rows, run_units
+
+from .figures import before_and_after_png, fines_png
+from .table import GROWING, TableConfig, read_units, rows, run_units
 
 _MAP_CAPTION = (
     "Fines on the map, and the follower's discounted occupancy without and with them, for each of its two goals. "

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from align_cbrl import CVaR, ExpectedUtility, InputError, MeanVariance
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Matrix, Section, Table, write_report
 from align_cbrl.runs.run_folder import claim, read_summary, write_summary
-from recipes.parts import each_seed, kept, of_each_seed
-from recipes.replies.bench import Bench, BenchSettings
-from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import counted, mean_and_error, shown
+
+from ..parts import each_seed, kept, of_each_seed
+from ..replies.bench import Bench, BenchSettings
+from ..statistics import counted, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from align_cbrl import InputError
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import claim, read_summary, write_summary
-from recipes.parts import each_seed, kept, of_each_seed
-from recipes.replies.bench import Bench, BenchSettings, at_divergence
-from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import counted, interval, mean_and_error, shown
+
+from ..parts import each_seed, kept, of_each_seed
+from ..replies.bench import Bench, BenchSettings, at_divergence
+from ..statistics import counted, interval, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 LABELS = {"plain": "plain RLHF", "fresh": "on HPGD's reward", "hpgd": "while HPGD tunes"}

@@ -12,9 +12,10 @@ from datasets import Dataset, DatasetDict
 from align_cbrl import InputError, Rollouts
 from align_cbrl.llm import Preferences, load_preferences
 from align_cbrl.llm.scoring import ScoreFunction
-from recipes.replies.data import desk_log
-from recipes.replies.judge import reply_judge
-from recipes.replies.models import biased_utility
+
+from ..replies.data import desk_log
+from ..replies.judge import reply_judge
+from ..replies.models import biased_utility
 
 _NOISE = 0.15
 """Temperature of an annotator's logistic choice, in points of the judge: people slip."""

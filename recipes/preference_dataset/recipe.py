@@ -13,22 +13,23 @@ from torch import Tensor
 from align_cbrl import InputError
 from align_cbrl.llm import Judge, LanguageLeader, RewardModel, sample_completions
 from align_cbrl.llm.followers.trained import TrainedFollower
+from align_cbrl.llm.settings.follower import FollowerSettings
+from align_cbrl.llm.settings.judge import JudgeSettings
+from align_cbrl.llm.settings.leader import LeaderSettings
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.objectives.preference_data import PreferenceData, Regularised
 from align_cbrl.runs.config import load_config, to_dict
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import claim, read_summary, write_summary
-from recipes.docstrings.stages import cached
-from recipes.fine_tuning import train_reward_model
-from recipes.parts import each_seed, kept, of_each_seed
-from recipes.preference_dataset.data import Parts, load_parts, pairs
-from recipes.replies.bench import Bench, BenchSettings, HPGDSettings, MeasureSettings, WorldSettings
-from recipes.replies.models import train_policy
-from recipes.settings.follower import FollowerSettings
-from recipes.settings.judge import JudgeSettings
-from recipes.settings.leader import LeaderSettings
-from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import band, interval, mean_and_error, shown
+
+from ..docstrings.stages import cached
+from ..fine_tuning import train_reward_model
+from ..parts import each_seed, kept, of_each_seed
+from ..replies.bench import Bench, BenchSettings, HPGDSettings, MeasureSettings, WorldSettings
+from ..replies.models import train_policy
+from ..statistics import band, interval, mean_and_error, shown
+from .data import Parts, load_parts, pairs
 
 FRESH_SEED = 1_000_003
 """Added to the seed for the fresh follower: other prompts in another order, other samples."""
@@ -98,7 +99,7 @@ class Config:
 
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
     jobs: int | None = None
-    preferences: str = "recipes.preference_dataset.data.annotated_replies"
+    preferences: str = "align_cbrl.recipes.preference_dataset.data.annotated_replies"
     split: SplitSettings = dataclasses.field(default_factory=SplitSettings)
     model: str | None = None
     reward_model: str | None = None

@@ -1,7 +1,7 @@
 """What the laboratory's recipes share: a policy, rewards, a judge, and one follower trained on a reward or under HPGD.
 
 A configuration names them, so that the same recipe runs on somebody else's. What is not named is made in the world of
-`recipes.replies`.
+`align_cbrl.recipes.replies`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from align_cbrl.llm import (
 )
 from align_cbrl.llm.followers.trained import TrainedFollower
 from align_cbrl.llm.scoring import ScoreFunction
+from align_cbrl.llm.settings.follower import FollowerSettings
+from align_cbrl.llm.settings.judge import JudgeSettings
+from align_cbrl.llm.settings.leader import LeaderSettings
 from align_cbrl.runs.config import fingerprint, to_dict
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
-from recipes.docstrings.stages import cached
-from recipes.replies.models import Family, train_policy, train_proxy
-from recipes.settings.follower import FollowerSettings
-from recipes.settings.judge import JudgeSettings
-from recipes.settings.leader import LeaderSettings
-from recipes.statistics import mean_and_error
+
+from ..docstrings.stages import cached
+from ..statistics import mean_and_error
+from .models import Family, train_policy, train_proxy
 
 PROXY = "proxy"
 REFERENCE_PROMPTS = 128
@@ -63,7 +64,7 @@ class WorldSettings:
         costs: what a constrained objective may bound, likewise.
     """
 
-    data: str = "recipes.replies.data.load_requests"
+    data: str = "align_cbrl.recipes.replies.data.load_requests"
     model: str | None = None
     family: Family = "llama"
     hidden_size: int = 64
@@ -129,7 +130,7 @@ class BenchSettings:
 
     world: WorldSettings = dataclasses.field(default_factory=WorldSettings)
     judge: JudgeSettings = dataclasses.field(
-        default_factory=lambda: JudgeSettings(function="recipes.replies.judge.reply_judge")
+        default_factory=lambda: JudgeSettings(function="align_cbrl.recipes.replies.judge.reply_judge")
     )
     leader: LeaderSettings = dataclasses.field(default_factory=LeaderSettings)
     follower: FollowerSettings = dataclasses.field(default_factory=FollowerSettings)

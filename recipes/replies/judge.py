@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from recipes.replies.data import ACTIONS, PROMISES, TIMES
+from .data import ACTIONS, PROMISES, TIMES
 
 _REQUEST = re.compile(r"(\w+) \w+ : (\w+) for the (\w+)")
 
@@ -18,7 +18,7 @@ def reply_judge(prompts: list[str], completions: list[str], **columns: object) -
     """Scores in [0, 1]: the right thing, for the right product, in the right tone, at a definite time, and no more.
 
     Args:
-        prompts: requests as `recipes.replies.data.prompt` writes them; of any other text, nothing is expected.
+        prompts: requests as `data.prompt` writes them; of any other text, nothing is expected.
         completions: one reply for each.
         **columns: further columns of the data; not used.
 

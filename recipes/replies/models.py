@@ -22,10 +22,10 @@ from transformers import (
     set_seed,
 )
 
-from recipes.docstrings.proxy import sample
-from recipes.fine_tuning import fine_tune, train_reward_model
-from recipes.replies.data import PROMISES, desk_log, vocabulary
-from recipes.replies.judge import reply_judge
+from ..docstrings.proxy import sample
+from ..fine_tuning import fine_tune, train_reward_model
+from .data import PROMISES, desk_log, vocabulary
+from .judge import reply_judge
 
 Family = Literal["llama", "gpt2"]  # transformers 5 loads another tokenizer than the saved one beside a Qwen model
 BOS, EOS, PAD, UNKNOWN = "<bos>", "<eos>", "<pad>", "<unk>"

@@ -10,7 +10,8 @@ from torch import Tensor
 from align_cbrl.llm import LanguageLeader, RewardMixture, score_arguments
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.metrics import MetricsLog
-from recipes.replies.bench import Bench
+
+from .bench import Bench
 
 
 def refit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from recipes.replies.data import ACTIONS, PROMISES, TIMES
+from .data import ACTIONS, PROMISES, TIMES
 
 
 def _counting(words: set[str]) -> Callable[[list[str]], float]:

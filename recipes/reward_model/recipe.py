@@ -10,15 +10,16 @@ from typing import Any, Literal, get_args
 
 from align_cbrl import ExpectedUtility, InputError, KLPriced
 from align_cbrl.llm import RewardModelLeader
+from align_cbrl.llm.settings.leader import LeaderSettings, RewardModelSettings
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import claim, read_summary, write_summary
-from recipes.parts import each_seed, kept, of_each_seed
-from recipes.replies.bench import Bench, BenchSettings, at_divergence
-from recipes.replies.models import Family
-from recipes.replies.refit import refit
-from recipes.settings.leader import LeaderSettings, RewardModelSettings
-from recipes.statistics import band, counted, interval, mean_and_error, shown
+
+from ..parts import each_seed, kept, of_each_seed
+from ..replies.bench import Bench, BenchSettings, at_divergence
+from ..replies.models import Family
+from ..replies.refit import refit
+from ..statistics import band, counted, interval, mean_and_error, shown
 
 Trainable = Literal["head", "lora", "all"]
 FRESH_SEED = 1_000_003

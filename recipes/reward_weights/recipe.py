@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 from align_cbrl import InputError
 from align_cbrl.llm import RewardMixture
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import claim, read_summary, write_summary
-from recipes.parts import each_seed, kept, of_each_seed
-from recipes.replies.bench import Bench, BenchSettings
-from recipes.replies.refit import refit
-from recipes.reward_weights.search import SearchSettings, search
-from recipes.settings.objective import ObjectiveSettings
-from recipes.statistics import band, counted, interval, mean_and_error, shown
+
+from ..parts import each_seed, kept, of_each_seed
+from ..replies.bench import Bench, BenchSettings
+from ..replies.refit import refit
+from ..statistics import band, counted, interval, mean_and_error, shown
+from .search import SearchSettings, search
 
 FRESH_SEED = 1_000_003
 """Added to the seed for the fresh follower: other prompts in another order, other samples."""

@@ -12,7 +12,8 @@ import torch
 from align_cbrl import InputError
 from align_cbrl.llm import RewardMixture
 from align_cbrl.runs.metrics import MetricsLog
-from recipes.replies.bench import Bench
+
+from ..replies.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,12 @@ from align_cbrl.problem import step_seed
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
-from recipes.parts import measured
 from toy_cmdp import ExactFollower, expected_policy_response, random_cmdp
 from toy_cmdp.followers.exact import require_exact
 from toy_cmdp.followers.iterative import NaturalPolicyGradient
 from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
+
+from ..parts import measured
 
 
 @dataclasses.dataclass(frozen=True)

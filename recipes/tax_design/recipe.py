@@ -16,12 +16,13 @@ from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Section, Table, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
-from recipes.tax_design.figures import behaviour, behaviour_png, progress_png
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.followers.neural import NeuralSoftQFollower
 from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ImplicitHypergradient, context_values, leader_value
+
+from .figures import behaviour, behaviour_png, progress_png
 
 RATES = ("vat_1", "vat_2", "vat_3", "tau")
 
