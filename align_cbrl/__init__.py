@@ -16,20 +16,33 @@ from align_cbrl.estimators.search import Climb, Halving, successive_halving
 from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
 from align_cbrl.estimators.zeroth_order import ZerothOrder
 from align_cbrl.hpgd import HPGD, HPGDConfig
-from align_cbrl.objectives.all import (
+from align_cbrl.objectives import (
     Constrained,
+    CrossFitted,
     CVaR,
     EntropicRisk,
     ExpectedUtility,
     KLPriced,
     MeanVariance,
+    PreferenceData,
     PreferenceLikelihood,
+    Regularised,
     WorstContext,
+    WorstGroup,
 )
-from align_cbrl.objectives.cross_fitted import CrossFitted
-from align_cbrl.objectives.preference_data import PreferenceData, Regularised
-from align_cbrl.objectives.worst_group import WorstGroup
-from align_cbrl.problem import Critic, Critique, Evaluation, Follower, Leader, Objective, Problem
+from align_cbrl.problem import (
+    Critic,
+    Critique,
+    Evaluation,
+    Follower,
+    Leader,
+    Objective,
+    Observation,
+    Observed,
+    Problem,
+    Risk,
+    Term,
+)
 from align_cbrl.rollouts import Rollouts
 
 __version__ = "0.1.0"
@@ -40,6 +53,10 @@ __all__ = [
     # the contracts
     "Leader",
     "Objective",
+    "Observation",
+    "Observed",
+    "Term",
+    "Risk",
     "Evaluation",
     "Follower",
     "IterativeFollower",

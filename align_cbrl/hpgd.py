@@ -5,28 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, world_size
 from align_cbrl.errors import InputError, RunStopped
-from align_cbrl.estimators.certificate import certify, corrected
+from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.replay import Memory
 from align_cbrl.problem import Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.runs.config import fingerprint as fingerprint_of
+from align_cbrl.runs.interrupt import noted_interrupt
 from align_cbrl.runs.metrics import MetricsLog
 
 Observer = Callable[[dict[str, float], Rollouts], None]
@@ -130,8 +128,6 @@ class HPGD:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._seconds = {"leader": 0.0, "follower": 0.0}
-        self._returned_at = 0.0
-        self._interrupted = False
         self._memory = Memory()
         self._told: set[str] = set()  # what has been warned of
 
@@ -153,6 +149,163 @@ class HPGD:
             KeyboardInterrupt, RunStopped: stopped early; the run can be resumed.
             CheckpointError: the checkpoint is of another configuration, or none is valid, or the disk is full.
         """
+        self._prepare(resume)
+        if self.step >= self.config.steps:
+            return
+        with contextlib.ExitStack() as stack:
+            log = self._open_log(stack)
+            bar = stack.enter_context(self._bar())
+            interrupt = stack.enter_context(noted_interrupt())
+            returned_at = time.perf_counter()
+
+            def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
+                nonlocal returned_at
+                row = self._timed_step(rollouts, metrics, returned_at)
+                if log is not None:
+                    log.append(row)
+                for observer in self.observers:
+                    observer(row, rollouts)
+                bar.update()
+                bar.set_postfix(objective=f"{row['objective']:.4g}", refresh=False)
+                done = self.step >= self.config.steps
+                interrupt.asked = any_rank(interrupt.asked)  # all stop after the same step, or some would wait
+                if done or interrupt.asked or self.step % self.config.checkpoint_every == 0:
+                    self._save()
+                returned_at = time.perf_counter()
+                return not (done or interrupt.asked)
+
+            try:
+                self.problem.follower.follow(
+                    self.problem.leader,
+                    on_rollouts,
+                    start=self.step,
+                    steps=self.config.steps,
+                    contexts_per_step=self.config.contexts_per_step,
+                    group_size=self.config.group_size,
+                    seed=self.config.seed,
+                )
+            except (RunStopped, InputError):
+                # The leader has not moved since its last whole step; one that broke down is not worth keeping.
+                if all(bool(torch.isfinite(p).all()) for p in self.problem.parameters):
+                    self._save()
+                raise
+        barrier()  # what rank 0 has written is there on every rank
+        if interrupt.asked and self.step < self.config.steps:
+            raise KeyboardInterrupt
+
+    def leader_step(self, rollouts: Rollouts) -> dict[str, float]:
+        """One step of the leader on a batch of the follower's rollouts; returns its metrics.
+
+        Raises:
+            InputError: a gradient that is not finite; the leader is then left as it is.
+        """
+        problem, leader = self.problem, self.problem.leader
+
+        # How far is the follower from its best response? Where it lags, its samples can be weighted to stand for it.
+        certificate = self._certify(rollouts)
+        seen = corrected(rollouts, certificate) if certificate is not None and self._pays(certificate) else rollouts
+
+        # What the objective needs to know of every step: the judge is asked here, and only here.
+        observed = None
+        if self.hypergradient.observes:
+            observed = observe(problem, seen, self.hypergradient.chunks)
+            seen = seen.knowing(observed.values)
+
+        # The hypergradient, through the follower's response, into the leader's `.grad`.
+        self.optimizer.zero_grad(set_to_none=True)
+        row = self.hypergradient.backward(problem, seen)
+        if not math.isfinite(row["gradient_norm"]):
+            raise InputError(
+                f"{type(leader).__name__}: its gradient is not finite at leader step {self.step + 1} "
+                f"(norm {row['gradient_norm']}), although rewards and utilities are; look for a square root or a "
+                "logarithm at zero. The leader was left as it is"
+            )
+
+        # What the objective itself keeps follows the batch: a multiplier, a memory of contexts.
+        row |= problem.objective.update(lambda: of_all_ranks(observed or observe(problem, seen)))
+
+        # The step, back into the leader's budget, and again on remembered batches.
+        row["skipped_steps"] = self._skipped_before() + self._apply(row["gradient_norm"])
+        if self.config.replays:
+            self._memory.add(rollouts.knowing({} if observed is None else observed.lasting))
+            row |= self._replay()
+        if certificate is not None:
+            row |= {**certificate.metrics(), "corrected": float(seen.weight is not rollouts.weight)}
+        return row
+
+    def _apply(self, gradient_norm: float) -> bool:
+        """Step along `.grad`, and bring the leader back into its budget; returns whether the step was skipped."""
+        if gradient_norm == 0:  # an optimizer with momentum would go on where nothing points
+            self._tell_once(
+                "skipped",
+                "the leader's gradient is zero, so that its step is skipped (metric skipped_steps): no prompt's "
+                "completions differ in what they are rewarded and judged for; raise the follower's temperature, draw "
+                "larger groups, or use a judge with finer scores",
+            )
+            return True
+        if self.config.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.problem.leader.project()
+        return False
+
+    def _replay(self) -> dict[str, float]:
+        """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
+        shares = []
+        for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
+            certificate = certify(self.problem, batch, chunks=self.hypergradient.chunks)
+            if certificate is None:
+                raise InputError(
+                    "HPGDConfig.replays: expected rollouts of one step with log_policy and log_prior, which can be "
+                    "weighted; set replays=0 for this follower"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            found = self.hypergradient.backward(self.problem, corrected(batch, certificate))
+            shares.append(certificate.effective_sample_size)
+            if 0 < found["gradient_norm"] < math.inf:
+                self._apply(found["gradient_norm"])
+        return {"replay_effective_sample_size": sum(shares) / len(shares)}
+
+    def _certify(self, rollouts: Rollouts) -> Certificate | None:
+        certificate = certify(
+            self.problem,
+            rollouts,
+            self.history,
+            chunks=self.hypergradient.chunks,
+            correctable=self.config.correction != "off",
+        )
+        if certificate is not None and certificate.alarm is not None:
+            self._tell_once("alarm", f"leader step {self.step + 1}: {certificate.alarm} (docs/certificate.md)")
+        return certificate
+
+    def _pays(self, certificate: Certificate) -> bool:
+        wanted = certificate.correction_pays if self.config.correction == "auto" else self.config.correction == "on"
+        return wanted and certificate.weight is not None
+
+    def _timed_step(self, rollouts: Rollouts, metrics: dict[str, float], returned_at: float) -> dict[str, float]:
+        """A leader step, and how long it and the follower's turn before it took."""
+        began = time.perf_counter()
+        row = self.leader_step(rollouts)
+        self.step += 1
+        ended = time.perf_counter()
+        self._seconds["leader"] += ended - began
+        self._seconds["follower"] += began - returned_at
+        row = {
+            "step": self.step,
+            **row,
+            **metrics,
+            "leader_seconds": ended - began,
+            "follower_seconds": began - returned_at,
+            "leader_share": self._seconds["leader"] / sum(self._seconds.values()),
+        }
+        self.history.append(row)
+        return row
+
+    def _skipped_before(self) -> float:
+        return self.history[-1].get("skipped_steps", 0.0) if self.history else 0.0
+
+    def _prepare(self, resume: bool) -> None:
+        """Join the other processes, refuse what cannot work, and restore a checkpoint."""
         initialize()
         if world_size() > 1 and not self.hypergradient.over_ranks:
             raise InputError(
@@ -172,141 +325,17 @@ class HPGD:
                 f"{world_size() - 1}; put it on a shared disk"
             )
         broadcast_(self.problem.leader)
-        if self.step >= self.config.steps:
-            return
-        with contextlib.ExitStack() as stack:
-            log = None
-            if self.out is not None:
-                log = stack.enter_context(MetricsLog(self.out / "metrics.jsonl"))
-                log.truncate_after(self.step + 1)  # rows are numbered from 1
-            bar = stack.enter_context(
-                tqdm(
-                    total=self.config.steps,
-                    initial=self.step,
-                    desc="leader",
-                    disable=not (self.config.progress and is_main()),
-                )
-            )
-            stack.enter_context(_finish_step_on_interrupt(self))
-            self._returned_at = time.perf_counter()
 
-            def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
-                row = self._leader_step(rollouts, metrics)
-                if log is not None:
-                    log.append(row)
-                for observer in self.observers:
-                    observer(row, rollouts)
-                bar.update()
-                bar.set_postfix(objective=f"{row['objective']:.4g}", refresh=False)
-                done = self.step >= self.config.steps
-                self._interrupted = any_rank(self._interrupted)  # all stop after the same step, or some would wait
-                if done or self._interrupted or self.step % self.config.checkpoint_every == 0:
-                    self._save()
-                self._returned_at = time.perf_counter()
-                return not (done or self._interrupted)
+    def _open_log(self, stack: contextlib.ExitStack) -> MetricsLog | None:
+        if self.out is None:
+            return None
+        log = stack.enter_context(MetricsLog(self.out / "metrics.jsonl"))
+        log.truncate_after(self.step + 1)  # rows are numbered from 1
+        return log
 
-            try:
-                self.problem.follower.follow(
-                    self.problem.leader,
-                    on_rollouts,
-                    start=self.step,
-                    steps=self.config.steps,
-                    contexts_per_step=self.config.contexts_per_step,
-                    group_size=self.config.group_size,
-                    seed=self.config.seed,
-                )
-            except (RunStopped, InputError):
-                # The leader has not moved since its last whole step; one that broke down is not worth keeping.
-                if all(bool(torch.isfinite(p).all()) for p in self.problem.parameters):
-                    self._save()
-                raise
-        barrier()  # what rank 0 has written is there on every rank
-        if self._interrupted and self.step < self.config.steps:
-            raise KeyboardInterrupt
-
-    def _leader_step(self, rollouts: Rollouts, metrics: dict[str, float]) -> dict[str, float]:
-        began = time.perf_counter()
-        if self.config.replays:
-            self._memory.add(rollouts)
-        self.optimizer.zero_grad(set_to_none=True)
-        rollouts, certificate = self._certified(rollouts)
-        row = {**self.hypergradient.backward(self.problem, rollouts), **certificate}
-        if not math.isfinite(row["gradient_norm"]):
-            raise InputError(
-                f"{type(self.problem.leader).__name__}: its gradient is not finite at leader step {self.step + 1} "
-                f"(norm {row['gradient_norm']}), although rewards and utilities are; look for a square root or a "
-                "logarithm at zero. The leader was left as it is"
-            )
-        self._clip()
-        row.update(self.problem.objective.update(self.problem.leader, rollouts))
-        skipped = row["gradient_norm"] == 0
-        row["skipped_steps"] = (self.history[-1].get("skipped_steps", 0.0) if self.history else 0.0) + skipped
-        if skipped:  # an optimizer with momentum would go on where nothing points
-            self._tell_once(
-                "skipped",
-                "the leader's gradient is zero, so that its step is skipped (metric skipped_steps): no prompt's "
-                "completions differ in what they are rewarded and judged for; raise the follower's temperature, draw "
-                "larger groups, or use a judge with finer scores",
-            )
-        else:
-            self.optimizer.step()
-            self.problem.leader.project()
-        row.update(self._replay())
-        self.step += 1
-        now = time.perf_counter()
-        self._seconds["leader"] += now - began
-        self._seconds["follower"] += began - self._returned_at
-        row = {
-            "step": self.step,
-            **row,
-            **metrics,
-            "leader_seconds": now - began,
-            "follower_seconds": began - self._returned_at,
-            "leader_share": self._seconds["leader"] / sum(self._seconds.values()),
-        }
-        self.history.append(row)
-        return row
-
-    def _replay(self) -> dict[str, float]:
-        """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
-        shares = []
-        for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
-            certificate = certify(self.problem, batch, chunks=self.hypergradient.chunks)
-            if certificate is None:
-                raise InputError(
-                    "HPGDConfig.replays: expected rollouts of one step with log_policy and log_prior, which can be "
-                    "weighted; set replays=0 for this follower"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            found = self.hypergradient.backward(self.problem, corrected(batch, certificate))
-            shares.append(certificate.effective_sample_size)
-            if 0 < found["gradient_norm"] < math.inf:
-                self._clip()
-                self.optimizer.step()
-                self.problem.leader.project()
-        return {"replay_effective_sample_size": sum(shares) / len(shares)} if shares else {}
-
-    def _clip(self) -> None:
-        if self.config.max_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
-
-    def _certified(self, rollouts: Rollouts) -> tuple[Rollouts, dict[str, float]]:
-        """The rollouts, weighted where the follower's lag makes that worth while, and the certificate's metrics."""
-        certificate = certify(
-            self.problem,
-            rollouts,
-            self.history,
-            chunks=self.hypergradient.chunks,
-            correctable=self.config.correction != "off",
-        )
-        if certificate is None:
-            return rollouts, {}
-        if certificate.alarm is not None:
-            self._tell_once("alarm", f"leader step {self.step + 1}: {certificate.alarm} (docs/certificate.md)")
-        wanted = certificate.correction_pays if self.config.correction == "auto" else self.config.correction == "on"
-        wanted = wanted and certificate.weight is not None
-        metrics = {**certificate.metrics(), "corrected": float(wanted)}
-        return corrected(rollouts, certificate) if wanted else rollouts, metrics
+    def _bar(self) -> tqdm:
+        shown = self.config.progress and is_main()
+        return tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not shown)
 
     def _tell_once(self, subject: str, message: str) -> None:
         if subject not in self._told and is_main():
@@ -360,22 +389,3 @@ class HPGD:
         self._memory.load_state_dict(state.get("memory", []))
         self.history = state["history"]
         self._seconds = state["seconds"]
-
-
-@contextlib.contextmanager
-def _finish_step_on_interrupt(run: HPGD) -> Iterator[None]:
-    """Turn the first SIGINT into a flag that is read between leader steps; the second acts as usual."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: FrameType | None) -> Any:
-        run._interrupted = True
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

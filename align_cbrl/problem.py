@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,12 +52,64 @@ class Leader(nn.Module, abc.ABC):
         """Bring the parameters back into the leader's budget; called after every leader step. Default: no budget."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """An objective on a batch of rollouts.
+class Observation(abc.ABC):
+    """A number of every step that an objective is made of: a utility, a log-ratio, a group label.
+
+    Objectives declare what they need; whoever evaluates them provides it. An estimator computes an observation from
+    rollouts, chunk by chunk, and the referee of `toy_cmdp` computes it as a table. Equal observations are computed
+    once, so that an objective and the constraint around it may share a judge.
 
     Attributes:
-        value: scalar, the estimate of the objective, differentiable in the utilities it was made of.
+        name: used in messages.
+        moves: whether it may depend on the leader's parameters directly, and not only through the policy.
+        lasting: whether it stays the same for the same paths, whatever the leader and the weights of the paths.
+    """
+
+    name: str = "observation"
+    moves: bool = False
+    lasting: bool = False
+
+    @abc.abstractmethod
+    def of(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The observation of every step [B, T], with its graph to the leader's parameters where it `moves`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """An objective's observations: on samples, or as tables over all states and actions.
+
+    Attributes:
+        values: the observations, [B, T] on samples and [C, S, A] as tables.
+        rollouts: the samples; None for tables.
+        policy: the follower's policy pi(a | s) [C, S, A]; None for samples.
+    """
+
+    values: Mapping[Observation, Tensor]
+    rollouts: Rollouts | None = None
+    policy: Tensor | None = None
+
+    def __getitem__(self, observation: Observation) -> Tensor:
+        return self.values[observation]
+
+    @property
+    def lasting(self) -> Mapping[Observation, Tensor]:
+        """The observations that stay the same for the same paths, such as a judge's scores."""
+        return {o: value for o, value in self.values.items() if o.lasting}
+
+    @property
+    def samples(self) -> Rollouts:
+        """The rollouts. Raises InputError for tables, on which an objective that asks for them has no exact value."""
+        if self.rollouts is None:
+            raise InputError("this objective is made of sampled data, so it has no exact value on a table")
+        return self.rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An objective, or a term of one, on a batch of rollouts.
+
+    Attributes:
+        value: scalar, the estimate of the objective, differentiable in the observations that it was made of.
         credit: [B, T], detached: the objective's influence on the policy, df/dpi, up to a constant per state, on
             the scale of a utility per step. It equals the utility itself for an expected utility.
     """
@@ -66,65 +118,98 @@ class Evaluation:
     credit: Tensor
 
 
+class Risk(abc.ABC):
+    """A function of what the policy is worth in every context; the mean is the simplest.
+
+    It must shift with its argument, risk(f + c) = risk(f) + c for a constant c, as all coherent risk measures do.
+    """
+
+    @abc.abstractmethod
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """The risk of the contexts' values [K] under their probabilities [K]: scalar, differentiable in the values."""
+
+    @abc.abstractmethod
+    def estimate(self, term: Term, observed: Observed, discount: float) -> Evaluation:
+        """The risk of a term on samples, and the credit that goes with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A part of an objective: `risk` of what the policy is worth in each context.
+
+    Attributes:
+        utility: [B, T], or [C, S, A] as a table. Its discounted sum along paths, averaged, is a context's value f_c.
+        credit: of the same shape, df_c/dpi up to a constant per state. It is the utility itself where f_c is linear in
+            the policy.
+        risk: what is made of the contexts' values.
+    """
+
+    utility: Tensor
+    credit: Tensor
+    risk: Risk
+
+    def plus(self, other: Tensor) -> Term:
+        """The term with `other` added to its utility, hence to its credit."""
+        return dataclasses.replace(self, utility=self.utility + other, credit=self.credit + other)
+
+
 class Objective(abc.ABC):
-    """What the leader wants: f(x, pi*), known through samples.
+    """What the leader wants: J = sum of `terms` + `constant`, known through `observations`.
 
     Attributes:
         discount: the leader's discount gammaF in [0, 1).
-        depends_on_leader: whether `utility` depends on the leader's parameters. A judge's verdict does not, and is
-            asked for only once per batch.
+        is_mean: whether every term is a mean over contexts, so that a risk may be put around the objective.
+        is_linear: whether the credit of every term is its utility, so that f_c is linear in the policy.
+        one_step: whether it is defined for problems of one step only, such as completions.
     """
 
     discount: float = 0.0
-    depends_on_leader: bool = False
+    is_mean: bool = True
+    is_linear: bool = True
+    one_step: bool = False
 
     @abc.abstractmethod
-    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
-        """The leader's utility of every step [B, T]; differentiable in x when `depends_on_leader`."""
+    def observations(self) -> tuple[Observation, ...]:
+        """What it needs to know of every step."""
 
     @abc.abstractmethod
-    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
-        """Value and credit of a whole batch from its utilities [B, T]. No other access to the leader is allowed here,
-        so that the utilities can be computed, and differentiated, chunk by chunk.
+    def terms(self, observed: Observed) -> list[Term]:
+        """The parts that J is the sum of; wrappers put what they add to the first one, or append their own.
+
+        No access to the leader is allowed here, so that observations can be computed, and differentiated, in chunks.
         """
 
-    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
-        """The sum of weight * utility over a chunk's steps, differentiable in x, or None when it does not depend on x.
+    @property
+    def constant(self) -> float:
+        """What J holds besides its terms."""
+        return 0.0
 
-        Override it when only a part of the utility does, so that the rest is not computed twice.
+    def observe(self, leader: Leader, rollouts: Rollouts) -> Observed:
+        """Its observations of a batch; those that the rollouts carry already (`Rollouts.known`) are not made again."""
+        needed = dict.fromkeys(self.observations())  # equal ones once
+        values = {o: rollouts.known[o] if o in rollouts.known else o.of(leader, rollouts) for o in needed}
+        return Observed(values, rollouts)
 
-        Args:
-            leader: moves the utility.
-            rollouts: the chunk.
-            weight: [B, T], the value's derivative with respect to each utility; zero where no step was taken.
-        """
-        return (weight * self.utility(leader, rollouts)).sum() if self.depends_on_leader else None
+    def summarize(self, observed: Observed) -> Evaluation:
+        """Value and credit [B, T] of a whole batch from its observations."""
+        parts = [term.risk.estimate(term, observed, self.discount) for term in self.terms(observed)]
+        value, credit = parts[0].value, parts[0].credit
+        for part in parts[1:]:
+            value, credit = value + part.value, credit + part.credit
+        return Evaluation(value + self.constant if self.constant else value, credit)
 
     def evaluate(self, leader: Leader, rollouts: Rollouts) -> Evaluation:
         """Value, differentiable in x, and credit [B, T] of a batch of rollouts."""
-        return self.summarize(self.utility(leader, rollouts), rollouts)
+        return self.summarize(self.observe(leader, rollouts))
 
-    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
-        """The objective of a whole problem from what it is worth in each context: the expectation, by default.
-
-        Args:
-            values: [K], the expected discounted utility in each context.
-            probabilities: [K], nature's law over them.
-
-        Returns:
-            Scalar, differentiable in the values.
-        """
-        return (probabilities * values).sum()
-
-    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
-        """Adapt what the objective itself keeps, such as a multiplier; called once a leader step, after the gradient.
+    def update(self, observed: Callable[[], Observed]) -> dict[str, float]:
+        """Adapt what the objective itself keeps, such as a multiplier; called once per leader step, after the gradient.
 
         Args:
-            leader: as it was when the gradient was taken.
-            rollouts: those that the gradient was taken on.
+            observed: gives what the gradient was computed from: the whole batch, of all processes.
 
         Returns:
-            Metrics. Default: nothing to adapt, none.
+            Metrics. By default there is nothing to adapt, and there are none.
         """
         return {}
 

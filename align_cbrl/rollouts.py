@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Rollouts:
         log_prior: float [B, T], the same under the prior (a language model's reference policy), or None.
         weight: float [B], importance weight of each path with mean one; 1 everywhere for paths drawn from the
             follower itself.
+        known: what has been computed of the paths already, by what computed it: an observation, or a leader whose
+            reward is made of features that do not move. First axis B. It saves scoring a completion twice, is never
+            looked up by name, and so shares no namespace with `steps`.
 
     Raises:
         InputError: when shapes disagree, a mask has a hole, a weight is negative, or a log-probability is not finite.
@@ -48,6 +51,7 @@ class Rollouts:
     log_policy: Tensor | None = None
     log_prior: Tensor | None = None
     weight: Tensor | None = None
+    known: Mapping[Hashable, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 2 or self.mask.dtype != torch.bool:
@@ -73,6 +77,9 @@ class Rollouts:
         for name, value in self.steps.items():
             if len(value) != size:
                 raise InputError(f"Rollouts.steps[{name!r}]: expected {size} paths, got {len(value)}")
+        for key, tensor in self.known.items():
+            if len(tensor) != size:
+                raise InputError(f"Rollouts.known[{key!r}]: expected {size} paths, got {len(tensor)}")
 
     @classmethod
     def bandit(cls, *, contexts: Tensor, steps: Mapping[str, Any], **fields: Tensor | None) -> Rollouts:
@@ -124,7 +131,18 @@ class Rollouts:
         return Rollouts(
             **picked,
             steps={name: pick(value) for name, value in self.steps.items()},
+            known={key: pick(value) for key, value in self.known.items()},
         )
+
+    def knowing(self, known: Mapping[Any, Tensor]) -> Rollouts:
+        """The same paths, with more that is known of them.
+
+        Example:
+            >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0]), steps={})
+            >>> rollouts.knowing({"length": torch.tensor([3.0, 5.0])}).select([1]).known
+            {'length': tensor([5.])}
+        """
+        return dataclasses.replace(self, known={**self.known, **known})
 
     def over_ranks(self) -> Rollouts:
         """The paths of all ranks, in the order of `distributed.gather_rows`, with empty `steps`; every rank must ask.

@@ -16,7 +16,7 @@ from align_cbrl.cli import main
 from align_cbrl.estimators.baselines import Myopic
 from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.functional import returns_to_go
-from align_cbrl.objectives.all import CVaR
+from align_cbrl.objectives import CVaR
 from toy_cmdp import ExactCritic, ExactFollower, Tables, TabularLeader, four_rooms, random_cmdp
 from toy_cmdp.estimators.amd import AMD
 from toy_cmdp.estimators.bchg import BCHG, SarsaCritic, TemporalDifferenceCritic

@@ -169,11 +169,11 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path: Path) -> None:
             from pathlib import Path
             from test_hpgd import run_of
             run = run_of(Path(sys.argv[1]), steps=400)
-            step = run._leader_step
+            step = run.leader_step
             def slow(*arguments):
                 time.sleep(0.005)
                 return step(*arguments)
-            run._leader_step = slow
+            run.leader_step = slow
             run.run(resume=True)
             """
         )

@@ -30,7 +30,7 @@ from align_cbrl import (
     WorstContext,
     WorstGroup,
 )
-from align_cbrl.objectives.all import OverContexts
+from align_cbrl.objectives import OverContexts
 
 UTILITY = torch.tensor([[0.0, 1.0], [0.3, 2.0]], dtype=torch.float64)  # [C, A]
 TOPICS = ["law", "art"]
@@ -89,7 +89,7 @@ def expectation(objective: Any, group: int, rewards: Tensor) -> Tensor:
 def exact(risk: OverContexts, rewards: Tensor) -> Tensor:
     leaf = rewards.clone().requires_grad_(True)
     values = (torch.softmax(leaf, -1) * UTILITY).sum(-1)
-    worth = risk.risk(values, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    worth = risk.aggregate_groups(values, torch.tensor([0.5, 0.5], dtype=torch.float64))
     (gradient,) = torch.autograd.grad(worth, leaf)
     return gradient
 
@@ -137,16 +137,16 @@ def test_a_group_that_the_batch_lacks_is_remembered() -> None:
     law, art = batch([[0, 0, 1, 0]], contexts=[0]), batch([[1, 1, 0, 1]], contexts=[1])
     objective = CrossFitted(WorstGroup(SCORE, "topic"), memory=2)
     assert gradient(objective, art).norm() > 0  # all that is known is art, so it is the worst
-    objective.update(Rewards(torch.zeros(2, 2)), art)
+    objective.update(lambda: objective.observe(Rewards(torch.zeros(2, 2)), art))
     assert objective.evaluate(None, law).value.item() == 0.25  # type: ignore[arg-type]
-    objective.update(Rewards(torch.zeros(2, 2)), law)
+    objective.update(lambda: objective.observe(Rewards(torch.zeros(2, 2)), law))
     assert gradient(objective, art).norm() == 0  # law is known to be worse, and is not here
     there = gradient(objective, law)
     assert there.norm() > 0
     again = CrossFitted(WorstGroup(SCORE, "topic"), memory=2)
     again.load_state_dict(objective.state_dict())
     assert torch.equal(gradient(again, law), there)
-    objective.update(Rewards(torch.zeros(2, 2)), law)  # that was law; the memory of two has forgotten art
+    objective.update(lambda: objective.observe(Rewards(torch.zeros(2, 2)), law))  # memory has forgotten art
     assert objective.state_dict()["values"] == [0.25, 0.25]
 
 
@@ -156,7 +156,7 @@ def test_a_group_counts_by_one_over_its_share() -> None:
     for contexts in ([0], [1], [1], [1]):  # law is a quarter of nature's draws
         seen = batch([[0, 1, 1, 0]], contexts=contexts)
         objective.evaluate(None, seen)  # type: ignore[arg-type]
-        objective.update(Rewards(torch.zeros(2, 2)), seen)
+        objective.update(lambda seen=seen: objective.observe(Rewards(torch.zeros(2, 2)), seen))  # type: ignore[misc]
     objective.memory = 0  # what is known stays as it is
     law = batch([[0, 1, 1, 0]], contexts=[0])
     plain = gradient(SCORE, law)
@@ -194,11 +194,11 @@ def test_pairs_are_drawn_anew_and_again_after_a_restart() -> None:
     chosen, rejected = batch([[1] * 30, []]), batch([[0] * 20 + [1] * 10, []])
     leader = Rewards(torch.tensor([[0.0, 0.5], [0.2, -0.5]], dtype=torch.float64))
     pairs = PreferenceData(chosen, rejected, pairs_per_step=3, seed=1)
-    seen = [pairs.update(leader, chosen)["pair_likelihood"] for _ in range(12)]
+    seen = [pairs.update(lambda: pairs.observe(leader, chosen))["pair_likelihood"] for _ in range(12)]
     assert len(set(seen)) > 1
     again = PreferenceData(chosen, rejected, pairs_per_step=3, seed=1)
     again.load_state_dict({"step": 5})
-    assert [again.update(leader, chosen)["pair_likelihood"] for _ in range(7)] == seen[5:]
+    assert [again.update(lambda: again.observe(leader, chosen))["pair_likelihood"] for _ in range(7)] == seen[5:]
 
 
 def test_a_resumed_run_remembers(tmp_path: Path) -> None:

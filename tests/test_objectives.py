@@ -12,6 +12,7 @@ from oracles import assert_close, enumerated_gradient, finite_differences, impli
 from align_cbrl import (
     HPGD,
     Constrained,
+    CrossFitted,
     CVaR,
     EntropicRisk,
     ExpectedUtility,
@@ -328,7 +329,12 @@ def test_small_groups_and_long_paths_are_refused():
             "Constrained.cost: expected the objective's discount 0.0, got 0.5",
         ),
         (lambda: PreferenceLikelihood(BARE.utility_function, scale=0.0), "PreferenceLikelihood.scale"),
-        (lambda: CVaR(PreferenceLikelihood(BARE.utility_function), 0.5), "made of pairs"),
+        (lambda: CrossFitted(CVaR(PreferenceLikelihood(BARE.utility_function), 0.5)), "made of pairs"),
+        (
+            lambda: CVaR(KLPriced(MeanVariance(BARE, 0.1), 0.1), 0.5),
+            "got KLPriced, which is a risk already",
+        ),
+        (lambda: Constrained(BARE, CVaR(BARE, 0.5), 0.0, 0.1), "Constrained.cost: expected a mean over contexts"),
     ],
 )
 def test_bad_numbers(make, message):
@@ -341,5 +347,5 @@ def test_a_nan_cost_stops_before_the_multiplier():
     objective = Constrained(BARE, cost, 0.0, 0.1, multiplier=0.2)
     rollouts = Rollouts.bandit(contexts=torch.tensor([0, 1]), steps={"u": torch.zeros(2, 1)})
     with pytest.raises(InputError, match=r"Constrained.cost: expected a finite cost, got NaN"):
-        objective.update(None, rollouts)
+        objective.update(lambda: objective.observe(None, rollouts))
     assert objective.multiplier == 0.2

@@ -15,7 +15,7 @@ from scipy import stats
 
 from align_cbrl.cli import main
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import CVaR, KLPriced
+from align_cbrl.objectives import CVaR, KLPriced
 from align_cbrl.runs.metrics import MetricsLog
 from toy_cmdp import expected_policy_response, leader_value, random_cmdp
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse

@@ -9,7 +9,7 @@ import torch
 
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.critics import FittedCritic
-from align_cbrl.objectives.all import ExpectedUtility
+from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Follower, Leader, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp import (

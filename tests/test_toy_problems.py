@@ -18,7 +18,7 @@ from oracles import (
 
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.policy_response import PolicyResponse
-from align_cbrl.objectives.all import (
+from align_cbrl.objectives import (
     Constrained,
     CVaR,
     EntropicRisk,

@@ -19,7 +19,7 @@ from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.truncated import RandomlyTruncated
 from align_cbrl.estimators.zeroth_order import ZerothOrder
-from align_cbrl.objectives.all import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
+from align_cbrl.objectives import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
 from align_cbrl.problem import Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.estimators.amd import AMD

@@ -11,7 +11,9 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.critics import GroupCritic
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
+from align_cbrl.estimators.observing import derivatives, direct_term, observe
 from align_cbrl.functional import returns_to_go
+from align_cbrl.objectives.expected import mean_term
 from align_cbrl.problem import Critic, Problem, check_discount, per_path, step_seed
 from align_cbrl.rollouts import Rollouts, check_finite
 
@@ -63,11 +65,16 @@ class GradientEstimator(Hypergradient):
         check_discount("objective.discount", leader_discount)
         mask, size = rollouts.mask, rollouts.size
         steps = torch.arange(rollouts.horizon)
+        objective = problem.objective
+        if not objective.is_mean:
+            raise InputError(
+                f"GradientEstimator: expected a mean over contexts, got {type(objective).__name__}; use PolicyResponse"
+            )
+        observed = observe(problem, rollouts)
         with torch.no_grad():
-            utility = problem.objective.utility(leader, rollouts)
-            check_finite("utility", utility, rollouts)
-            evaluation = problem.objective.summarize(utility, rollouts)
-            critique = self.critic.evaluate(problem, rollouts, evaluation.credit)
+            term = mean_term(objective, observed)
+            utility = term.utility
+            critique = self.critic.evaluate(problem, rollouts, term.credit)
             check_finite("advantage", critique.advantage, rollouts)
         dtype = critique.advantage.dtype
         gamma = torch.as_tensor(per_path(problem.follower.discount, rollouts.contexts), dtype=dtype).expand(size)
@@ -93,7 +100,8 @@ class GradientEstimator(Hypergradient):
         check_finite(f"{type(leader).__name__}.reward", reward, rollouts)
         surrogate = torch.where(responds, response * (reward / temperature), 0.0).sum()
         direct = torch.where(counted, weight.expand_as(utility), torch.zeros_like(utility))
-        own = problem.objective.direct_term(leader, rollouts, direct)
+        weights = derivatives(lambda seen: (direct * mean_term(objective, seen).utility).sum(), observed)
+        own = direct_term(leader, rollouts, weights)
         if own is not None:
             surrogate = surrogate + own
         log_prior = leader.log_prior(rollouts)
@@ -111,7 +119,7 @@ class GradientEstimator(Hypergradient):
 
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
         norm = accumulate(problem, gradients)
-        return {"objective": float((direct * utility).sum()), "gradient_norm": norm}
+        return {"objective": float((direct * utility).sum()) + objective.constant, "gradient_norm": norm}
 
     def _value(self, value: Tensor | None) -> Tensor:
         if value is None:

@@ -20,10 +20,13 @@ class Hypergradient(abc.ABC):
     Attributes:
         over_ranks: whether, in a run of several processes, each of which has a part of the rollouts, `backward` leaves
             every rank with the gradient on all of them.
+        observes: whether `backward` evaluates the objective on the rollouts that it is given; others have a model, or
+            draw paths of their own.
         chunks: into how many pieces it cuts the paths to bound memory; 1 when it does not.
     """
 
     over_ranks: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     chunks: int = 1
 
     @abc.abstractmethod

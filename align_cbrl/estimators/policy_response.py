@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from align_cbrl.distributed import gather_rows, own_rows, sum_gradients_, together, world_size
+from align_cbrl.distributed import own_rows, sum_gradients_, world_size
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.estimators.critics import GroupCritic
 from align_cbrl.estimators.degenerate import degenerate_groups
 from align_cbrl.estimators.hypergradient import Hypergradient, check_reward
+from align_cbrl.estimators.observing import direct_term, influence, observe, of_all_ranks
 from align_cbrl.functional import discount_powers, eligibility_trace
 from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
 from align_cbrl.rollouts import Rollouts, check_finite
@@ -55,6 +56,7 @@ class PolicyResponse(Hypergradient):
     critic: Critic = dataclasses.field(default_factory=GroupCritic)
     chunks: int = 1
     over_ranks: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`."""
@@ -63,16 +65,11 @@ class PolicyResponse(Hypergradient):
         if world_size() > 1:  # what is summed over ranks below is this gradient only
             problem.leader.zero_grad(set_to_none=True)
 
-        # First pass, without graph: the whole batch's utilities, hence its credit, advantage and trace. In several
+        # First pass, without graph: the whole batch's observations, hence its credit, advantage and trace. In several
         # processes the judge is asked about a rank's own paths, and every rank then knows the whole batch's numbers.
-        with torch.no_grad(), together("computing the utilities"):
-            utility = torch.cat([objective.utility(leader, piece) for piece in rollouts.chunks(self.chunks)])
-            check_finite("utility", utility, rollouts)
-        whole, own_paths = rollouts.over_ranks(), own_rows(rollouts.size)
-        with torch.enable_grad():
-            leaf = gather_rows(utility).detach().requires_grad_(True)
-            evaluation = objective.summarize(leaf, whole)
-            (direct,) = torch.autograd.grad(evaluation.value, leaf)  # [B, T]: d value / d utility
+        observed = of_all_ranks(observe(problem, rollouts, self.chunks))
+        whole, own_paths = observed.samples, own_rows(rollouts.size)
+        evaluation, weights = influence(objective, observed)
         with torch.no_grad():
             critique = self.critic.evaluate(problem, whole, evaluation.credit)
             check_finite("advantage", critique.advantage, whole)
@@ -84,7 +81,8 @@ class PolicyResponse(Hypergradient):
                 kept = torch.where(empty[:, None], 0.0, critique.advantage)
                 critique = dataclasses.replace(critique, advantage=kept)
             trace = self._trace(problem, whole, critique)  # [B, T]
-        direct, trace, critique = direct[own_paths], trace[own_paths], _rows(critique, own_paths)
+        weights = {o: weight[own_paths] for o, weight in weights.items()}
+        trace, critique = trace[own_paths], _rows(critique, own_paths)
 
         # Second pass, chunk by chunk: the surrogate, whose weights are all known by now. It is what takes memory, and
         # begins anew in smaller chunks when that runs out. The utilities stay: a judge would have to be paid again.
@@ -94,7 +92,7 @@ class PolicyResponse(Hypergradient):
             try:
                 for piece, here in _with_rows(rollouts.chunks(self.chunks)):
                     share = self._surrogate(problem, piece, trace[here], _rows(critique, here)) / whole.size
-                    own = objective.direct_term(leader, piece, _masked(direct[here], piece))
+                    own = direct_term(leader, piece, {o: weight[here] for o, weight in weights.items()})
                     _differentiable(leader, share if own is None else share + own).backward()
                     del share, own
             except RuntimeError as error:

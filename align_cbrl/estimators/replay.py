@@ -46,7 +46,11 @@ class Memory:
     def state_dict(self) -> list[dict[str, Any]]:
         """The batches as plain data and tensors."""
         return [
-            {field.name: _plain(getattr(batch, field.name)) for field in dataclasses.fields(Rollouts)}
+            {
+                field.name: _plain(getattr(batch, field.name))
+                for field in dataclasses.fields(Rollouts)
+                if field.name != "known"
+            }
             for batch in self._batches
         ]
 

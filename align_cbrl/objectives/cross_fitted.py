@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import OverContexts, Wrapping, number_labels
-from align_cbrl.problem import Evaluation, Leader
-from align_cbrl.rollouts import Rollouts
+from align_cbrl.groups import Groups
+from align_cbrl.objectives.risk import OverContexts
+from align_cbrl.objectives.wrapping import Wrapping
+from align_cbrl.problem import Evaluation, Objective, Observed, Risk, Term
 
-_ROWS = 4096  # slopes that are taken at once
+_ROWS = 4096  # slopes that are computed at once
 
 
-class CrossFitted(Wrapping):
-    """A risk over contexts whose weights are not made of the samples that they weigh.
+class CrossFitted(Wrapping, Risk):
+    """Cross-fitted risk over contexts: each sample's weight is computed without that sample.
 
     The gradient of g(f_1, ..., f_K), f_c being what context c is worth, is sum_c g_c(f) df_c: each context counts by
     the slope of the risk at its value. Taken from one batch as it is, slope and gradient come from the same G
@@ -53,64 +56,69 @@ class CrossFitted(Wrapping):
         3.6
     """
 
-    objective: OverContexts
-
-    def __init__(self, objective: OverContexts, memory: int = 0) -> None:
-        if not isinstance(objective, OverContexts):
+    def __init__(self, objective: Objective, memory: int = 0) -> None:
+        risk: Objective = objective
+        while isinstance(risk, Wrapping) and not isinstance(risk, (OverContexts, CrossFitted)):
+            risk = risk.objective
+        if not isinstance(risk, OverContexts):
             raise InputError(
                 "CrossFitted.objective: expected a risk over contexts (CVaR, MeanVariance, EntropicRisk, WorstContext "
                 f"or WorstGroup), got {type(objective).__name__}; nothing else has weights to be fitted"
+            )
+        if not risk.is_linear:
+            raise InputError(
+                "CrossFitted.objective: expected a risk of a utility, got one of an objective that is made of pairs, "
+                "whose credit is not its utility"
             )
         if memory < 0:
             raise InputError(f"CrossFitted.memory: expected a number of contexts >= 0, got {memory}")
         self.objective = objective
         self.memory = memory
-        self._past: list[tuple[Any, float, float]] = []  # label, value, mass relative to the mean of its step
-        self._seen: list[tuple[Any, float, float]] = []  # the same of the batch just summarized
+        self._fitted = risk
+        self._past: list[tuple[int, float, float]] = []  # label, value, mass relative to the mean of its step
+        self._seen: list[tuple[int, float, float]] = []  # the same of the batch that was evaluated last
 
-    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
+    def terms(self, observed: Observed) -> list[Term]:
+        """The wrapped objective's; the risk of the first is cross-fitted."""
+        first, *others = self.objective.terms(observed)
+        return [dataclasses.replace(first, risk=self), *others]
+
+    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
+        """As the fitted risk aggregates: with all contexts known there is nothing to fit."""
+        return self._fitted.aggregate(values, probabilities)
+
+    def estimate(self, term: Term, observed: Observed, discount: float) -> Evaluation:
         """The risk over batch and memory, and the cross-fitted credit [B, 1]."""
-        name = f"CrossFitted({type(self.objective).__name__})"
+        name, rollouts = f"CrossFitted({type(self._fitted).__name__})", observed.samples
         if rollouts.horizon != 1:
             raise InputError(f"{name}: expected rollouts of one step, got a horizon of {rollouts.horizon}")
-        score = utility.detach()[:, 0]
+        score = term.utility.detach()[:, 0]
         weight = rollouts.path_weight(score.dtype).to(score.device)
-        points, place, sizes = torch.unique(
-            rollouts.group[:, 0].to(score.device), return_inverse=True, return_counts=True
-        )
-        if int(sizes.min()) < 3:
+        points = Groups.of(rollouts.group[:, 0].to(score.device))
+        if int(points.sizes.min()) < 3:
             raise InputError(
-                f"{name}: expected groups of at least 3 completions, got one of {int(sizes.min())}; two make a pair "
-                "and the others weigh it"
+                f"{name}: expected groups of at least 3 completions, got one of {int(points.sizes.min())}; two make a "
+                "pair and the others weigh it"
             )
-        zero = score.new_zeros(len(points))
-        mass, total = zero.index_add(0, place, weight), zero.index_add(0, place, weight * score)
+        mass, total = points.sum(weight), points.sum(weight * score)
         if bool((mass == 0).any()):
-            raise InputError(f"{name}: every path of group {int(points[mass == 0][0])} has weight zero")
+            raise InputError(f"{name}: every path of group {int(points.labels[mass == 0][0])} has weight zero")
         value, share = total / mass, mass / mass.mean()  # [N], one for each decision point
 
-        # One label for each decision point: that of its first path.
-        first = torch.full((len(points),), rollouts.size, device=place.device).scatter_reduce(
-            0, place, torch.arange(rollouts.size, device=place.device), "amin"
-        )
-        labels = self.objective.labels(utility, rollouts)
-        mine = [labels[i] for i in first.tolist()]
-        self._seen = list(zip(mine, value.tolist(), share.tolist(), strict=True))
+        mine = points.first(self._fitted.labels(observed).to(score.device))  # [N], that of each point's first path
+        self._seen = list(zip(mine.tolist(), value.tolist(), share.tolist(), strict=True))
 
-        names, label = number_labels([*(entry[0] for entry in self._past), *mine])
-        label = label.to(score.device)
+        labels = torch.cat([mine.new_tensor([entry[0] for entry in self._past], dtype=torch.long), mine])
+        named = Groups.of(labels)
         past = score.new_tensor([entry[1:] for entry in self._past]).view(-1, 2)  # [memory, 2]
         values, shares = torch.cat([past[:, 0], value]), torch.cat([past[:, 1], share])
-        of_label = score.new_zeros(len(names)).index_add(0, label, shares)
-        sums = score.new_zeros(len(names)).index_add(0, label, shares * values)
-        means, probabilities = sums / of_label, of_label / of_label.sum()  # [K]
-        here = label[len(self._past) :]  # [N]
+        of_label = named.sum(shares)
+        means, probabilities = named.sum(shares * values) / of_label, of_label / of_label.sum()  # [K]
+        here = named.place[len(self._past) :]  # [N]
 
         credit, importance = torch.zeros_like(score), torch.zeros_like(score)
-        for size in sizes.unique().tolist():  # groups of one size at a time: [n G] -> [n, G]
-            rows = (sizes[place] == size).nonzero()[:, 0]
-            rows = rows[torch.argsort(place[rows], stable=True)].view(-1, size)
-            at = place[rows[:, 0]]  # [n]
+        for at, rows in points.tables():  # groups of one size at a time: [n], [n, G]
+            size = rows.shape[1]
             w, u, k = weight[rows], score[rows], here[at]
             rest = mass[at][:, None, None] - w[:, :, None] - w[:, None, :]  # [n, G, G]: the mass without i and j
             others = total[at][:, None, None] - (w * u)[:, :, None] - (w * u)[:, None, :]
@@ -124,8 +132,8 @@ class CrossFitted(Wrapping):
             credit[rows] = ((w / mass[at][:, None])[:, None, :] * slope * difference).sum(2)
             # The mean over partners leaves i out as well: what u_i itself is multiplied with in the direct term.
             importance[rows] = (slope.sum(2) - slope.diagonal(dim1=1, dim2=2)) / (size - 1)
-        worth = self.objective.risk(means, probabilities)
-        linear = (weight * importance * (utility[:, 0] - score)).mean()  # zero, with the gradient that is wanted
+        worth = self._fitted.aggregate_groups(means, probabilities)
+        linear = (weight * importance * (term.utility[:, 0] - score)).mean()  # zero, with the gradient that is wanted
         return Evaluation(value=worth.detach() + linear, credit=credit[:, None])
 
     def _slopes(self, means: Tensor, probabilities: Tensor, label: Tensor, moved: Tensor) -> Tensor:
@@ -136,16 +144,18 @@ class CrossFitted(Wrapping):
             here = label[start : start + _ROWS]
             rows = means.expand(len(here), -1).clone()
             rows[torch.arange(len(here), device=here.device), here] = moved[start : start + _ROWS]
-            slope = torch.func.vmap(torch.func.grad(self.objective.risk), in_dims=(0, None))(rows, probabilities)
+            slope = torch.func.vmap(torch.func.grad(self._fitted.aggregate_groups), in_dims=(0, None))(
+                rows, probabilities
+            )
             slopes.append(slope.gather(1, here[:, None])[:, 0] / probabilities[here])
         return torch.cat(slopes).view(shape)
 
-    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
-        """Remember the values of the batch just summarized, forget the oldest, and let the wrapped objective adapt."""
+    def update(self, observed: Callable[[], Observed]) -> dict[str, float]:
+        """Remember the values of the batch evaluated last, forget the oldest, and let the wrapped objective adapt."""
         if self.memory:
             self._past = [*self._past, *self._seen][-self.memory :]
         self._seen = []
-        return self.objective.update(leader, rollouts)
+        return self.objective.update(observed)
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered values, and what the wrapped objective keeps."""

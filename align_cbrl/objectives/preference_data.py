@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import pair_likelihood
-from align_cbrl.problem import Evaluation, Leader, Objective, step_seed
+from align_cbrl.objectives.expected import MEAN
+from align_cbrl.objectives.preferences import pair_likelihood
+from align_cbrl.objectives.wrapping import Wrapping
+from align_cbrl.problem import Leader, Objective, Observation, Observed, Term, step_seed
 from align_cbrl.rollouts import Rollouts
 
 
@@ -49,7 +52,8 @@ class PreferenceData(Objective):
         -0.41
     """
 
-    depends_on_leader = True
+    is_linear = False
+    one_step = True
 
     def __init__(self, chosen: Rollouts, rejected: Rollouts, pairs_per_step: int | None = None, seed: int = 0) -> None:
         if chosen.size != rejected.size or chosen.horizon != 1 or rejected.horizon != 1:
@@ -65,6 +69,7 @@ class PreferenceData(Objective):
         self.chosen, self.rejected = chosen, rejected
         self.pairs_per_step, self.seed = pairs_per_step, seed
         self._step = 0
+        self._likelihood = PairLikelihood(self)
 
     def likelihood(self, leader: Leader) -> Tensor:
         """The mean log-likelihood of this step's pairs: scalar, differentiable in x."""
@@ -75,30 +80,23 @@ class PreferenceData(Objective):
             chosen, rejected = chosen.select(drawn), rejected.select(drawn)
         return pair_likelihood(leader.reward(chosen) - leader.reward(rejected), 1.0).mean()
 
-    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
-        """The likelihood [B, 1], the same for every path: it is worth that whatever the follower does."""
-        if rollouts.horizon != 1:
-            raise InputError(f"PreferenceData: expected rollouts of one step, got a horizon of {rollouts.horizon}")
-        return self.likelihood(leader).expand(rollouts.size, 1)
+    def observations(self) -> tuple[Observation, ...]:
+        """The likelihood of this step's pairs."""
+        return (self._likelihood,)
 
-    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
-        """The likelihood times the chunk's share of the weight."""
-        return weight.sum() * self.likelihood(leader)
+    def terms(self, observed: Observed) -> list[Term]:
+        """The likelihood, the same for every path; no credit, since the policy has no influence on it."""
+        if observed.policy is None and observed.samples.horizon != 1:
+            raise InputError(
+                f"PreferenceData: expected rollouts of one step, got a horizon of {observed.samples.horizon}"
+            )
+        likelihood = observed[self._likelihood]
+        return [Term(likelihood, torch.zeros_like(likelihood).detach(), MEAN)]
 
-    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
-        """The likelihood; no credit, since the policy has no influence on it."""
-        return Evaluation(value=utility.mean(), credit=torch.zeros_like(utility).detach())
-
-    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
-        """Refused: the pairs are no context's value."""
-        raise InputError("PreferenceData: its pairs are data, not contexts, so it has no exact value on a table")
-
-    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+    def update(self, observed: Callable[[], Observed]) -> dict[str, float]:
         """Go on to other pairs. Metrics: `pair_likelihood`, of the pairs of this step."""
-        with torch.no_grad():
-            metrics = {"pair_likelihood": float(self.likelihood(leader))}
         self._step += 1
-        return metrics
+        return {"pair_likelihood": observed()[self._likelihood].detach().flatten()[0].item()}
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken, from which the pairs follow."""
@@ -109,14 +107,30 @@ class PreferenceData(Objective):
         self._step = state["step"]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairLikelihood(Observation):
+    """The mean log-likelihood of the labelled pairs of a step, the same for every path."""
+
+    data: PreferenceData
+    name: str = "pair likelihood"
+    moves: bool = True
+
+    def of(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The likelihood, expanded to [B, T]."""
+        return self.data.likelihood(leader).expand(rollouts.size, rollouts.horizon)
+
+
 @dataclasses.dataclass(frozen=True)
-class Regularised(Objective):
+class Regularised(Wrapping):
     """An objective plus `weight` times the likelihood of labelled pairs: J(x) + weight * L(x).
 
     Attributes:
         objective: what the leader wants of the follower, for rollouts of one step.
         pairs: what its reward should also explain.
         weight: > 0, utility per nat of a pair's likelihood.
+
+    Raises:
+        InputError: a weight that is not positive, or an objective that is made of labelled pairs itself.
     """
 
     objective: Objective
@@ -126,45 +140,29 @@ class Regularised(Objective):
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
             raise InputError(f"Regularised.weight: expected a positive number, got {self.weight}")
-        if isinstance(self.objective, (Regularised, PreferenceData)):
+        if isinstance(self.objective, PreferenceData):
             raise InputError(
                 f"Regularised.objective: expected what is wanted of the follower, got {type(self.objective).__name__}"
             )
 
     @property
-    def discount(self) -> float:  # type: ignore[override]  # a field of the base class, here that of the objective
-        """The objective's gammaF."""
-        return self.objective.discount
-
-    @property
-    def depends_on_leader(self) -> bool:  # type: ignore[override]  # as above
-        """True: the likelihood does."""
+    def one_step(self) -> bool:  # type: ignore[override]  # as in the class that it extends
+        """True: labelled pairs are answers of one step."""
         return True
 
-    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
-        """The objective's utility and the likelihood side by side, [B, n + 1]."""
-        utility = self.objective.utility(leader, rollouts)
-        return torch.cat([utility, self.pairs.utility(leader, rollouts).to(utility)], 1)
+    def observations(self) -> tuple[Observation, ...]:
+        """Those of the objective, and the likelihood of the pairs."""
+        return (*self.objective.observations(), *self.pairs.observations())
 
-    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
-        """The sum of both direct terms."""
-        own = self.objective.direct_term(leader, rollouts, weight[:, :-1])
-        pairs = self.pairs.direct_term(leader, rollouts, weight[:, -1:])
-        return pairs if own is None or pairs is None else own + pairs
+    def terms(self, observed: Observed) -> list[Term]:
+        """The objective's, and the weighted likelihood."""
+        (likelihood,) = self.pairs.terms(observed)
+        weighted = dataclasses.replace(likelihood, utility=self.weight * likelihood.utility)
+        return [*self.objective.terms(observed), weighted]
 
-    def summarize(self, utility: Tensor, rollouts: Rollouts) -> Evaluation:
-        """The sum of both values; the credit is the objective's."""
-        evaluation = self.objective.summarize(utility[:, :-1], rollouts)
-        pairs = self.pairs.summarize(utility[:, -1:], rollouts)
-        return dataclasses.replace(evaluation, value=evaluation.value + self.weight * pairs.value)
-
-    def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
-        """Refused, as by `PreferenceData`."""
-        return self.pairs.aggregate(values, probabilities)
-
-    def update(self, leader: Leader, rollouts: Rollouts) -> dict[str, float]:
+    def update(self, observed: Callable[[], Observed]) -> dict[str, float]:
         """Both."""
-        return {**self.objective.update(leader, rollouts), **self.pairs.update(leader, rollouts)}
+        return {**self.objective.update(observed), **self.pairs.update(observed)}
 
     def state_dict(self) -> dict[str, Any]:
         """Of both."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 
-import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import OverContexts, WorstContext
-from align_cbrl.problem import Leader, Objective
-from align_cbrl.rollouts import Rollouts
+from align_cbrl.objectives.observations import GroupLabel
+from align_cbrl.objectives.risk import OverContexts, WorstContext
+from align_cbrl.problem import Objective, Observation, Observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,8 @@ class WorstGroup(OverContexts):
         InputError: there is no such column; or the exact route of a table is asked, which has no columns.
 
     Example:
-        >>> from align_cbrl import ExpectedUtility
+        >>> from align_cbrl import ExpectedUtility, Rollouts
+        >>> import torch
         >>> steps = {"score": torch.tensor([1.0, 3.0, 0.5]), "topic": ["law", "art", "law"]}
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 1, 2]), steps=steps)
         >>> score = ExpectedUtility(lambda leader, rollouts: rollouts.steps["score"][:, None])
@@ -47,29 +46,15 @@ class WorstGroup(OverContexts):
         super().__post_init__()
         WorstContext(self.objective, self.temperature)  # which checks the temperature
 
-    def utility(self, leader: Leader, rollouts: Rollouts) -> Tensor:
-        """The wrapped utility, and beside it the number of each path's group: [B, 2]."""
-        if self.column not in rollouts.steps or rollouts.horizon != 1:
-            raise InputError(
-                f"WorstGroup.column: expected completions with a column {self.column!r}, which names each prompt's "
-                f"group; the columns are {sorted(rollouts.steps)}"
-            )
-        utility = self.objective.utility(leader, rollouts)
-        groups = rollouts.steps[self.column]
-        names = groups.tolist() if isinstance(groups, Tensor) else groups
-        # 24 bits, which every type of utility holds; the number is the same in all processes and after a restart.
-        numbers = [zlib.crc32(str(name).encode()) >> 8 for name in names]
-        return torch.cat([utility, utility.new_tensor(numbers)[:, None]], 1)
+    def observations(self) -> tuple[Observation, ...]:
+        """Those of the wrapped objective, and each path's group."""
+        return (*self.objective.observations(), GroupLabel(self.column))
 
-    def direct_term(self, leader: Leader, rollouts: Rollouts, weight: Tensor) -> Tensor | None:
-        """The wrapped objective's own."""
-        return self.objective.direct_term(leader, rollouts, weight[:, :1])
+    def labels(self, observed: Observed) -> Tensor:
+        """The label of each path's group, long [B]."""
+        return observed[GroupLabel(self.column)][:, 0]
 
-    def labels(self, utility: Tensor, rollouts: Rollouts) -> list[int]:
-        """The number of each path's group, [B]."""
-        return [int(number) for number in utility[:, 1].tolist()]
-
-    def risk(self, values: Tensor, probabilities: Tensor) -> Tensor:
+    def aggregate_groups(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """The minimum over groups, or the soft one, from the groups' values and probabilities."""
         return WorstContext(self.objective, self.temperature).aggregate(values, probabilities)
 

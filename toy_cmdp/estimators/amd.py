@@ -85,10 +85,12 @@ class AMD(Hypergradient):
         if tables.log_prior is not None:
             per_context = per_context + (eta * tables.log_prior).sum((-1, -2))
         probabilities = cmdp.context_probabilities.to(per_context)
-        surrogate = (world.importance * probabilities * per_context).sum()
+        surrogate = (probabilities * per_context).sum()
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
         norm = accumulate(problem, gradients)
-        objective = problem.objective.aggregate((tables.initial.detach() * value).sum(-1), probabilities)
+        # To first order in what the sweeps miss; exact for an expectation.
+        missed = (tables.initial.detach() * (value - world.value)).sum(-1)
+        objective = world.objective + (probabilities * missed).sum()
         return {"objective": objective.item(), "gradient_norm": norm}
 
     def _visits(self, law: Transition, policy: Tensor, start: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.problem import Critic, Critique, Problem
 from align_cbrl.rollouts import Rollouts
-from toy_cmdp.estimators.visits import Visits, add_gradient, discounted, require_expected_utility, visits
+from toy_cmdp.estimators.visits import Visits, add_gradient, discounted, expected_utility, visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +159,9 @@ class BCHG(Hypergradient):
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`."""
-        require_expected_utility(problem, "BCHG")
         with torch.no_grad():
             seen = visits(rollouts, self.cell)
-            utility = torch.where(rollouts.mask, problem.objective.utility(problem.leader, rollouts), 0.0)
+            utility = torch.where(rollouts.mask, expected_utility(problem, rollouts, "BCHG"), 0.0)
             advantage = self.critic.evaluate(problem, rollouts, utility).advantage
             credit = torch.where(rollouts.mask, discounted(advantage, problem), 0.0) / rollouts.size
             source = seen.pair.spread(credit)

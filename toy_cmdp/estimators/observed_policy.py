@@ -91,6 +91,5 @@ class ObservedPolicyResponse(Hypergradient):
         world = exact_world(observed)
         norm = accumulate(problem, expected_policy_response(observed, world))
         values = (world.tables.initial * world.value).sum(-1).detach()  # [C]
-        objective = problem.objective.aggregate(values, cmdp.context_probabilities.to(values))
         each = {f"objective_{c}": values[c].item() for c in range(cmdp.contexts) if drawn[c]}
-        return {"objective": objective.item(), "gradient_norm": norm, **each}
+        return {"objective": world.objective.item(), "gradient_norm": norm, **each}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
-from align_cbrl.problem import Problem, require_fixed_temperature
+from align_cbrl.problem import Problem, Term, require_fixed_temperature
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.solve import by_context, continuation, soft_logits
-from toy_cmdp.referee.exact import utility_and_credit
+from toy_cmdp.referee.tabulated import linearised, tabulated_terms
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import expected_next, policy_system, pushed
@@ -207,20 +207,16 @@ class PlugIn(Hypergradient):
                 f"{type(problem.leader).__name__}: neither its tables nor the utility depend on its parameters, so no "
                 "incentive can be learned; compute them with gradients enabled (no torch.no_grad, no .detach())"
             )
-        with torch.enable_grad():
-            values = (model.initial * world.value).sum(-1).requires_grad_(True)  # [C]
-            objective = problem.objective.aggregate(values, model.nature)
-            (slope,) = torch.autograd.grad(objective, values)
         share = 1.0
         if self.damping > 0 and response.requires_grad:
             outputs = {"utility": utility, "reward": tables.reward, **_moved(tables)}
-            share = self._share(problem, model, world, outputs, (slope * response).sum())
-        surrogate = (slope * (direct + share * response)).sum()
+            share = self._share(problem, model, world, outputs, (model.nature * response).sum())
+        surrogate = (model.nature * (direct + share * response)).sum()
         gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
         norm = accumulate(problem, gradients)
         if self.memory is not None:
             self.memory.counts = counts
-        return {"objective": objective.item(), "gradient_norm": norm}, values.detach()
+        return {"objective": world.objective.item(), "gradient_norm": norm}, world.in_context
 
     def state_dict(self) -> dict[str, Any]:
         """The memory's, if there is one: HPGD keeps it in its checkpoints."""
@@ -266,10 +262,7 @@ class PlugIn(Hypergradient):
         tables = _dense(problem)
         counts = self._counts(tables, rollouts)
         model, world, utility = self._model(problem, tables, rollouts, counts, shrinkage=0.0)
-        leaf = torch.zeros_like(model.nature, requires_grad=True)
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(problem.objective.aggregate(leaf, model.nature), leaf)
-        if not torch.equal(slope, model.nature):
+        if not problem.objective.is_mean:
             raise InputError(
                 f"objective: standard errors are for expectations over contexts, got {type(problem.objective).__name__}"
             )
@@ -353,11 +346,11 @@ class PlugIn(Hypergradient):
         with torch.no_grad():
             model = self._fit(problem, tables, rollouts, counts)
         leader = require_tabular(problem.leader)
-        utility, credit = utility_and_credit(problem.objective, leader, self.cmdp, model.log_policy, tables)
+        terms = tabulated_terms(problem.objective, leader, self.cmdp, model.log_policy, tables)
         with torch.no_grad():
             noise = shrinkage / (model.visits + self.strength)
-            world = _World(self.cmdp, problem, model, tables.detach(), utility.detach(), credit.detach(), noise)
-        return model, world, utility
+        world = _World(self.cmdp, problem, model, tables.detach(), terms, noise)
+        return model, world, world.utility
 
     def _counts(self, tables: Tables, rollouts: Rollouts) -> Tensor:
         """N(s, a, s') with the memory's, [K, S, A, S]."""
@@ -444,7 +437,7 @@ class PlugIn(Hypergradient):
 
 
 class _World:
-    """Values and occupancies of the observed policy in the model; no graph."""
+    """Values and occupancies of the observed policy in the model; the utility alone carries a graph."""
 
     def __init__(
         self,
@@ -452,20 +445,26 @@ class _World:
         problem: Problem,
         model: FittedModel,
         tables: Tables,
-        utility: Tensor,
-        credit: Tensor,
+        terms: Sequence[Term],
         noise: Tensor,
     ) -> None:
         """`noise` [K, S, A] times the variance of V_F(s') is the advantage's own variance, by which it is shrunk."""
         transition, follower = model.transition, problem.follower
-        go_on = continuation(cmdp, follower.discount, utility)
-        go_on_leader = continuation(cmdp, problem.objective.discount, utility)
+        go_on = continuation(cmdp, follower.discount, tables.reward)
+        go_on_leader = continuation(cmdp, problem.objective.discount, tables.reward)
         self.policy = policy = model.log_policy.exp()
         self.system = policy_system(transition, go_on * policy)
         same = bool((torch.as_tensor(follower.discount) == problem.objective.discount).all())
         self.leader_system = self.system if same else policy_system(transition, go_on_leader * policy)
         soft = (policy * _soft_reward(tables, model.log_policy, follower.temperature)).sum(-1)
         self.soft_value = self.system.solve(soft)  # [C, S]
+
+        def in_context(utility: Tensor) -> Tensor:
+            return (model.initial * self.leader_system.solve((policy * utility).sum(-1))).sum(-1)
+
+        whole = linearised(problem.objective, terms, in_context, model.nature)
+        self.objective, self.utility, self.in_context = whole.value, whole.utility, whole.in_context
+        utility, credit = whole.utility.detach(), whole.credit.detach()
         self.value = self.leader_system.solve((policy * utility).sum(-1))
         q = credit + go_on_leader * expected_next(transition, self.value)
         advantage = q - (policy * q).sum(-1, keepdim=True)

@@ -67,7 +67,7 @@ class ValuePenalty(Hypergradient):
                 f"{discount}; otherwise no stationary policy maximises the mixture of their values"
             )
         world = exact_world(problem)
-        if not bool((world.importance[require_exact(problem.follower).cmdp.context_probabilities > 0] == 1).all()):
+        if not problem.objective.is_mean:
             raise InputError(
                 f"objective: ValuePenalty takes expectations over contexts, got {type(problem.objective).__name__}"
             )

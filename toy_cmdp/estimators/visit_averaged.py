@@ -13,7 +13,7 @@ from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.functional import returns_to_go
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
-from toy_cmdp.estimators.visits import add_gradient, discounted, require_expected_utility, visits
+from toy_cmdp.estimators.visits import add_gradient, discounted, expected_utility, visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,11 @@ class VisitAveraged(Hypergradient):
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`."""
-        require_expected_utility(problem, "VisitAveraged")
         reached = torch.arange(rollouts.horizon) < self.horizon
         rollouts = dataclasses.replace(rollouts, mask=rollouts.mask & reached)
         with torch.no_grad():
             seen = visits(rollouts, self.cell)
-            utility = torch.where(rollouts.mask, problem.objective.utility(problem.leader, rollouts), 0.0)
+            utility = torch.where(rollouts.mask, expected_utility(problem, rollouts, "VisitAveraged"), 0.0)
             returns = returns_to_go(utility, rollouts.mask, problem.objective.discount)
             advantage = seen.pair.spread(returns) - seen.cell.spread(returns)
             credit = torch.where(rollouts.mask, discounted(advantage, problem), 0.0) / rollouts.size

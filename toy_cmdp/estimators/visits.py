@@ -10,8 +10,10 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import accumulate
+from align_cbrl.estimators.observing import derivatives, direct_term, observe
 from align_cbrl.functional import discount_powers, eligibility_trace
-from align_cbrl.objectives.all import ExpectedUtility
+from align_cbrl.objectives import ExpectedUtility
+from align_cbrl.objectives.expected import mean_term
 from align_cbrl.problem import Problem, per_path
 from align_cbrl.rollouts import Rollouts
 
@@ -104,17 +106,21 @@ def add_gradient(problem: Problem, rollouts: Rollouts, visits: Visits, source: T
     first[:, 0] = 1 / rollouts.size
     starts = visits.cell.spread(first)
     direct = eligibility_trace(starts, rollouts.mask, problem.objective.discount, 1.0)
-    own = problem.objective.direct_term(leader, rollouts, direct)
+    observed = observe(problem, rollouts)
+    weights = derivatives(lambda seen: (direct * mean_term(problem.objective, seen).utility).sum(), observed)
+    own = direct_term(leader, rollouts, weights)
     if own is not None:
         surrogate = surrogate + own
     gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
     return accumulate(problem, gradients)
 
 
-def require_expected_utility(problem: Problem, name: str) -> None:
-    """Raise `InputError` unless the objective is a plain expected utility."""
-    if not isinstance(problem.objective, ExpectedUtility):
-        raise InputError(f"objective: {name} takes an ExpectedUtility, got {type(problem.objective).__name__}")
+def expected_utility(problem: Problem, rollouts: Rollouts, name: str) -> Tensor:
+    """The utility of every step, [B, T]. Raises `InputError` unless the objective is a plain expected utility."""
+    objective = problem.objective
+    if not isinstance(objective, ExpectedUtility):
+        raise InputError(f"objective: {name} takes an ExpectedUtility, got {type(objective).__name__}")
+    return objective.utility(problem.leader, rollouts)
 
 
 def discounted(value: Tensor, problem: Problem) -> Tensor:

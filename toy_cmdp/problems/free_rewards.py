@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import ExpectedUtility
+from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.tables.arguments import check_sizes, finite_tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.objectives.all import ExpectedUtility
+from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.tables.arguments import check_between, check_sizes, finite_tensor, nature_law

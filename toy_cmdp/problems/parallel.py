@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import ExpectedUtility
+from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Leader, Problem, require_fixed_temperature
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, require_tabular
@@ -124,7 +124,9 @@ def parallel(problems: Sequence[Problem]) -> Problem:
     if not problems:
         raise InputError("problems: expected at least one")
     leaders = [require_tabular(problem.leader) for problem in problems]
-    followers, utilities = [], []
+    followers: list[ExactFollower] = []
+    utilities: list[TabularUtility] = []
+    moving = []
     for problem in problems:
         follower, objective = problem.follower, problem.objective
         if not isinstance(follower, ExactFollower):
@@ -136,6 +138,7 @@ def parallel(problems: Sequence[Problem]) -> Problem:
         require_fixed_temperature(problem, "parallel")
         followers.append(follower)
         utilities.append(objective.utility_function)
+        moving.append(objective.depends_on_leader)
     discounts = sorted({problem.objective.discount for problem in problems})
     if len(discounts) > 1:
         raise InputError(f"problems: expected one discount of the leader's, got {discounts}")
@@ -161,7 +164,7 @@ def parallel(problems: Sequence[Problem]) -> Problem:
     objective = ExpectedUtility(
         TabularUtility(utility),
         discount=discounts[0],
-        depends_on_leader=any(problem.objective.depends_on_leader for problem in problems),
+        depends_on_leader=any(moving),
     )
     return Problem(ParallelLeaders(leaders), objective, ParallelFollower(followers, cmdp))
 

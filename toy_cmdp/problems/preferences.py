@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.objectives.all import ExpectedUtility
+from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.tables.arguments import check_between, check_sizes

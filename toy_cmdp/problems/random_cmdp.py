@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
-from align_cbrl.objectives.all import ExpectedUtility, KLPriced
+from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
-from align_cbrl.objectives.all import Constrained, ExpectedUtility, KLPriced, PreferenceLikelihood
-from align_cbrl.problem import Critic, Critique, Objective, Problem
+from align_cbrl.problem import Critic, Critique, Problem, Term
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.exact import ExactFollower, make_rollouts, require_exact
 from toy_cmdp.followers.solve import SoftSolution, by_context, continuation, per_state, soft_logits
-from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, gather_steps, require_tabular
+from toy_cmdp.referee.tabulated import linearised, of_contexts, tabulated_terms, worth
+from toy_cmdp.tables.cmdp import Tables, TabularLeader, gather_steps, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import PolicySystem, expected_next, policy_system, pushed
 
@@ -47,13 +47,13 @@ def leader_value(problem: Problem) -> Tensor:
         >>> problem.leader.x.grad.shape
         torch.Size([5])
     """
-    values = _values(problem)
-    probabilities = require_exact(problem.follower).cmdp.context_probabilities.to(values.dtype)
-    return problem.objective.aggregate(values, probabilities)
+    terms, values = _values(problem)
+    probabilities = require_exact(problem.follower).cmdp.context_probabilities.to(values[0].dtype)
+    return worth(problem.objective, terms, values, probabilities)
 
 
-def _values(problem: Problem) -> Tensor:
-    """f(x, pi*, c) of every context, [C], with graph."""
+def _values(problem: Problem) -> tuple[list[Term], list[Tensor]]:
+    """The terms of the objective, and what each is worth in every context, [C], with graph."""
     leader, follower = _tabular(problem)
     cmdp, temperature = follower.cmdp, problem.temperature
     tables, solution = follower.solve(leader)
@@ -73,12 +73,15 @@ def _values(problem: Problem) -> Tensor:
     log_policy = torch.log_softmax(soft_logits(q, tables.log_prior, temperature), -1)
 
     policy = log_policy.exp()
-    utility, _ = utility_and_credit(problem.objective, leader, cmdp, log_policy, tables)
-    with torch.no_grad():
-        leader_fixed = leader_factors.solve((policy * utility).sum(-1))
-    q_leader = utility + go_on_leader * expected_next(tables.transition, leader_fixed)
-    leader_values = _fixed_point((policy * q_leader).sum(-1), leader_fixed, leader_factors)
-    return (tables.initial * leader_values).sum(-1)
+    terms = tabulated_terms(problem.objective, leader, cmdp, log_policy, tables)
+    values = []
+    for term in terms:
+        with torch.no_grad():
+            leader_fixed = leader_factors.solve((policy * term.utility).sum(-1))
+        q_leader = term.utility + go_on_leader * expected_next(tables.transition, leader_fixed)
+        leader_values = _fixed_point((policy * q_leader).sum(-1), leader_fixed, leader_factors)
+        values.append((tables.initial * leader_values).sum(-1))
+    return terms, values
 
 
 class ImplicitHypergradient(Hypergradient):
@@ -100,9 +103,10 @@ class ImplicitHypergradient(Hypergradient):
 
 
 def context_values(problem: Problem) -> Tensor:
-    """f(x, pi*, c) of every context, [C], without graph; `leader_value` is what the objective makes of them."""
+    """f(x, pi*, c) of every context, [C], without graph; of a risk, what the risk is taken of."""
     with torch.no_grad():
-        return _values(problem)
+        _, values = _values(problem)
+        return of_contexts(problem.objective, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +116,23 @@ class ExactWorld:
     Attributes:
         tables: the leader's.
         solution: the follower's best response.
-        utility: [C, S, A], the leader's, less any prices (with the policy held constant).
+        objective: J, a scalar.
+        utility: [C, S, A], the leader's, less any prices, with the policy held constant. Where the objective is more
+            than a mean over contexts it is linearised: each context counts by the derivative of J (`Linearised`).
         advantage, q: [C, S, A], A_F = Q_F - V_F and Q_F of the leader's credit, which is the utility unless the
             objective is made of pairs.
         value: [C, S], the leader's V_F.
         policy: [C, S, A], pi*.
-        importance: [C], the derivative of J with respect to each context's value, divided by the context's
-            probability: 1 for an expectation. A context that nature never draws has importance 0.
     """
 
     tables: Tables
     solution: SoftSolution
+    objective: Tensor
     utility: Tensor
     advantage: Tensor
     q: Tensor
     value: Tensor
     policy: Tensor
-    importance: Tensor
 
 
 def exact_world(problem: Problem) -> ExactWorld:
@@ -142,21 +146,23 @@ def exact_world(problem: Problem) -> ExactWorld:
     """
     leader, follower = _tabular(problem)
     tables, solution = follower.solve(leader)
-    utility, credit = utility_and_credit(problem.objective, leader, follower.cmdp, solution.log_policy, tables)
+    terms = tabulated_terms(problem.objective, leader, follower.cmdp, solution.log_policy, tables)
+    policy, law = solution.log_policy.exp().detach(), tables.detach().transition
     with torch.no_grad():
-        policy = solution.log_policy.exp()
-        law = tables.detach().transition
         go_on = continuation(follower.cmdp, problem.objective.discount, tables.reward)
-        value = policy_system(law, go_on * policy).solve((policy * utility).sum(-1))
-        q = credit + go_on * expected_next(law, value)
+        system = policy_system(law, go_on * policy)
+
+    def in_context(utility: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (tables.initial * system.solve((policy * utility).sum(-1))).sum(-1)
+
+    probabilities = follower.cmdp.context_probabilities.to(policy)
+    whole = linearised(problem.objective, terms, in_context, probabilities)
+    with torch.no_grad():
+        value = system.solve((policy * whole.utility).sum(-1))
+        q = whole.credit + go_on * expected_next(law, value)
         advantage = q - (policy * q).sum(-1, keepdim=True)
-        values = (tables.initial * value).sum(-1)
-    probabilities = follower.cmdp.context_probabilities.to(values)
-    with torch.enable_grad():
-        leaf = values.detach().requires_grad_(True)
-        (slope,) = torch.autograd.grad(problem.objective.aggregate(leaf, probabilities), leaf)
-    importance = torch.where(probabilities > 0, slope / probabilities, 0.0)
-    return ExactWorld(tables, solution, utility, advantage, q, value, policy, importance)
+    return ExactWorld(tables, solution, whole.value, whole.utility, advantage, q, value, policy)
 
 
 class ExactCritic(Critic):
@@ -185,10 +191,9 @@ class ExactCritic(Critic):
             def along(table: Tensor) -> Tensor:
                 return torch.where(state >= 0, table.reshape(-1)[flat], 0.0)
 
-            importance = world.importance[rollouts.contexts][:, None]  # [B, 1]
             return Critique(
-                advantage=importance * gather_steps(world.advantage, rollouts),
-                value=importance * along(world.value),
+                advantage=gather_steps(world.advantage, rollouts),
+                value=along(world.value),
                 soft_value=along(world.solution.value),
             )
 
@@ -245,7 +250,7 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
     )
     if tables.log_prior is not None:
         per_context = per_context + (eta * tables.log_prior).sum((-1, -2))
-    surrogate = (world.importance * follower.cmdp.context_probabilities.to(per_context) * per_context).sum()
+    surrogate = (follower.cmdp.context_probabilities.to(per_context) * per_context).sum()
     gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(problem.parameters, gradients, strict=True)]
 
@@ -330,57 +335,6 @@ class _FixedPoint(torch.autograd.Function):
 def _fixed_point(image: Tensor, fixed_point: Tensor, factors: PolicySystem) -> Tensor:
     out: Tensor = _FixedPoint.apply(image, fixed_point, factors)
     return out
-
-
-def utility_and_credit(
-    objective: Objective, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, tables: Tables
-) -> tuple[Tensor, Tensor]:
-    """Utility and credit of a supported objective, [C, S, A], through which log_policy may flow.
-
-    The credit, df / dpi at fixed policy, is the utility unless the objective is made of pairs.
-    """
-    if isinstance(objective, PreferenceLikelihood):
-        return _pairs(objective, leader, cmdp, log_policy, tables)
-    inner = getattr(objective, "objective", None)
-    if isinstance(inner, Objective):
-        utility, credit = utility_and_credit(inner, leader, cmdp, log_policy, tables)
-        if isinstance(objective, KLPriced):
-            price = objective.price * (log_policy if tables.log_prior is None else log_policy - tables.log_prior)
-            return utility - price, credit - price
-        if isinstance(objective, Constrained):
-            cost, _ = utility_and_credit(objective.cost, leader, cmdp, log_policy, tables)
-            return utility - objective.multiplier * cost, credit - objective.multiplier * cost
-        return utility, credit
-    if isinstance(objective, ExpectedUtility) and isinstance(objective.utility_function, TabularUtility):
-        table = _table(objective.utility_function, "utility", leader, cmdp, log_policy)
-        return table, table
-    raise InputError(
-        "objective: the exact route takes ExpectedUtility(TabularUtility(...)), what wraps such, or "
-        f"PreferenceLikelihood(TabularUtility(...)); got {type(objective).__name__}"
-    )
-
-
-def _pairs(
-    objective: PreferenceLikelihood, leader: TabularLeader, cmdp: ContextualMDP, log_policy: Tensor, tables: Tables
-) -> tuple[Tensor, Tensor]:
-    if not bool(cmdp.terminal.all()):
-        raise InputError("PreferenceLikelihood: expected a problem of one step, in which every state is terminal")
-    if not isinstance(objective.score, TabularUtility):
-        raise InputError("PreferenceLikelihood.score: the exact route takes a TabularUtility")
-    score = _table(objective.score, "score", leader, cmdp, log_policy).detach()
-    likelihood = objective.pair(
-        tables.reward[..., :, None] - tables.reward[..., None, :], score[..., :, None] - score[..., None, :]
-    )  # [C, S, A, A]
-    against_policy = (likelihood @ log_policy.exp()[..., None])[..., 0]  # [C, S, A]
-    return against_policy, 2 * against_policy
-
-
-def _table(utility: TabularUtility, name: str, leader: TabularLeader, cmdp: ContextualMDP, like: Tensor) -> Tensor:
-    table = utility.table(leader)
-    if table.shape != like.shape:
-        raise InputError(f"{name}: expected shape {tuple(like.shape)} (C, S, A), got {tuple(table.shape)}")
-    cmdp.check_finite(name, table)
-    return table
 
 
 def _same(discount: float | Tensor, problem: Problem) -> bool:

@@ -116,7 +116,7 @@ class TabularUtility:
 
     Example:
         >>> import torch
-        >>> from align_cbrl.objectives.all import ExpectedUtility
+        >>> from align_cbrl.objectives import ExpectedUtility
         >>> objective = ExpectedUtility(TabularUtility(lambda leader: torch.ones(1, 2, 2)), discount=0.9)
     """
 

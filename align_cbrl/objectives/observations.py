@@ -1,0 +1,126 @@
+"""Observations: what objectives may need to know of every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from align_cbrl.errors import InputError
+from align_cbrl.problem import Leader, Observation
+from align_cbrl.rollouts import Rollouts
+
+UtilityFunction = Callable[[Leader, Rollouts], Tensor]
+"""Maps (leader, rollouts) to utilities [B, T]: a `Judge`, a `TabularUtility`, or a function of one's own."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Utility(Observation):
+    """What a utility function says of every step.
+
+    Two utilities are equal when their functions are the same object, so that one judge is asked once however many parts
+    of an objective refer to it.
+
+    Attributes:
+        function: maps (leader, rollouts) to [B, T].
+        moves: whether its values depend on the leader's parameters.
+        name: used in messages.
+
+    Example:
+        >>> def length(leader, rollouts):
+        ...     return rollouts.steps["length"][:, None]
+        >>> Utility(length) == Utility(length), Utility(length) == Utility(length, moves=True)
+        (True, False)
+    """
+
+    function: UtilityFunction
+    moves: bool = False
+    name: str = "utility"
+    lasting: bool = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lasting", not self.moves)  # what does not move stays the same for the same paths
+
+    def of(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """u(s_t, a_t) [B, T]. Raises InputError when the function returns another shape."""
+        utility = self.function(leader, rollouts)
+        if tuple(utility.shape) != tuple(rollouts.mask.shape):
+            raise InputError(
+                f"{self.name}: expected shape {tuple(rollouts.mask.shape)} (paths, steps), got {tuple(utility.shape)}"
+            )
+        return utility if self.moves else utility.detach()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Utility) and self.function is other.function and self.moves == other.moves
+
+    def __hash__(self) -> int:
+        return hash((id(self.function), self.moves))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogRatio(Observation):
+    """log pi(a|s) - log prior(a|s) in nats, zero where no step was taken; it moves where the leader moves the prior."""
+
+    name: str = "log_ratio"
+    moves: bool = True
+
+    def of(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The log-ratio [B, T]. Raises InputError when the rollouts lack log-probabilities."""
+        if rollouts.log_policy is None or rollouts.log_prior is None:
+            raise InputError("KLPriced: expected rollouts with log_policy and log_prior; this follower provides none")
+        moved = leader.log_prior(rollouts)
+        ratio = rollouts.log_policy - (rollouts.log_prior if moved is None else moved)
+        return torch.where(rollouts.mask.to(ratio.device), ratio, torch.zeros_like(ratio))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(Observation):
+    """The follower's reward r_x [B, T], for objectives that are about the reward itself."""
+
+    name: str = "reward"
+    moves: bool = True
+
+    def of(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """r_x(s_t, a_t) [B, T]."""
+        return leader.reward(rollouts)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLabel(Observation):
+    """A number for the name that a column of the data gives to each path's context, long [B, T].
+
+    Numbers are 63 bits of a cryptographic hash of the name: the same in all processes and after a restart, and never
+    equal for different names in practice.
+
+    Attributes:
+        column: of `Rollouts.steps`, one name a path.
+
+    Example:
+        >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 1, 2]), steps={"topic": ["law", "art", "law"]})
+        >>> labels = GroupLabel("topic").of(None, rollouts)[:, 0]
+        >>> bool(labels[0] == labels[2]), bool(labels[0] == labels[1])
+        (True, False)
+    """
+
+    column: str
+    name: str = "group label"
+    lasting: bool = True
+
+    def of(self, leader: Leader, rollouts: Rollouts) -> Tensor:
+        """The labels [B, T]. Raises InputError when the data have no such column."""
+        if self.column not in rollouts.steps:
+            raise InputError(
+                f"WorstGroup.column: expected completions with a column {self.column!r}, which names each prompt's "
+                f"group; the columns are {sorted(rollouts.steps)}"
+            )
+        names = rollouts.steps[self.column]
+        names = names.tolist() if isinstance(names, Tensor) else names
+        numbers = [_number(str(name)) for name in names]
+        return torch.tensor(numbers)[:, None].expand(-1, rollouts.horizon)  # [B] -> [B, T]
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
