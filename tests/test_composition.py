@@ -10,11 +10,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import enumerable_lm as lm
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_cbrl import (
     Constrained,
@@ -298,10 +301,6 @@ class Enumerated(Leader):
         return reward_at(self.x)[rollouts.contexts, rollouts.steps["action"][:, 0]][:, None]
 
 
-class TrueAdvantage(PolicyResponse):
-    """PolicyResponse on all answers, each once: what a group is compared with is the exact mean, not an estimate."""
-
-
 def enumerated(x: Tensor) -> Rollouts:
     policy = torch.softmax(reward_at(x.detach()) / TEMPERATURE + PRIOR, -1)
     contexts = torch.arange(CONTEXTS).repeat_interleave(ANSWERS)
@@ -324,6 +323,42 @@ def score_of(of: Callable[[Tensor], Tensor]) -> Callable[[Any, Rollouts], Tensor
 
 
 @pytest.fixture
+def language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], tuple[Leader, Rollouts]]:
+    """The same tables for all 57 completions of four prompts; the prior is a Llama's, and the leader reads tokens."""
+    folder = lm.build(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    enumeration = lm.Enumeration.random(seed=3)
+    prior = torch.log_softmax(enumeration.log_probs(AutoModelForCausalLM.from_pretrained(folder), tokenizer), -1)
+    shape = tuple(prior.shape)
+    monkeypatch.setitem(globals(), "ANSWERS", shape[1])
+    monkeypatch.setitem(globals(), "PRIOR", prior)
+    for name in ("SCORE", "COST", "TASTE", "REWARD", "MOVED"):
+        monkeypatch.setitem(globals(), name, torch.rand(shape, generator=GENERATOR, dtype=torch.float64))
+
+    class Tokens(lm.LinearLeader):
+        """r_x of a completion, found by its tokens; labelled pairs are rows of the tables."""
+
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            if "completion_ids" not in rollouts.steps:
+                return reward_at(self.x)[rollouts.contexts, rollouts.steps["action"][:, 0]][:, None]
+            place = enumeration.index(rollouts.steps["prompt"], rollouts.steps["completion_ids"])
+            return reward_at(self.x)[place][:, None]
+
+    def world(x: Tensor) -> tuple[Leader, Rollouts]:
+        plain = enumerated(x)
+        tokens = enumeration.completions * CONTEXTS
+        prompts = [lm.PROMPTS[c] for c in plain.contexts.tolist()]
+        steps = {**plain.steps, "prompt": prompts, "completion_ids": tokens}
+        return Tokens(enumeration, x), dataclasses.replace(plain, steps=steps)
+
+    return world
+
+
+def bandit(x: Tensor) -> tuple[Leader, Rollouts]:
+    return Enumerated(x), enumerated(x)
+
+
+@pytest.fixture
 def sampled_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Utilities that read completions instead of tables."""
     monkeypatch.setitem(globals(), "utility", score_of)
@@ -340,7 +375,8 @@ class ExactCredit:
         return Critique((by_context - (weight * by_context).sum(1, keepdim=True)).reshape(-1, 1))
 
 
-def test_samples_agree_with_enumeration(sampled_functions: None) -> None:
+@pytest.mark.parametrize("world", ["bandit", "language_model"])
+def test_samples_agree_with_enumeration(world: str, request: pytest.FixtureRequest, sampled_functions: None) -> None:
     """PolicyResponse on weighted rollouts that hold every answer: J and its gradient are exact, not estimates.
 
     Pairs within a group leave out an answer's pair with itself, and cross-fitting leaves out pairs; both are right in
@@ -348,12 +384,12 @@ def test_samples_agree_with_enumeration(sampled_functions: None) -> None:
     change them: a chain around a cross-fitted risk is the chain around the plain one, where that is linear.
     """
     x = torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64)
-    rollouts = enumerated(x)
+    make = bandit if world == "bandit" else request.getfixturevalue(world)
     for chain in ACCEPTED:
         if chain[0] == "preferences" or "cross_fitted" in chain:
             continue
         objective, exact = build(chain)
-        leader = Enumerated(x)
+        leader, rollouts = make(x)
         follower = type("Fixed", (), {"temperature": TEMPERATURE, "discount": 0.0})()
         problem = Problem(leader, objective, follower)
         leaf = x.clone().requires_grad_(True)
@@ -361,8 +397,9 @@ def test_samples_agree_with_enumeration(sampled_functions: None) -> None:
         (gradient,) = torch.autograd.grad(wanted, leaf)
         found = PolicyResponse(ExactCredit(), chunks=3).backward(problem, rollouts)  # type: ignore[arg-type]
         close(torch.tensor(found["objective"], dtype=torch.float64), wanted.detach(), chain)
-        assert leader.x.grad is not None
-        close(leader.x.grad, gradient, chain)
+        (moved,) = leader.parameters()
+        assert moved.grad is not None
+        close(moved.grad, gradient, chain)
 
 
 def test_wrapping_commutes_with_cross_fitting(sampled_functions: None) -> None:
