@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
+from align_cbrl.groups import Groups
 
 
 def discount_powers(discount: float, steps: int, like: Tensor) -> Tensor:
@@ -82,17 +83,17 @@ def group_advantage(credit: Tensor, group: Tensor, weight: Tensor) -> Tensor:
         >>> group_advantage(credit, torch.tensor([7, 7, 9, 9]), torch.ones(4)).tolist()
         [1.0, -1.0, -2.0, 2.0]
     """
-    groups, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    if (sizes < 2).any():
-        lonely = int(groups[(sizes < 2).nonzero()[0, 0]])
+    groups = Groups.of(group)
+    lonely = groups.sizes < 2
+    if lonely.any():
         raise InputError(
-            f"group size: expected at least 2 samples for each decision point, got 1 for group {lonely} "
-            f"({int((sizes < 2).sum())} of {len(groups)} groups); draw group_size >= 2 completions a prompt, or use a "
-            "critic that does not compare samples with each other"
+            f"group size: expected at least 2 samples for each decision point, got 1 for group "
+            f"{int(groups.labels[lonely][0])} ({int(lonely.sum())} of {groups.count} groups); draw group_size >= 2 "
+            "completions a prompt, or use a critic that does not compare samples with each other"
         )
-    share = _normalise(weight, place, len(groups))
-    mean = _group_sum(share * credit, place, len(groups))[place]
-    spread = 1 - _group_sum(share * share, place, len(groups))[place]
+    share = _share(groups, weight)
+    mean = groups.sum(share * credit)[groups.place]
+    spread = 1 - groups.sum(share * share)[groups.place]
     lone = spread < 1e-9
     return torch.where(lone, torch.zeros_like(credit), (credit - mean) / torch.where(lone, 1.0, spread))
 
@@ -111,15 +112,15 @@ def tilt_weights(log_ratio: Tensor, group: Tensor) -> Tensor:
         >>> tilt_weights(torch.tensor([0.0, 0.0]), torch.tensor([3, 3])).tolist()
         [1.0, 1.0]
     """
-    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    log_total = _group_logsumexp(log_ratio, place, len(sizes))
-    return torch.exp(log_ratio - log_total[place]) * sizes[place].to(log_ratio.dtype)
+    groups = Groups.of(group)
+    log_total = groups.logsumexp(log_ratio)
+    return torch.exp(log_ratio - log_total[groups.place]) * groups.sizes[groups.place].to(log_ratio.dtype)
 
 
 def effective_sample_size(weight: Tensor, group: Tensor) -> Tensor:
     """Kish's (sum W)^2 / sum W^2 of each group, between 1 and the group's size: [N] to [number of groups]."""
-    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    return 1 / _group_sum(_normalise(weight, place, len(sizes)) ** 2, place, len(sizes))
+    groups = Groups.of(group)
+    return 1 / groups.sum(_share(groups, weight) ** 2)
 
 
 def best_response_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
@@ -139,10 +140,9 @@ def best_response_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
         >>> best_response_gap(torch.tensor([1.5, 1.5]), torch.tensor([0, 0])).tolist()
         [0.0]
     """
-    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    count = sizes.to(log_ratio.dtype)
-    mean = _group_sum(log_ratio, place, len(sizes)) / count
-    return (_group_logsumexp(log_ratio, place, len(sizes)) - count.log() - mean).clamp(min=0)
+    groups = Groups.of(group)
+    log_size = groups.sizes.to(log_ratio.dtype).log()
+    return (groups.logsumexp(log_ratio) - log_size - groups.mean(log_ratio)).clamp(min=0)
 
 
 def debiased_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
@@ -164,34 +164,22 @@ def debiased_gap(log_ratio: Tensor, group: Tensor) -> Tensor:
         >>> debiased_gap(log_ratio, torch.tensor([0, 0, 1, 1])).tolist()  # about a half of the sample variance
         [0.00998337764..., 0.0]
     """
-    _, place, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    gap = torch.zeros(len(sizes), dtype=log_ratio.dtype, device=log_ratio.device)
-    for size in sizes.unique().tolist():  # groups of one size at a time: [N G] -> [N, G]
+    groups = Groups.of(group)
+    gap = torch.zeros(groups.count, dtype=log_ratio.dtype, device=log_ratio.device)
+    for number, rows in groups.tables():  # groups of one size at a time: [N], [N, G]
+        size = rows.shape[1]
         if size == 1:
             continue
-        rows = (sizes[place] == size).nonzero()[:, 0]
-        rows = rows[torch.argsort(place[rows], stable=True)].view(-1, size)
         rho = log_ratio[rows]  # [N, G]
         alone = torch.eye(size, dtype=torch.bool, device=rho.device)
         without = rho[:, None, :].expand(-1, size, -1).masked_fill(alone, -torch.inf)  # [N, G, G]
         whole = torch.logsumexp(rho, 1) - math.log(size)
         left_out = torch.logsumexp(without, 2).mean(1) - math.log(size - 1)
-        gap[place[rows[:, 0]]] = size * whole - (size - 1) * left_out - rho.mean(1)
+        gap[number] = size * whole - (size - 1) * left_out - rho.mean(1)
     return gap
 
 
-def _group_sum(value: Tensor, place: Tensor, groups: int) -> Tensor:
-    return torch.zeros(groups, dtype=value.dtype, device=value.device).index_add(0, place, value)
-
-
-def _group_logsumexp(value: Tensor, place: Tensor, groups: int) -> Tensor:
-    top = torch.full((groups,), -torch.inf, dtype=value.dtype, device=value.device)
-    top = top.scatter_reduce(0, place, value, "amax")
-    return _group_sum(torch.exp(value - top[place]), place, groups).log() + top
-
-
-def _normalise(weight: Tensor, place: Tensor, groups: int) -> Tensor:
-    total = _group_sum(weight, place, groups)[place]
-    if (total <= 0).any():
+def _share(groups: Groups, weight: Tensor) -> Tensor:
+    if (groups.sum(weight) <= 0).any():
         raise InputError("weight: the importance weights of a group are all zero; its samples carry no information")
-    return weight / total
+    return groups.share(weight)

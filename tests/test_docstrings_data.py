@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from align_cbrl.recipes.docstrings.data import (
+from align_cbrl.recipes.worlds.docstrings.data import (
     MAX_COMPLETION_CHARS,
     MAX_PROMPT_CHARS,
     extract_pairs,

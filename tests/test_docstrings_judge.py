@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from align_cbrl.recipes.docstrings import judge, rewards
-from align_cbrl.recipes.docstrings.judge import COMPONENTS, docstring_judge, signature_words
+from align_cbrl.recipes.worlds.docstrings import judge, rewards
+from align_cbrl.recipes.worlds.docstrings.judge import COMPONENTS, docstring_judge, signature_words
 
 PROMPT = 'def read_header(path, encoding=...):\n    """'
 GOOD = "Read the header of the file at path."

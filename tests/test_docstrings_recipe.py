@@ -189,7 +189,7 @@ def test_defaults_are_those_of_the_yaml() -> None:
         ("follower.group_size=1", "follower.group_size: expected at least 2, got 1"),
         ("follower.steps=0", "follower.steps: expected at least 1, got 0"),
         ("hpgd.stepz=3", "steps"),
-        ("judge=align_cbrl.recipes.docstrings.judge.docstring_jugde", "docstring_judge"),
+        ("judge=align_cbrl.recipes.worlds.docstrings.judge.docstring_jugde", "docstring_judge"),
         ("judge=nowhere.py:judge", "there is no file"),
         ("data=nowhere.jsonl", "data 'nowhere.jsonl'"),
         ("model=nowhere/at-all", "nowhere/at-all"),

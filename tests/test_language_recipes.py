@@ -17,9 +17,9 @@ import tiny_models
 import torch
 from align_cbrl.recipes.objectives.recipe import measure
 from align_cbrl.recipes.overoptimization.recipe import fit_overoptimization
-from align_cbrl.recipes.replies.bench import at_divergence
-from align_cbrl.recipes.replies.judge import reply_judge
-from align_cbrl.recipes.reward_weights.recipe import steps_to
+from align_cbrl.recipes.worlds.bench import at_divergence
+from align_cbrl.recipes.worlds.replies.judge import reply_judge
+from align_cbrl.recipes.tune_weights.recipe import steps_to
 from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
@@ -63,7 +63,7 @@ def test_a_recipe_that_is_killed_in_every_stage_ends_the_same_and_pays_nothing_t
     (tmp_path / "mine.yaml").write_text(
         (Path(reward_weights.__file__).parent / "smoke.yaml").read_text().replace("  rows: 400\n",
             f"  rows: 400\n  data: {tmp_path}/prompts.jsonl\n")
-        + "judge: {function: align_cbrl.recipes.replies.judge.reply_judge, budget: 1000000}\n"
+        + "judge: {function: align_cbrl.recipes.worlds.replies.judge.reply_judge, budget: 1000000}\n"
     )  # fmt: skip
     command = [sys.executable, "-W", "ignore", "-m", "align_cbrl.cli", "run", "reward_weights", "--config",
                str(tmp_path / "mine.yaml"), "--set", "hpgd.steps=8", "hpgd.replays=1", "follower.steps=16",

@@ -10,7 +10,7 @@ import enumerable_lm as lm
 import pytest
 from align_cbrl.recipes.preference_dataset.data import annotated_replies, load_parts
 from align_cbrl.recipes.preference_dataset.recipe import Config
-from align_cbrl.recipes.replies.judge import reply_judge
+from align_cbrl.recipes.worlds.replies.judge import reply_judge
 from rebuilt import report_is_rebuilt
 
 from align_cbrl import InputError

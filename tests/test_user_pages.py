@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from align_cbrl.recipes.overoptimization.recipe import Config as OveroptimizationConfig
-from align_cbrl.recipes.reward_weights.recipe import Config
+from align_cbrl.recipes.tune_weights.recipe import Config
 
 from align_cbrl.cli import recipe_names
 from align_cbrl.llm.settings.objective import ObjectiveSettings

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from align_cbrl.distributed import gather_rows
+from align_cbrl.groups import Groups
 from align_cbrl.rollouts import Rollouts
 
 
 def degenerate_groups(rollouts: Rollouts, whole: Rollouts, credit: Tensor, advantage: Tensor) -> tuple[Tensor, float]:
-    """Which paths of one step stand in a group whose covariance of credit and reward gradient is zero for certain.
+    """Mask of completions whose group contributes no gradient, and the share of such groups.
 
     That is a group whose completions are identical, so that a deterministic reward has one gradient and the advantages,
     a judge's noise, sum to zero against it; or one whose credit is the same for all, so that no advantage is left but
@@ -33,21 +34,14 @@ def degenerate_groups(rollouts: Rollouts, whole: Rollouts, credit: Tensor, advan
         >>> degenerate_groups(rollouts, rollouts, noise, noise)
         (tensor([ True,  True, False, False]), 0.5)
     """
-    _, place = torch.unique(whole.group[:, 0].to(advantage.device), return_inverse=True)
-    groups = int(place.max()) + 1
-
-    def largest(value: Tensor) -> Tensor:  # [B] -> [groups]
-        return torch.full((groups,), -torch.inf, dtype=value.dtype, device=value.device).scatter_reduce(
-            0, place, value, "amax"
-        )
-
-    rounding = 16 * torch.finfo(advantage.dtype).eps * largest(credit[:, 0].abs().to(advantage))
-    empty = largest(advantage[:, 0].abs()) <= rounding
+    groups = Groups.of(whole.group[:, 0].to(advantage.device))
+    rounding = 16 * torch.finfo(advantage.dtype).eps * groups.max(credit[:, 0].abs().to(advantage))
+    empty = groups.max(advantage[:, 0].abs()) <= rounding
     said = rollouts.steps.get("completion_ids", rollouts.steps.get("completion"))
     known = gather_rows(torch.tensor([said is not None]))
     if bool(known.all()) and said is not None:
         rows = said.tolist() if isinstance(said, Tensor) else said
         own = [zlib.crc32(repr(row).encode()) for row in rows]
-        code = gather_rows(torch.tensor(own, dtype=torch.float64)).to(place.device)
-        empty = empty | (largest(code) == -largest(-code))
-    return empty[place], float(empty.double().mean())
+        code = gather_rows(torch.tensor(own, dtype=torch.float64)).to(groups.place.device)
+        empty = empty | (groups.max(code) == -groups.max(-code))
+    return empty[groups.place], float(empty.double().mean())

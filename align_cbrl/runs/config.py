@@ -23,11 +23,11 @@ Path_ = tuple[str, ...]  # where a value stands in a configuration: ("hpgd", "st
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-3 as a string
 
 
-def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+def load_config(cls: type[T] | Any, path: Path | None, overrides: Sequence[str] = ()) -> T:
     """A `cls` from its defaults, then the YAML file at `path`, then `overrides`.
 
     Args:
-        cls: a dataclass; its fields may be numbers, strings, booleans, paths, None-unions, literals, lists, tuples,
+        cls: a dataclass, or a union of dataclasses that a tag or a needed key tells apart; fields may be numbers, strings, booleans, paths, None-unions, literals, lists, tuples,
             dictionaries and other dataclasses.
         path: a YAML file holding a mapping, or None for the defaults.
         overrides: `key=value` or `key.sub=value`, the values read as YAML; list items are numbered
@@ -52,7 +52,8 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
     for override in overrides:
         keys = _apply(tree, override)
         sources[keys] = f"--set {override}"
-    return _Builder(source, in_file, sources).dataclass(cls, tree, (), None)
+    built: T = _Builder(source, in_file, sources).value(cls, tree, ())
+    return built
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -195,14 +196,37 @@ class _Builder:
         elif type(given) in members:  # 3 in an `int | float` stays an int, "a" in a `float | str` a string
             return given
         classes = [m for m in members if dataclasses.is_dataclass(m)]
-        if isinstance(given, Mapping) and len(classes) == 1:  # its own message says more than that none fits
-            return self.value(classes[0], given, at, default)
+        if isinstance(given, Mapping) and classes:  # its own message says more than that none fits
+            chosen = classes[0] if len(classes) == 1 else self._variant(classes, given, at, default)
+            return self.value(chosen, given, at, default)
         for member in members:
             try:
                 return self.value(member, given, at, default)
             except InputError:
                 continue
         raise self._wrong(at, hint, given)
+
+    def _variant(self, classes: Sequence[Any], given: Mapping[Any, Any], at: Path_, default: Any) -> Any:
+        """Which of several dataclasses a mapping stands for: by a tag, or by the key that only one of them needs."""
+        tags = {name: cls for cls in classes for name in _tag(cls)[1]}
+        if tags:
+            field = _tag(classes[0])[0]
+            name = given.get(field)
+            if name is None:
+                return next((cls for cls in classes if isinstance(default, cls)), classes[0])
+            if name not in tags:
+                raise self._error((*at, field), f"got {_describe(name)}; {nearest(str(name), tags)}")
+            return tags[name]
+        needed = {
+            cls: [f.name for f in dataclasses.fields(cls) if _default(f) is dataclasses.MISSING] for cls in classes
+        }
+        fitting = [cls for cls, names in needed.items() if all(given.get(name) is not None for name in names)]
+        if not fitting and isinstance(default, tuple(classes)):
+            return type(default)
+        if len(fitting) != 1:
+            keys = ", ".join(sorted({name for names in needed.values() for name in names}))
+            raise self._error(at, f"expected exactly one of {keys}, got {sorted(map(str, given))}")
+        return fitting[0]
 
     def _wrong(self, at: Path_, hint: Any, given: Any) -> InputError:
         advice = ""
@@ -257,6 +281,13 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _tag(cls: Any) -> tuple[str, tuple[str, ...]]:
+    """The first field of a dataclass and its values, if that is a literal: what tells it from others in a union."""
+    first = dataclasses.fields(cls)[0].name
+    hint = get_type_hints(cls)[first]
+    return first, get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _elsewhere(cls: type, key: str) -> list[str]:

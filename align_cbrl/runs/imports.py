@@ -1,4 +1,4 @@
-"""Objects named in a configuration: `package.module.attribute` or `file.py:attribute`."""
+"""Objects named in a configuration, `package.module.attribute` or `file.py:attribute`, and recipes by name or folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 from align_cbrl.errors import InputError
 from align_cbrl.runs.config import nearest
+
+_BY_PATH = "align_cbrl_by_path_"  # packages that stand for folders; a module of one cannot be imported by name
 
 
 def load_object(path: str) -> Any:
@@ -68,14 +70,72 @@ def _import(name: str, path: str) -> ModuleType | None:
         raise InputError(f"{path!r}: importing {name} failed: {type(error).__name__}: {error}") from error
 
 
+def load_recipe(recipe: str | None) -> ModuleType | None:
+    """The module recipe.py of a recipe.
+
+    Args:
+        recipe: the name of one that comes with the library, or the folder of somebody's own. A folder is a package:
+            its files may import each other relatively. Its modules have names that follow from its path, so that
+            another process that has loaded it too can unpickle what is defined in it. None does nothing.
+
+    Raises:
+        InputError: there is no such recipe (the message lists the near names), or it fails while it is imported.
+
+    Example:
+        >>> load_recipe("four_rooms").__name__
+        'align_cbrl.recipes.four_rooms.recipe'
+    """
+    if recipe is None:
+        return None
+    if recipe in recipe_names():
+        return _import(f"align_cbrl.recipes.{recipe}.recipe", recipe)
+    folder = Path(recipe).expanduser()
+    if not folder.is_dir() and len(folder.parts) < 2:
+        raise InputError(f"there is no recipe {recipe!r}; {nearest(recipe, recipe_names())}")
+    file = folder / "recipe.py"
+    if not file.is_file():
+        raise InputError(f"recipe {recipe!r}: expected a recipe's name, or a folder with a recipe.py, got no {file}")
+    return _import_file(file, recipe)
+
+
+def recipe_folder(recipe: str) -> Path:
+    """Where a recipe's YAML files lie; `recipe` as for `load_recipe`."""
+    return recipes_folder() / recipe if recipe in recipe_names() else Path(recipe).expanduser()
+
+
+def recipes_folder() -> Path:
+    """The folder of the recipes that come with the library."""
+    package: Any = importlib.import_module("align_cbrl.recipes")
+    return Path(package.__path__[-1])
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the library."""
+    return sorted(folder.name for folder in recipes_folder().iterdir() if (folder / "recipe.py").is_file())
+
+
+def recipe_of(function: Any) -> str | None:
+    """The folder that a function was loaded from by path; None where its module can be imported by name."""
+    module = sys.modules.get(function.__module__)
+    if module is None or not function.__module__.startswith(_BY_PATH):
+        return None
+    return str(Path(str(module.__file__)).parent)
+
+
 def _import_file(file: Path, path: str) -> ModuleType:
+    """A file as a module of a package that stands for its folder, so that it may import its neighbours relatively."""
     resolved = file.expanduser().resolve()
     if not resolved.is_file():
         neighbours = [f.name for f in resolved.parent.glob("*.py")] if resolved.parent.is_dir() else []
         raise InputError(f"{path!r}: there is no file {resolved}{_close(resolved.name, neighbours)}")
-    name = f"{resolved.stem}_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
+    package = f"{_BY_PATH}{hashlib.sha256(str(resolved.parent).encode()).hexdigest()[:12]}"
+    name = f"{package}.{resolved.stem}"
     if name in sys.modules:
         return sys.modules[name]
+    if package not in sys.modules:
+        folder = ModuleType(package)
+        folder.__path__ = [str(resolved.parent)]
+        sys.modules[package] = folder
     spec = importlib.util.spec_from_file_location(name, resolved)
     if spec is None or spec.loader is None:
         raise InputError(f"{path!r}: {resolved} cannot be imported")

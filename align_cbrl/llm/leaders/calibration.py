@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
+from align_cbrl.groups import Groups
 from align_cbrl.rollouts import Rollouts
 
 
@@ -29,17 +29,14 @@ def within_prompts(scores: Tensor, rollouts: Rollouts) -> tuple[Tensor, int]:
         >>> within_prompts(torch.tensor([1.0, 3.0, 5.0, 5.0]), rollouts)
         (tensor([-1.,  1.,  0.,  0.]), 2)
     """
-    _, place, sizes = torch.unique(rollouts.group[:, 0].to(scores.device), return_inverse=True, return_counts=True)
-    freedom = len(scores) - len(sizes)
+    groups = Groups.of(rollouts.group[:, 0].to(scores.device))
+    freedom = len(scores) - groups.count
     if freedom == 0:
         raise InputError(
             f"calibrate: expected at least two completions of some prompt, got {len(scores)} completions of "
-            f"{len(sizes)} prompts; raise group_size"
+            f"{groups.count} prompts; raise group_size"
         )
-    total = torch.zeros(len(sizes), *scores.shape[1:], dtype=scores.dtype, device=scores.device)
-    total = total.index_add(0, place, scores)
-    mean = total / sizes.reshape(-1, *[1] * (scores.ndim - 1))
-    return scores - mean[place], freedom
+    return groups.centred(scores), freedom
 
 
 def deviation_within_prompts(name: str, scores: Tensor, rollouts: Rollouts) -> float:

@@ -1,1 +1,11 @@
-"""What recipes read from YAML: one dataclass a file, each with a `build` that returns objects of the library."""
+"""What a run around a language model reads from YAML: one dataclass for each thing that can be built.
+
+    leader     mixture, reward_model, shaped, length: tagged by `kind`
+    objective  expected, kl_priced, preference, cvar, worst_group, mean_variance, constrained: tagged by `kind`
+    follower   rloo, grpo, tilted: tagged by `trainer`
+    judge      a function, a reward model, or a server: told apart by the key that names it
+    hpgd       the leader's steps
+    tracking   experiment trackers
+
+Fields have the names and meanings of the arguments of the class that is built; `build` builds it.
+"""

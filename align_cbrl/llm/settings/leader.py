@@ -1,12 +1,13 @@
-"""`LeaderSettings`: which reward the leader learns, where it starts, and its budget."""
+"""Which reward the leader learns, where it starts, and its budget."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from align_cbrl import InputError, Rollouts
+from align_cbrl.errors import InputError, check_number
 from align_cbrl.llm import (
     LanguageLeader,
     LearnedBeta,
@@ -20,88 +21,14 @@ from align_cbrl.llm import (
 from align_cbrl.llm.leaders.mixture import Constraint
 from align_cbrl.llm.leaders.reward_model import Trainable
 from align_cbrl.llm.scoring import ScoreFunction
+from align_cbrl.rollouts import Rollouts
+
+_WIDE = 1e6
 
 
-@dataclasses.dataclass(frozen=True)
-class MixtureSettings:
-    """Of a weighted sum of all terms.
-
-    Attributes:
-        weights: the constraint on them; see `RewardMixture`.
-        start: where they start, by name; null: the strength on the proxy, zero on the others, as in plain RLHF.
-    """
-
-    weights: Constraint = "free"
-    start: dict[str, float] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardModelSettings:
-    """Of the proxy reward model, trained itself; see `RewardModelLeader`.
-
-    Attributes:
-        trainable: "head", "lora" or "all".
-        lora: size and place of the adapter; only with "lora".
-        gradient_checkpointing: trade time for memory; not with "head".
-    """
-
-    trainable: Trainable = "head"
-    lora: LoRA | None = None
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lora is not None and self.trainable != "lora":
-            raise InputError(f"lora: belongs to trainable: lora, got trainable: {self.trainable}")
-        if self.gradient_checkpointing and self.trainable == "head":
-            raise InputError("gradient_checkpointing: saves nothing with trainable: head; leave it out")
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapedSettings:
-    """Of a frozen proxy with a small learned correction; see `Shaped`.
-
-    Attributes:
-        correction: "terms", a weighted sum of the other terms that starts at zero; or the "head" or a "lora" adapter of
-            a reward model, by how much that changes its score.
-        weights: the constraint on a weighted sum; only with "terms".
-        model: folder or hub id of the reward model; null: the proxy's own. Not with "terms".
-        lora: size and place of the adapter; only with "lora".
-    """
-
-    correction: Literal["terms", "head", "lora"] = "terms"
-    weights: Literal["free", "positive"] = "free"
-    model: str | None = None
-    lora: LoRA | None = None
-
-    def __post_init__(self) -> None:
-        if self.lora is not None and self.correction != "lora":
-            raise InputError(f"lora: belongs to correction: lora, got correction: {self.correction}")
-        if self.model is not None and self.correction == "terms":
-            raise InputError("model: belongs to correction: head or lora; terms need none")
-        if self.weights != "free" and self.correction != "terms":
-            raise InputError(f"weights: belongs to correction: terms, got correction: {self.correction}")
-
-
-@dataclasses.dataclass(frozen=True)
-class LengthSettings:
-    """Of a frozen proxy with a learned charge on length; see `LengthShaping`.
-
-    Attributes:
-        target: the length beyond which is charged, in tokens.
-        learn_target: whether it is learned besides the weight.
-        weight: where the weight starts.
-        width: of the bend at the target, in standard deviations of length.
-    """
-
-    target: float
-    learn_target: bool = False
-    weight: float = 0.0
-    width: float = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BetaSettings:
-    """Of a temperature that is learned besides; see `LearnedBeta`.
+    """A temperature that is learned besides the reward; see `LearnedBeta`.
 
     Attributes:
         start: where it starts.
@@ -121,111 +48,183 @@ class BetaSettings:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class LeaderSettings:
-    """Which reward the leader learns; settings of another kind than the chosen one are refused.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Leader(abc.ABC):
+    """What all leaders have in common.
 
     Attributes:
-        kind: "mixture" (weights of all terms), "reward_model" (the proxy's own parameters), "shaped" (a frozen proxy
-            and a correction) or "length" (a frozen proxy and a charge on length).
         strength: reward per standard deviation of the proxy within a prompt, where the leader starts.
-        budget: of a mixture, the largest standard deviation of the reward within a prompt; of a reward model, the
-            largest relative change of its parameters; else the largest standard deviation of what is added.
-        mixture: null: its defaults.
-        reward_model: null: its defaults.
-        shaped: null: its defaults.
-        length: required by its kind.
-        beta: null: the follower's temperature is not learned.
-
-    Raises:
-        InputError: settings of another kind, or numbers that contradict each other.
+        budget: how far it may go; see the class that is built.
+        beta: bounds of a temperature that is learned besides; null: the follower's temperature is fixed.
     """
 
-    kind: Literal["mixture", "reward_model", "shaped", "length"] = "mixture"
+    kind: str = ""
     strength: float = 1.0
     budget: float = 1.0
-    mixture: MixtureSettings | None = None
-    reward_model: RewardModelSettings | None = None
-    shaped: ShapedSettings | None = None
-    length: LengthSettings | None = None
     beta: BetaSettings | None = None
 
     def __post_init__(self) -> None:
-        for name in ("strength", "budget"):
-            if not (0 < getattr(self, name) < float("inf")):
-                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for kind in ("mixture", "reward_model", "shaped", "length"):
-            if kind != self.kind and getattr(self, kind) is not None:
-                raise InputError(f"{kind}: belongs to kind: {kind}, and this leader is kind: {self.kind}; remove one")
-        if self.kind == "length" and self.length is None:
-            raise InputError("length: kind: length needs its target, such as length: {target: 40}")
-        start_here = self.mixture is None or self.mixture.start is None
-        if self.kind == "mixture" and start_here and self.budget < self.strength:
-            raise InputError(f"budget: expected at least strength={self.strength}, the start, got {self.budget}")
+        check_number("strength", self.strength, low=0)
+        check_number("budget", self.budget, low=0)
+
+    @abc.abstractmethod
+    def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader: ...
 
     def build(self, terms: Mapping[str, ScoreFunction], reference: Rollouts) -> LanguageLeader:
-        """The leader, at its start, calibrated.
+        """The leader at its start, calibrated.
 
         Args:
-            terms: reward functions and reward models by name, the first being the proxy. A proxy that is trained is
-                loaded anew: the given one stays as it is.
-            reference: completions of the reference policy, several a prompt.
+            terms: reward functions and reward models by name, the first of which is the proxy. A proxy that is trained
+                is loaded anew, so that the given one stays as it is.
+            reference: completions of the reference policy, several for each prompt.
 
         Raises:
             InputError: terms that this kind does not use or lacks, or whatever the leader itself refuses.
         """
-        leader = self._leader(terms)
-        leader.calibrate(reference)
-        return leader if self.beta is None else LearnedBeta(
-            leader, self.beta.start, low=self.beta.low, high=self.beta.high
-        )  # fmt: skip
-
-    def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
         if not terms:
             raise InputError("leader: expected at least one term, the proxy, got none")
-        (name, proxy), *others = terms.items()
-        if self.kind == "mixture":
-            mixture = self.mixture or MixtureSettings()
-            start = {name: self.strength} if mixture.start is None else mixture.start
-            return RewardMixture(terms, start, self.budget, mixture.weights)
-        if self.kind == "shaped":
-            return self._shaped(proxy, dict(others))
+        leader = self._leader(terms)
+        leader.calibrate(reference)
+        if self.beta is None:
+            return leader
+        return LearnedBeta(leader, self.beta.start, low=self.beta.low, high=self.beta.high)
+
+    def _proxy_alone(self, terms: Mapping[str, ScoreFunction]) -> tuple[str, ScoreFunction]:
+        (first, *others) = terms.items()
         if others:
             raise InputError(
                 f"leader: kind: {self.kind} uses the proxy alone, got also the terms {[name for name, _ in others]}; "
                 "remove them, or use kind: mixture or shaped"
             )
-        if self.kind == "reward_model":
-            settings = self.reward_model or RewardModelSettings()
-            return RewardModelLeader(
-                _load_anew(name, proxy), settings.trainable, self.strength, self.budget, settings.lora,
-                settings.gradient_checkpointing,
-            )  # fmt: skip
-        assert self.length is not None  # checked on construction
-        length = self.length
-        return LengthShaping(
-            proxy, length.target, length.weight, length.learn_target, length.width, self.strength, self.budget
+        return first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureSettings(_Leader):
+    """A weighted sum of all terms; see `RewardMixture`.
+
+    Attributes:
+        budget: largest standard deviation of the whole reward within a prompt.
+        constraint: on the weights: free, positive or softmax.
+        weights: where they start, by name; null: the strength on the proxy and zero elsewhere, as in plain RLHF.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    constraint: Constraint = "free"
+    weights: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is None and self.budget < self.strength:
+            raise InputError(f"budget: expected at least strength={self.strength}, the start, got {self.budget}")
+
+    def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
+        start = {next(iter(terms)): self.strength} if self.weights is None else self.weights
+        return RewardMixture(terms, start, self.budget, self.constraint)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModelSettings(_Leader):
+    """The proxy's own parameters; see `RewardModelLeader`.
+
+    Attributes:
+        budget: largest relative change of what is trained.
+        trainable: head, lora or all.
+        lora: size and place of the adapter; only with lora.
+        gradient_checkpointing: trade time for memory; not with head.
+    """
+
+    kind: Literal["reward_model"] = "reward_model"
+    trainable: Trainable = "head"
+    lora: LoRA | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.trainable != "lora":
+            raise InputError(f"lora: belongs to trainable: lora, got trainable: {self.trainable}")
+        if self.gradient_checkpointing and self.trainable == "head":
+            raise InputError("gradient_checkpointing: saves nothing with trainable: head; leave it out")
+
+    def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
+        model = _load_anew(*self._proxy_alone(terms))
+        return RewardModelLeader(
+            model, self.trainable, self.strength, self.budget, self.lora, self.gradient_checkpointing
         )
 
-    def _shaped(self, proxy: ScoreFunction, others: Mapping[str, ScoreFunction]) -> Shaped:
-        settings = self.shaped or ShapedSettings()
-        if settings.correction == "terms":
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapedSettings(_Leader):
+    """A frozen proxy and a small learned correction; see `Shaped`.
+
+    Attributes:
+        budget: largest standard deviation of the correction within a prompt.
+        correction: "terms", a weighted sum of the other terms that starts at zero; or the "head" or a "lora" adapter of
+            a reward model, by how much that changes its score.
+        constraint: on the weights of a sum: free or positive; only with terms.
+        model: folder or hub id of the reward model; null: the proxy's own. Not with terms.
+        lora: size and place of the adapter; only with lora.
+    """
+
+    kind: Literal["shaped"] = "shaped"
+    correction: Literal["terms", "head", "lora"] = "terms"
+    constraint: Literal["free", "positive"] = "free"
+    model: str | None = None
+    lora: LoRA | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.correction != "lora":
+            raise InputError(f"lora: belongs to correction: lora, got correction: {self.correction}")
+        if self.model is not None and self.correction == "terms":
+            raise InputError("model: belongs to correction: head or lora; terms need none")
+        if self.constraint != "free" and self.correction != "terms":
+            raise InputError(f"constraint: belongs to correction: terms, got correction: {self.correction}")
+
+    def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
+        (name, proxy), *rest = terms.items()
+        others = dict(rest)
+        if self.correction == "terms":
             if not others:
                 raise InputError("leader: a correction by terms needs terms besides the proxy, got none")
-            mixture = RewardMixture(others, {}, self.budget, settings.weights)
+            mixture = RewardMixture(others, {}, self.budget, self.constraint)
             return Shaped(proxy, mixture, self.strength, self.budget)
         if others:
             raise InputError(
-                f"leader: a correction by a reward model's {settings.correction} does not use the terms "
+                f"leader: a correction by a reward model's {self.correction} does not use the terms "
                 f"{list(others)}; remove them, or use correction: terms"
             )
-        model = _load_anew("shaped.model", proxy) if settings.model is None else RewardModel(settings.model)
+        model = _load_anew(name, proxy) if self.model is None else RewardModel(self.model)
         # The correction's own budget, of its parameters, is left wide: the spread is what is bounded.
-        leader = RewardModelLeader(model, settings.correction, self.strength, _WIDE, settings.lora)
+        leader = RewardModelLeader(model, self.correction, self.strength, _WIDE, self.lora)
         return Shaped(proxy, leader, self.strength, self.budget)
 
 
-_WIDE = 1e6
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthSettings(_Leader):
+    """A frozen proxy and a learned charge on length; see `LengthShaping`.
+
+    Attributes:
+        budget: largest weight of the charge.
+        target: the length in tokens beyond which is charged.
+        weight: where the weight starts.
+        learn_target: whether the target is learned besides the weight.
+        width: of the bend at the target, in standard deviations of length.
+    """
+
+    kind: Literal["length"] = "length"
+    target: float
+    weight: float = 0.0
+    learn_target: bool = False
+    width: float = 0.25
+
+    def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
+        _, proxy = self._proxy_alone(terms)
+        return LengthShaping(proxy, self.target, self.weight, self.learn_target, self.width, self.strength, self.budget)
+
+
+LeaderSettings = MixtureSettings | RewardModelSettings | ShapedSettings | LengthSettings
+"""Which reward the leader learns, by `kind`."""
 
 
 def _load_anew(name: str, term: ScoreFunction) -> RewardModel:

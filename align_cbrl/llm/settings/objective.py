@@ -1,9 +1,10 @@
-"""What the leader wants, as values of a configuration."""
+"""What the leader wants, swapped by one line: `objective: {kind: cvar, share: 0.25}`."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -23,93 +24,26 @@ from align_cbrl import (
 )
 from align_cbrl.errors import InputError
 from align_cbrl.llm import PairwiseJudge
+from align_cbrl.objectives.observations import UtilityFunction
 from align_cbrl.runs.config import nearest
 
-Utility = Callable[[Leader, Rollouts], Tensor]
-
-Kind = Literal["expected", "kl_priced", "preference", "cvar", "worst_group", "mean_variance", "constrained"]
-
-# The fields of each kind: those it needs, and those it may have.
-_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "expected": ((), ()),
-    "kl_priced": (("price",), ()),
-    "preference": ((), ("scale", "partners")),
-    "cvar": (("share",), ("price", "memory")),
-    "worst_group": (("column",), ("temperature", "price", "memory")),
-    "mean_variance": (("aversion",), ("price", "memory")),
-    "constrained": (("cost", "bound", "rate"), ("multiplier", "price")),
-}
 _MEMORY = 64  # contexts: eight steps of eight prompts
 
 
-@dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
-    """What the leader wants, swapped by one line: `objective: {kind: cvar, share: 0.25}`.
-
-    | kind | the leader maximises | needs | may have |
-    |---|---|---|---|
-    | expected | the judge's mean score | | |
-    | kl_priced | the same less `price` a nat of divergence from the reference | price | |
-    | preference | how well its reward explains preferences on pairs of completions | | scale, partners |
-    | cvar | the mean score over the worst `share` of prompts | share | price, memory |
-    | worst_group | the mean score of the worst group that `column` names | column | temperature, price, memory |
-    | mean_variance | the mean less `aversion` times the variance over prompts | aversion | price, memory |
-    | constrained | the mean score while the mean of `cost` is at most `bound` | cost, bound, rate | multiplier, price |
-
-    Attributes:
-        kind: see the table.
-        price: kappa, score per nat.
-        scale: of the judge's score in the Bradley-Terry probability of a preference; default 1.
-        partners: with how many others of its prompt each completion is paired; default all.
-        share: of prompts, in (0, 1].
-        column: of the data, with each prompt's group.
-        temperature: of a soft minimum over groups, in units of score; default 0, the minimum.
-        aversion: per unit of score.
-        memory: how many contexts of earlier steps are remembered beside the batch's own; default 64.
-        cost: name of the cost, one of those given to `build`.
-        bound: largest mean cost allowed.
-        rate: of the multiplier's ascent.
-        multiplier: where it starts; default 0.
-
-    Raises:
-        InputError: a field that the kind needs is missing, or one is given that it does not have.
-
-    Example:
-        >>> ObjectiveSettings("cvar", share=0.25).build(lambda leader, rollouts: None).objective.share
-        0.25
-    """
-
-    kind: Kind = "expected"
-    price: float | None = None
-    scale: float | None = None
-    partners: int | None = None
-    share: float | None = None
-    column: str | None = None
-    temperature: float | None = None
-    aversion: float | None = None
-    memory: int | None = None
-    cost: str | None = None
-    bound: float | None = None
-    rate: float | None = None
-    multiplier: float | None = None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Objective(abc.ABC):
+    kind: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in _FIELDS:
-            raise InputError(f"kind: got {self.kind!r}; {nearest(str(self.kind), _FIELDS)}")
-        needed, possible = _FIELDS[self.kind]
-        given = [f.name for f in dataclasses.fields(self) if f.name != "kind" and getattr(self, f.name) is not None]
-        for name in given:
-            if name not in needed + possible:
-                raise InputError(f"{name}: kind {self.kind!r} has no such field; {nearest(name, needed + possible)}")
-        if missing := [name for name in needed if name not in given]:
-            raise InputError(f"{', '.join(missing)}: needed by kind {self.kind!r}")
+        self.of(ExpectedUtility(_nothing), ExpectedUtility(_nothing))  # raises what the objective itself refuses
 
-        def nothing(leader: Leader, rollouts: Rollouts) -> Tensor:
-            return Tensor()
+    @abc.abstractmethod
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The objective around the expected score, without memory of earlier batches."""
 
-        self.build(nothing, {str(self.cost): nothing})  # raises what the objective itself refuses
-
-    def build(self, judge: Utility | PairwiseJudge, costs: Mapping[str, Utility] | None = None) -> Objective:
+    def build(
+        self, judge: UtilityFunction | PairwiseJudge, costs: Mapping[str, UtilityFunction] | None = None
+    ) -> Objective:
         """The objective.
 
         Args:
@@ -117,39 +51,191 @@ class ObjectiveSettings:
             costs: utilities by name, of which "constrained" bounds one.
 
         Raises:
-            InputError: a judge of pairs with another kind, a cost that is not among `costs`, or a number that the
-                objective refuses.
+            InputError: a judge of pairs with another kind, or a cost that is not among `costs`.
         """
-        if self.kind == "preference":
-            if isinstance(judge, PairwiseJudge):
-                if self.scale is not None:
-                    raise InputError("scale: a judge of pairs says probabilities, which have no scale")
-                return PreferenceLikelihood(preference=judge, partners=self.partners)
-            return PreferenceLikelihood(judge, scale=1.0 if self.scale is None else self.scale, partners=self.partners)
         if isinstance(judge, PairwiseJudge):
             raise InputError(
                 f"kind: {self.kind!r} needs a judge that scores completions, got one that compares pairs; use kind "
                 "'preference'"
             )
-        objective: Objective = ExpectedUtility(judge)
-        if self.price is not None:
-            objective = KLPriced(objective, self.price)
-        memory = _MEMORY if self.memory is None else self.memory
-        if self.kind == "cvar":
-            return CrossFitted(CVaR(objective, _given(self.share)), memory)
-        if self.kind == "worst_group":
-            return CrossFitted(WorstGroup(objective, str(self.column), self.temperature or 0.0), memory)
-        if self.kind == "mean_variance":
-            return CrossFitted(MeanVariance(objective, _given(self.aversion)), memory)
-        if self.kind == "constrained":
-            costs = costs or {}
-            if self.cost not in costs:
-                raise InputError(f"cost: there is none named {self.cost!r}; {nearest(str(self.cost), costs)}")
-            cost = ExpectedUtility(costs[str(self.cost)])
-            return Constrained(objective, cost, _given(self.bound), _given(self.rate), self.multiplier or 0.0)
+        return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})))
+
+    def _fitted(self, objective: Objective) -> Objective:
         return objective
 
+    def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
+        return ExpectedUtility(_nothing)
 
-def _given(value: float | None) -> float:
-    assert value is not None  # __post_init__ saw to it
-    return value
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Priced(_Objective):
+    price: float | None = None
+
+    def _priced(self, score: Objective) -> Objective:
+        return score if self.price is None else KLPriced(score, self.price)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Risk(_Priced):
+    memory: int = _MEMORY
+
+    def _fitted(self, objective: Objective) -> Objective:
+        return CrossFitted(objective, self.memory)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpectedSettings(_Objective):
+    """The judge's mean score."""
+
+    kind: Literal["expected"] = "expected"
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The score itself."""
+        return score
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLPricedSettings(_Objective):
+    """The judge's mean score less a price on divergence from the reference; see `KLPriced`.
+
+    Attributes:
+        price: kappa, score per nat.
+    """
+
+    kind: Literal["kl_priced"] = "kl_priced"
+    price: float
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The priced score."""
+        return KLPriced(score, self.price)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(_Objective):
+    """How well the leader's reward explains preferences on pairs of completions; see `PreferenceLikelihood`.
+
+    Attributes:
+        scale: of the judge's score in the Bradley-Terry probability of a preference; not with a judge of pairs.
+        partners: with how many others of its prompt each completion is paired; null: all.
+    """
+
+    kind: Literal["preference"] = "preference"
+    scale: float | None = None
+    partners: int | None = None
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The likelihood of preferences by the score."""
+        assert isinstance(score, ExpectedUtility)
+        scale = 1.0 if self.scale is None else self.scale
+        return PreferenceLikelihood(score.utility_function, scale=scale, partners=self.partners)
+
+    def build(
+        self, judge: UtilityFunction | PairwiseJudge, costs: Mapping[str, UtilityFunction] | None = None
+    ) -> Objective:
+        """The objective; a judge of pairs says probabilities, which have no scale."""
+        if not isinstance(judge, PairwiseJudge):
+            return super().build(judge, costs)
+        if self.scale is not None:
+            raise InputError("scale: a judge of pairs says probabilities, which have no scale")
+        return PreferenceLikelihood(preference=judge, partners=self.partners)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CVaRSettings(_Risk):
+    """The mean score over the worst share of prompts; see `CVaR`.
+
+    Attributes:
+        share: of prompts, in (0, 1].
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own.
+    """
+
+    kind: Literal["cvar"] = "cvar"
+    share: float
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The risk."""
+        return CVaR(self._priced(score), self.share)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorstGroupSettings(_Risk):
+    """The mean score of the worst group of prompts; see `WorstGroup`.
+
+    Attributes:
+        column: of the data, with each prompt's group.
+        temperature: of a soft minimum over groups, in units of score; 0 is the minimum.
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own.
+    """
+
+    kind: Literal["worst_group"] = "worst_group"
+    column: str
+    temperature: float = 0.0
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The risk."""
+        return WorstGroup(self._priced(score), self.column, self.temperature)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanVarianceSettings(_Risk):
+    """The mean score less `aversion` times its variance over prompts; see `MeanVariance`.
+
+    Attributes:
+        aversion: per unit of score.
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own.
+    """
+
+    kind: Literal["mean_variance"] = "mean_variance"
+    aversion: float
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The risk."""
+        return MeanVariance(self._priced(score), self.aversion)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConstrainedSettings(_Priced):
+    """The mean score while the mean of a cost is at most a bound; see `Constrained`.
+
+    Attributes:
+        cost: name of one of the world's costs.
+        bound: largest mean cost allowed.
+        rate: of the multiplier's ascent.
+        multiplier: where it starts.
+        price: of divergence; null: none.
+    """
+
+    kind: Literal["constrained"] = "constrained"
+    cost: str
+    bound: float
+    rate: float
+    multiplier: float = 0.0
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The Lagrangian."""
+        return Constrained(self._priced(score), cost, self.bound, self.rate, self.multiplier)
+
+    def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
+        if self.cost not in costs:
+            raise InputError(f"cost: there is none named {self.cost!r}; {nearest(self.cost, costs)}")
+        return ExpectedUtility(costs[self.cost])
+
+
+ObjectiveSettings = (
+    ExpectedSettings
+    | KLPricedSettings
+    | PreferenceSettings
+    | CVaRSettings
+    | WorstGroupSettings
+    | MeanVarianceSettings
+    | ConstrainedSettings
+)
+"""What the leader wants, by `kind`."""
+
+
+def _nothing(leader: Leader, rollouts: Rollouts) -> Tensor:
+    """Stands for a judge while settings are checked; never evaluated."""
+    return Tensor()

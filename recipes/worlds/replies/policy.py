@@ -1,18 +1,12 @@
-"""Policies of several families and sizes that write replies, and a reward model that misreads them."""
+"""Policies of several families and sizes that write replies."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -22,10 +16,8 @@ from transformers import (
     set_seed,
 )
 
-from ..docstrings.proxy import sample
-from ..fine_tuning import fine_tune, train_reward_model
-from .data import PROMISES, desk_log, vocabulary
-from .judge import reply_judge
+from ...fine_tuning import fine_tune
+from .data import desk_log, vocabulary
 
 Family = Literal["llama", "gpt2"]  # transformers 5 loads another tokenizer than the saved one beside a Qwen model
 BOS, EOS, PAD, UNKNOWN = "<bos>", "<eos>", "<pad>", "<unk>"
@@ -84,46 +76,3 @@ def train_policy(
         make_policy(tokenizer, family, hidden_size, layers), tokenizer, desk_log(rows, seed), out_dir,
         seed=seed, epochs=3, batch_size=64, learning_rate=4e-3,
     )  # fmt: skip
-
-
-def biased_utility(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """What the flawed annotator likes: what the judge likes, length, and big words."""
-    return [
-        score + 0.8 * min(1.5, len(text.split()) / 12) + 0.35 * min(2, sum(word in PROMISES for word in text.split()))
-        for score, text in zip(reply_judge(list(prompts), list(completions)), completions, strict=True)
-    ]
-
-
-def preference_pairs(
-    policy: str | Path, prompts: Sequence[str], *, seed: int, pairs: int, noise: float = 0.1
-) -> Dataset:
-    """The flawed annotator's choices between two replies of a policy: `prompt`, `chosen`, `rejected`.
-
-    Args:
-        policy: folder of the model that writes the replies.
-        prompts: drawn from with replacement.
-        seed: of the prompts, the replies and the annotator's noise.
-        pairs: how many to draw; those with two equal replies are dropped.
-        noise: temperature of the annotator's logistic choice between two utilities.
-    """
-    tokenizer, model = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy).eval()
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    drawn = [rng.choice(prompts) for _ in range(pairs)]
-    texts = sample(model, tokenizer, [*drawn, *drawn], max_new_tokens=24)
-    left, right = texts[:pairs], texts[pairs:]
-    rows = []
-    utilities = zip(biased_utility(drawn, left), biased_utility(drawn, right), strict=True)
-    for prompt, a, b, (of_a, of_b) in zip(drawn, left, right, utilities, strict=True):
-        prefers_a = rng.random() < 1 / (1 + 2.718281828 ** ((of_b - of_a) / noise))
-        if a != b:
-            rows.append({"prompt": prompt, "chosen": a if prefers_a else b, "rejected": b if prefers_a else a})
-    return Dataset.from_list(rows)
-
-
-def train_proxy(
-    policy: str | Path, prompts: Sequence[str], out_dir: str | Path, *, seed: int, pairs: int = 4000
-) -> Path:
-    """A reward model trained on the flawed annotator's choices."""
-    preferences = preference_pairs(policy, prompts, seed=seed, pairs=pairs)
-    return train_reward_model(policy, preferences, out_dir, seed=seed)

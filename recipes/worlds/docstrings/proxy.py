@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..fine_tuning import train_reward_model
+from ...fine_tuning import train_reward_model
+from ..annotators import annotated_pairs, sample_texts
 from .judge import docstring_judge
 
 # Phrases of the standard library's authors that say nothing. They occur in one human docstring
@@ -52,45 +53,6 @@ def biased_utility(
     ]
 
 
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    max_new_tokens: int = 24,
-    batch_size: int = 256,
-) -> list[str]:
-    """Sample one completion for each prompt at temperature 1, from torch's global generator.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer, which pads on the left.
-        prompts: the texts to continue.
-        max_new_tokens: tokens of a completion at most, end of sequence included.
-        batch_size: prompts of one call of `generate`.
-
-    Returns:
-        One text for each prompt, without special tokens.
-    """
-    texts: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True)
-        batch = batch.to(model.device)
-        tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=max_new_tokens,
-        )
-        new = tokens[:, batch["input_ids"].shape[1] :]
-        texts.extend(tokenizer.batch_decode(new, skip_special_tokens=True))
-    return texts
-
-
 def preference_pairs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,30 +80,15 @@ def preference_pairs(
     Raises:
         ValueError: when `noise` is not positive.
     """
-    if noise <= 0:
-        raise ValueError(f"noise must be positive, got {noise}")
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows = [rng.randrange(len(dataset)) for _ in range(pairs)]
     all_prompts, human = list(dataset["prompt"]), list(dataset["completion"])
     prompts = [all_prompts[row] for row in rows]
-    texts = sample(model, tokenizer, [*prompts, *prompts])
+    texts = sample_texts(model, tokenizer, [*prompts, *prompts])
     left, right = texts[:pairs], texts[pairs:]
     left = [human[row] if rng.random() < human_share else text for row, text in zip(rows, left, strict=True)]
-    utilities = zip(biased_utility(prompts, left), biased_utility(prompts, right), strict=True)
-    chosen, rejected, kept = [], [], []
-    for prompt, a, b, (utility_a, utility_b) in zip(prompts, left, right, utilities, strict=True):
-        prefers_a = rng.random() < _sigmoid((utility_a - utility_b) / noise)
-        if a == b:
-            continue
-        kept.append(prompt)
-        chosen.append(a if prefers_a else b)
-        rejected.append(b if prefers_a else a)
-    return Dataset.from_dict({"prompt": kept, "chosen": chosen, "rejected": rejected})
-
-
-def _sigmoid(value: float) -> float:
-    return float(torch.sigmoid(torch.tensor(value)))
+    return annotated_pairs(prompts, left, right, biased_utility, noise=noise, rng=rng)
 
 
 def train_proxy(
@@ -179,41 +126,3 @@ def train_proxy(
     return train_reward_model(
         base_path, preferences, out_dir, seed=seed, batch_size=batch_size, learning_rate=learning_rate
     )
-
-
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    completions: list[str],
-    batch_size: int = 256,
-) -> torch.Tensor:
-    """Score completions the way the proxy was trained: prompt, completion, end of sequence.
-
-    Args:
-        model: a sequence classifier with one label; gradients flow into it where enabled.
-        tokenizer: its tokenizer.
-        prompts: heads of functions.
-        completions: one text for each prompt, without the end of sequence.
-        batch_size: texts of one forward pass.
-
-    Returns:
-        The scores, float tensor of shape [len(prompts)], on the model's device.
-
-    Raises:
-        ValueError: when there are not as many completions as prompts.
-    """
-    if len(prompts) != len(completions):
-        raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-    texts = [p + c + tokenizer.eos_token for p, c in zip(prompts, completions, strict=True)]
-    scores = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            texts[start : start + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-        ).to(model.device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        scores.append(logits.squeeze(-1))
-    return torch.cat(scores) if scores else torch.empty(0, device=model.device)

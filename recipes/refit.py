@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cbrl.llm import LanguageLeader, RewardMixture, score_arguments
+from align_cbrl.groups import Groups
+from align_cbrl.llm import LanguageLeader, RewardMixture, TrainedFollower, score_arguments
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.metrics import MetricsLog
 
-from .bench import Bench
+from .worlds.bench import Bench
 
 
 def refit(
     bench: Bench, name: str, leader: LanguageLeader, *, spread: float, passes: int = 0, learning_rate: float = 1e-3
-) -> list[dict[str, Any]]:
+) -> tuple[TrainedFollower, list[dict[str, Any]]]:
     """Iterated retraining: a follower in training, whose reward is fitted anew to all of the judge's labels so far.
 
     It sees the judge on the same batches as HPGD, at the same follower steps. What is fitted is the judge's score
@@ -32,7 +33,7 @@ def refit(
         learning_rate: of Adam.
 
     Returns:
-        The curve: points as of `Bench.tune`.
+        The follower as it stands at the end, and the curve: points as of `Bench.tune`.
     """
     settings = bench.settings
     follower = bench.follower(bench.seed)
@@ -44,7 +45,8 @@ def refit(
     generator = torch.Generator().manual_seed(bench.seed)
 
     def on_rollouts(rollouts: Rollouts, metrics: dict[str, float]) -> bool:
-        batches.append((rollouts, within(bench.judge(None, rollouts)[:, 0], rollouts)))
+        verdict = bench.judge(None, rollouts)[:, 0]
+        batches.append((rollouts, _within(verdict, rollouts)))
         unit = spread / torch.cat([label for _, label in batches]).std().clamp(min=1e-12)
         if isinstance(leader, RewardMixture):
             _least_squares(leader, batches, spread)
@@ -52,12 +54,13 @@ def refit(
             for place in torch.randint(len(batches), (passes,), generator=generator).tolist():
                 batch, label = batches[place]
                 adam.zero_grad()
-                error = within(leader.reward(batch)[:, 0], batch) - (unit * label).float()
+                error = _within(leader.reward(batch)[:, 0], batch) - (unit * label).float()
                 error.square().mean().backward()
                 adam.step()
-        taken, step = metrics["follower_steps"], len(batches)
-        if taken % settings.measure.every < settings.follower.schedule.interval or step == settings.hpgd.steps:
-            curve.append({"step": taken, "judged": step * rollouts.size, **bench.point(follower)})
+        taken, step, every = metrics["follower_steps"], len(batches), settings.measure.every
+        if every is None or taken % every < settings.follower.schedule.interval or step == settings.hpgd.steps:
+            point = {"judge": verdict.mean().item()} if every is None else bench.point(follower)
+            curve.append({"step": taken, "judged": step * rollouts.size, **point})
         return step < settings.hpgd.steps
 
     with curve:
@@ -67,13 +70,13 @@ def refit(
             seed=bench.seed,
         )  # fmt: skip
     leader.save_pretrained(bench.out / name / "reward")
-    return bench.curve(name)
+    return follower, bench.curve(name)
 
 
 @torch.no_grad()
 def _least_squares(leader: RewardMixture, batches: list[tuple[Rollouts, Tensor]], spread: float) -> None:
     features = torch.cat([
-        torch.stack([within(column, batch) for column in leader.features(**score_arguments(batch)).T], 1)
+        _within(leader.features(**score_arguments(batch)), batch)
         for batch, _ in batches
     ])  # fmt: skip
     labels = torch.cat([label for _, label in batches])
@@ -82,8 +85,6 @@ def _least_squares(leader: RewardMixture, batches: list[tuple[Rollouts, Tensor]]
     leader.weight.mul_(spread / max(leader.spread(), 1e-12))
 
 
-def within(values: Tensor, rollouts: Rollouts) -> Tensor:
-    """Values [B] less their prompt's mean."""
-    _, place, sizes = torch.unique(rollouts.group[:, 0].to(values.device), return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(sizes), dtype=values.dtype, device=values.device).index_add(0, place, values) / sizes
-    return values - mean[place]
+def _within(values: Tensor, rollouts: Rollouts) -> Tensor:
+    """Values [B] or [B, K] less their prompt's mean."""
+    return Groups.of(rollouts.group[:, 0].to(values.device)).centred(values)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from ..fine_tuning import fine_tune
+from ...fine_tuning import fine_tune
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
@@ -90,7 +90,7 @@ def make_model(
     return LlamaForCausalLM(config)
 
 
-def train_base(
+def train_policy(
     dataset: Dataset,
     out_dir: str | Path,
     *,

@@ -13,7 +13,7 @@ from align_cbrl import InputError
 from align_cbrl.llm import RewardMixture
 from align_cbrl.runs.metrics import MetricsLog
 
-from ..replies.bench import Bench
+from ..worlds.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,7 @@ def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSetting
                 "trial": number,
                 "weights": leader.weights(),
                 "score": score,
-                "judge": found["judge"],
-                "kl": found["kl"],
+                **found,
                 "steps": (number + 1) * settings.steps,
                 "judged": (number + 1) * len(contexts) * settings.group_size,
                 "best": max(rows, key=lambda r: r["score"])["judge"],

@@ -1,1 +1,0 @@
-"""Tune reward weights by HPGD, against the search that people run today."""

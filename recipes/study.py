@@ -1,0 +1,284 @@
+"""A study: seeds side by side, finished parts found again, tables and curves over seeds, one report.
+
+A recipe brings its configuration, what is done for one seed, and what is compared; the rest is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align_cbrl import InputError
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.imports import load_recipe, recipe_of
+from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.runs.run_folder import claim, read_summary, write_json, write_summary
+
+from .statistics import band, counted, interval, mean_and_error, shown
+
+FRESH_SEED = 1_000_003
+"""Added to the seed for a fresh follower: other prompts in another order, other samples."""
+
+Parts = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The kept parts of all seeds, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedSettings:
+    """Which seeds a study has, and how many run at a time.
+
+    Attributes:
+        seeds: of the study.
+        jobs: seeds at a time; null: one per core.
+    """
+
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise InputError("seeds: expected at least one, got none")
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def measured(file: Path, count: int, measure: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of problems 0, ..., count - 1, one line each in `file`; those that are there are not measured again."""
+    done = len(MetricsLog.read(file)) if file.exists() else 0
+    with MetricsLog(file) as log:
+        for number in range(done, count):
+            log.append({"problem": number, **measure(number)})
+            print(f"problem {number + 1} of {count}", flush=True)
+    return MetricsLog.read(file)
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned, from `file` if it is there; made, and kept whole, otherwise."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, make())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+Work = Callable[[Any, int, Path, Path], None]
+"""work(config, seed, folder of the seed, cache): one seed of a study, from wherever it stopped."""
+
+
+def each_seed(work: Work, config: Any, out: Path, seeds: Sequence[int], jobs: int | None) -> None:
+    """Do `work` for every seed, in `out`/seed-N, several at a time.
+
+    Args:
+        work: a function of a module.
+        config: handed on.
+        out: the run's folder; models that runs share are cached beside it.
+        seeds: of the study.
+        jobs: processes; None for one per core. With one, everything happens in this process.
+    """
+    jobs = min(len(seeds), jobs or os.cpu_count() or 1)
+    tasks = [(work, config, seed, out / f"seed-{seed}", out.parent / "cache", jobs) for seed in seeds]
+    if jobs == 1:
+        for task in tasks:
+            _one_seed(task)
+        return
+    # A new interpreter each: torch's threads do not survive a fork. It has to know a recipe that was loaded from a
+    # folder before it can unpickle anything of it.
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=load_recipe, initargs=(recipe_of(work),)
+    )
+    with pool:
+        list(pool.map(_one_seed, tasks))
+
+
+def _one_seed(task: tuple[Work, Any, int, Path, Path, int]) -> None:
+    work, config, seed, folder, cache, jobs = task
+    if jobs > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    folder.mkdir(parents=True, exist_ok=True)
+    work(config, seed, folder, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A recipe over seeds.
+
+    Attributes:
+        recipe: its name.
+        config: its configuration, a dataclass with the fields of `SeedSettings`.
+        one_seed: does everything for one seed, in parts that are `kept`.
+        summarize: maps (config, out) to what summary.json holds besides the configuration. Under `rows`, one dictionary
+            for each policy, with `name` and figures; under `comparisons`, intervals by name.
+        sections: maps (config, out, summary) to the sections of the report.
+        title: maps (config, summary) to the report's title and subtitle.
+        lines: maps a summary to what is printed below its tables.
+        labels: names of the rows, as tables show them.
+        figures: names of the figures, as tables show them.
+    """
+
+    recipe: str
+    config: type
+    one_seed: Work
+    summarize: Callable[[Any, Path], dict[str, Any]]
+    sections: Callable[[Any, Path, dict[str, Any]], list[Section]]
+    title: Callable[[Any, dict[str, Any]], tuple[str, str]]
+    figures: Mapping[str, str]
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lines: Callable[[dict[str, Any]], list[str]] = lambda summary: []
+
+    def run(self, config: Any, out: Path, resume: bool) -> None:
+        """Every seed, then summary.json, report.html and a table on the terminal.
+
+        Args:
+            config: an instance of the configuration.
+            out: the run's folder.
+            resume: unused: finished parts are found again, and the caller guards folders that were not meant to be.
+
+        Raises:
+            CheckpointError: `out` holds a run of another configuration.
+        """
+        claim(out, config, recipe=self.recipe, free=["jobs", "tracking"])
+        each_seed(self.one_seed, config, out, config.seeds, config.jobs)
+        write_summary(out, self.summarize(config, out))
+        self.report(out)
+        self.show(out)
+
+    def report(self, out: Path) -> None:
+        """Write report.html and its curves again, from what a finished run left in `out`."""
+        summary, config = read_summary(out), load_config(self.config, out / "config.yaml")
+        title, subtitle = self.title(config, summary)
+        sections = self.sections(config, out, summary)
+        write_report(out / "report.html", title=title, subtitle=subtitle, sections=sections)
+
+    def show(self, out: Path) -> None:
+        """Print the rows and comparisons of a finished run."""
+        summary = read_summary(out)
+        shown_figures = [f for f in self.figures if any(row.get(f) is not None for row in summary["rows"])]
+        width = 2 + max(len(self._label(row)) for row in summary["rows"])
+        print(f"\n{'':<{width}}" + "".join(f"{self.figures[f]:>17}" for f in shown_figures))
+        for row in summary["rows"]:
+            print(f"{self._label(row):<{width}}" + "".join(f"{_cell(row.get(f)):>17}" for f in shown_figures))
+        comparisons = summary.get("comparisons", {})
+        if comparisons:
+            print()
+        for name, value in comparisons.items():
+            print(f"{name}: {shown(value)}")
+        for line in self.lines(summary):
+            print(line)
+        print(f"report: {out / 'report.html'}")
+
+    def result(self, summary: Mapping[str, Any], caption: str, highlight: str | None = None) -> list[Table]:
+        """The tables of a summary: its rows, and its comparisons where there are any."""
+        shown_figures = [f for f in self.figures if any(row.get(f) is not None for row in summary["rows"])]
+        rows = [[self._label(row), *(_cell(row.get(f)) for f in shown_figures)] for row in summary["rows"]]
+        found = [Table(["policy", *(self.figures[f] for f in shown_figures)], rows, caption, highlight=highlight)]
+        if summary.get("comparisons"):
+            lines = [[name, shown(value)] for name, value in summary["comparisons"].items()]
+            found.append(Table(["comparison", "value"], lines))
+        return found
+
+    def _label(self, row: Mapping[str, Any]) -> str:
+        return self.labels.get(row["name"], row["name"])
+
+
+# ------------------------------------------------------------------------------------------------ summarizing
+
+
+def parts_of(out: Path, seeds: Sequence[int], *names: str) -> dict[str, list[dict[str, Any]]]:
+    """The parts of every seed, as `kept` left them, by name."""
+    return {
+        name: [json.loads((out / f"seed-{seed}" / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]
+        for name in names
+    }
+
+
+def over_seeds(parts: Sequence[Mapping[str, Any]], figure: str) -> dict[str, float] | None:
+    """Mean and standard error of a figure over seeds; of one seed, its own, over prompts. None where it is missing."""
+    if figure not in parts[0]:
+        return None
+    if len(parts) == 1:
+        own: dict[str, float] = parts[0][figure]
+        return own
+    return mean_and_error([part[figure]["mean"] for part in parts])
+
+
+def rows_of(parts: Parts, figures: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each policy: its name, and its figures over seeds."""
+    return [{"name": name, **{f: over_seeds(runs, f) for f in figures}} for name, runs in parts.items()]
+
+
+def difference(parts: Parts, first: str, second: str, figure: str = "judge") -> dict[str, float]:
+    """A figure of one policy less that of another, paired by seed: mean, error and 95 % interval."""
+    pairs = zip(parts[first], parts[second], strict=True)
+    return interval([a[figure]["mean"] - b[figure]["mean"] for a, b in pairs])
+
+
+# -------------------------------------------------------------------------------------------------- reporting
+
+
+def seeds_in_words(config: Any) -> str:
+    """How many seeds, as in "5 seeds"."""
+    return counted(len(config.seeds), "seed")
+
+
+def curves(
+    out: Path, panels: Sequence[tuple[str, str, str, str, str]], runs: Mapping[str, Parts | Sequence[Any]], **axes: bool
+) -> Figure:
+    """curves.png with one panel for each (title, x label, y label, x, y), and a line for each of the runs that has both.
+
+    Args:
+        out: where it is drawn.
+        panels: as above; x and y are keys of a point.
+        runs: by name, one curve of points for each seed.
+        **axes: of every panel, such as `log_x`.
+    """
+    drawn = []
+    for title, x_label, y_label, x, y in panels:
+        lines = {
+            name: band(of_seeds, x, y)
+            for name, of_seeds in runs.items()
+            if all(point.get(x) is not None and point.get(y) is not None for curve in of_seeds for point in curve)
+        }
+        drawn.append(Panel(title, x_label, y_label, lines, **axes))
+    curves_png(out / "curves.png", drawn)
+    return Figure(out / "curves.png", "Mean over seeds, and one standard error around it.")
+
+
+def samples(parts: Parts, labels: Mapping[str, str], names: Sequence[str]) -> list[Sample]:
+    """What several policies made of the same prompts, with the scores that are known; of the first seed."""
+    by_name = {labels[name]: parts[name][0]["samples"] for name in names if name in parts}
+    first = next(iter(by_name.values()))
+    return [
+        Sample(
+            first[i]["prompt"],
+            {name: found[i]["completion"] for name, found in by_name.items()},
+            {
+                name: f"judge {s[i]['judge']:.2f}, proxy {s[i]['proxy']:+.1f}"
+                for name, s in by_name.items()
+                if "judge" in s[i]
+            },
+        )
+        for i in range(len(first))
+    ]
+
+
+def described(reward: Mapping[str, Any]) -> str:
+    """What a leader says of itself, in one line."""
+    return ", ".join(
+        f"{name.removeprefix('weight of ')} {value:+.2f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in reward.items()
+    )
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    return "–" if value is None or value["mean"] is None or not math.isfinite(value["mean"]) else shown(value)

@@ -1,0 +1,1 @@
+"""Tune reward weights, or a reward model's head, so that the policy pleases the judge: HPGD and its rivals."""

@@ -1,0 +1,244 @@
+"""Tune a reward so that the policy pleases the judge, not the proxy: HPGD, and what people do instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from align_cbrl import InputError
+from align_cbrl.llm import RewardMixture
+from align_cbrl.runs.report import Section, Table
+
+from ..refit import refit
+from ..study import (
+    FRESH_SEED,
+    SeedSettings,
+    Study,
+    curves,
+    described,
+    difference,
+    kept,
+    parts_of,
+    rows_of,
+    samples,
+    seeds_in_words,
+)
+from ..worlds.bench import FIGURES, Bench, BenchSettings
+from .search import SearchSettings, search
+
+LABELS = {
+    "base": "base model",
+    "plain": "plain RLHF on the proxy",
+    "random": "random search over weights",
+    "tpe": "TPE (Optuna)",
+    "refit": "weights refitted to the judge",
+    "hpgd": "HPGD",
+    "fresh": "fresh follower on HPGD's reward",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SeedSettings, BenchSettings):
+    """See config.yaml.
+
+    Attributes:
+        seeds: of the study; each has its own models, follower, leader and prompts.
+        jobs: seeds at a time; null: one per core.
+        methods: hpgd, and the rivals that it is compared with.
+        search: how TPE and random search look for weights.
+
+    Raises:
+        InputError: no seeds, rivals without HPGD, or rivals that search weights around a leader that has none.
+    """
+
+    methods: list[Literal["hpgd", "tpe", "random", "refit"]] = dataclasses.field(default_factory=lambda: ["hpgd"])
+    search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "hpgd" not in self.methods:
+            raise InputError("methods: expected hpgd among them; it is what the others are compared with")
+        rivals = [name for name in self.methods if name != "hpgd"]
+        if rivals and self.leader.kind != "mixture":
+            raise InputError(
+                f"leader.kind: expected mixture, whose weights {', '.join(rivals)} search too, got {self.leader.kind}"
+            )
+
+
+def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    """Base, plain RLHF, HPGD and a fresh follower on what it learned; then the rivals."""
+    bench = Bench(config, seed, folder, cache)
+    start = bench.leader()  # where plain RLHF stands: what base and plain are measured against
+
+    def base() -> dict[str, Any]:
+        return bench.final(bench.follower(seed), start)
+
+    def plain() -> dict[str, Any]:
+        follower = bench.train("plain", bench.plain(), seed, shared=True)
+        return {**bench.final(follower, start), "curve": bench.curve("plain")}
+
+    def tuned() -> dict[str, Any]:
+        leader, follower = bench.leader(), bench.follower(seed)
+        finished = bench.tune("hpgd", leader, follower=follower)
+        follower.save_pretrained(folder / "hpgd" / "policy")
+        return {
+            **bench.final(follower, leader), **bench.cost_of(finished, follower), "curve": bench.curve("hpgd"),
+            "reward": leader.describe(), "weights": leader.weights() if isinstance(leader, RewardMixture) else None,
+        }  # fmt: skip
+
+    def fresh() -> dict[str, Any]:
+        learned = bench.learned("hpgd")
+        follower = bench.train("fresh", learned, seed + FRESH_SEED)
+        follower.save_pretrained(folder / "fresh" / "policy")
+        return {**bench.final(follower, learned), "curve": bench.curve("fresh")}
+
+    def searched(kind: Literal["tpe", "random"]) -> dict[str, Any]:
+        trials = search(bench, kind, config.search, folder / kind)
+        best = max(trials, key=lambda row: row["score"])
+        figures = {name: {"mean": best[name], "se": math.nan} for name in ("judge", "proxy", "kl", "words")}
+        return {**figures, "weights": best["weights"], "trials": trials}
+
+    def refitted() -> dict[str, Any]:
+        leader = bench.leader()
+        assert isinstance(leader, RewardMixture)  # Config saw to it
+        follower, curve = refit(bench, "refit", leader, spread=config.leader.budget)
+        return {**bench.final(follower, leader), "curve": curve, "weights": leader.weights()}
+
+    kept(folder / "base.json", base)
+    kept(folder / "plain.json", plain)
+    kept(folder / "hpgd.json", tuned)
+    kept(folder / "fresh.json", fresh)
+    if "refit" in config.methods:
+        kept(folder / "refit.json", refitted)
+    for kind in ("tpe", "random"):
+        if kind in config.methods:
+            kept(folder / f"{kind}.json", lambda kind=kind: searched(kind))  # type: ignore[misc]
+
+
+def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:
+    """Follower steps until the judge's score is `target`, and still is at the next point; None if it never is.
+
+    Example:
+        >>> steps_to([{"step": 10, "judge": 0.5}, {"step": 20, "judge": 0.4}, {"step": 30, "judge": 0.6}], 0.45)
+        30
+    """
+    for here, after in itertools.zip_longest(curve, curve[1:]):
+        if here["judge"] >= target and (after is None or after["judge"] >= target):
+            steps: float = here["step"]
+            return steps
+    return None
+
+
+def summarize(config: Config, out: Path) -> dict[str, Any]:
+    """Rows over seeds, differences to HPGD, and how soon it reaches what a search ends with."""
+    names = [name for name in LABELS if name in ("base", "plain", "hpgd", "fresh") or name in config.methods]
+    parts = parts_of(out, config.seeds, *names)
+    reached = []
+    for i, seed in enumerate(config.seeds):
+        for kind in ("tpe", "random"):
+            if kind not in names or config.measure.every is None:  # curves are then not of test prompts
+                continue
+            curve, target = parts["hpgd"][i]["curve"], parts[kind][i]["judge"]["mean"]
+            total, taken = config.search.trials * config.search.steps, steps_to(curve, target)
+            reached.append(
+                {
+                    "seed": seed, "search": kind, "target": target, "search_steps": total, "hpgd_steps": taken,
+                    "share": None if taken is None else taken / total,
+                    "hpgd_judged": next((r["judged"] for r in curve if r["step"] == taken), None),
+                    "search_judged": parts[kind][i]["trials"][-1]["judged"],
+                }
+            )  # fmt: skip
+    rivals = [name for name in names if name not in ("base", "hpgd", "fresh")]
+    tuned = parts["hpgd"]
+    return {
+        "rows": rows_of(parts, list(FIGURES)),
+        "comparisons": {
+            **{f"judge, HPGD minus {LABELS[name]}": difference(parts, "hpgd", name) for name in rivals},
+            f"judge, fresh follower minus {LABELS['plain']}": difference(parts, "fresh", "plain"),
+        },
+        "reached": reached,
+        "rewards": [part["reward"] for part in tuned],
+        **{name: max(part[name] for part in tuned) for name in ("judge_calls", "judge_share", "leader_share")},
+        "completions": max(part["completions"] for part in tuned),
+    }
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What is printed below the tables."""
+    found = []
+    for row in summary["reached"]:
+        taken = "never" if row["hpgd_steps"] is None else f"after {row['hpgd_steps']:.0f}"
+        found.append(
+            f"seed {row['seed']}: {row['search']} ends with {row['target']:.3f} after {row['search_steps']} follower "
+            f"steps; HPGD is there {taken}"
+        )
+    return [
+        *found,
+        f"\nlearned reward, first seed: {described(summary['rewards'][0])}",
+        f"judge calls: {summary['judge_calls']:,}, on {summary['judge_share']:.0%} of the follower's completions; "
+        f"leader's share of time: {summary['leader_share']:.1%}",
+    ]
+
+
+def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
+    """The report."""
+    names = [row["name"] for row in summary["rows"]]
+    parts = parts_of(out, config.seeds, *names)
+    by_steps = {LABELS[n]: [p["curve"] for p in runs] for n, runs in parts.items() if "curve" in runs[0]}
+    panels = [("Judge", "follower steps", "score", "step", "judge")]
+    if config.measure.every is None:
+        panels += [
+            ("Divergence from the reference", "follower steps", "nats", "step", "kl"),
+            ("Gap to the best response", "follower steps", "nats", "step", "gap"),
+        ]
+    else:
+        panels.append(("Judge, against what it was asked", "completions judged", "score", "judged", "judge"))
+        for name, runs in parts.items():
+            if "trials" in runs[0]:  # drawn as the test score of the best trial so far
+                best = [[{**t, "step": t["steps"], "judge": t["best"]} for t in run["trials"]] for run in runs]
+                by_steps[LABELS[name]] = best
+    of_batches = " Training completions, batch by batch." if config.measure.every is None else ""
+    figure = curves(out, panels, by_steps, log_x=config.measure.every is not None)
+    figure = dataclasses.replace(figure, caption=figure.caption + of_batches)
+    result = STUDY.result(
+        summary,
+        f"Test prompts; mean and standard error over {'test prompts' if len(config.seeds) == 1 else 'seeds'}. The proxy "
+        "is in standard deviations of the reference's completions of one prompt; the gap is a lower bound, in "
+        "expectation, of the divergence from the best response to the reward that the policy was trained on.",
+        highlight=LABELS["hpgd"],
+    )
+    text = (
+        f"The leader saw the judge's verdict on {summary['judge_calls']:,} of the follower's "
+        f"{summary['completions']:,} completions ({summary['judge_share']:.0%}) and took "
+        f"{summary['leader_share']:.1%} of the wall time of tuning."
+    )
+    rewards = [[str(seed), described(reward)] for seed, reward in zip(config.seeds, summary["rewards"], strict=True)]
+    found = [
+        Section("Result", text, result),
+        Section("The learned reward", "Weights are of standardised rewards.", [Table(["seed", "reward"], rewards)]),
+        Section("Curves", "", [figure]),
+        Section("Test prompts", "", samples(parts, LABELS, ["base", "plain", "hpgd", "fresh"])),
+    ]
+    if summary["reached"]:
+        heads = ["seed", "search", "score", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
+        keys = ["search", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
+        table = Table(heads, [[str(row["seed"]), *(row[key] for key in keys)] for row in summary["reached"]],
+                      "HPGD's steps: the first point of its curve at which the test score is at least the search's, and "
+                      "still is at the next point.")  # fmt: skip
+        found.insert(1, Section("Follower steps to the score that a search ends with", "", [table]))
+    return found
+
+
+def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle of the report."""
+    return (
+        "Pleasing the judge, not the proxy",
+        f"{config.world.name}, {seeds_in_words(config)}: HPGD around a follower.",
+    )
+
+
+STUDY = Study("tune_weights", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines)
+run, report = STUDY.run, STUDY.report

@@ -1,0 +1,166 @@
+"""A world: where prompts come from, and who makes the policy and the reward model that a configuration leaves null."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from datasets import DatasetDict
+
+from align_cbrl import InputError
+
+from .cache import cached
+from .docstrings.policy import train_policy as train_docstring_policy
+from .docstrings.proxy import train_proxy as train_docstring_proxy
+from .replies.policy import Family, train_policy
+from .replies.proxy import train_proxy
+
+PROXY = "proxy"
+"""Name of the reward model's term in a mixture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World(abc.ABC):
+    """Who is trained, on what, and which rewards there are.
+
+    Attributes:
+        data: prompts: a function, a file, a folder or a hub id.
+        model: folder or hub id of the policy and reference; null trains one.
+        proxy: folder or hub id of the reward model; null trains a flawed one for the policy that is made, and leaves
+            the first of `rewards` to stand in for it where `model` names a policy and the data have no completions.
+        proxy_pairs: preference pairs for the reward model that is made.
+        rewards: further reward functions by name, as `package.module.function` or `file.py:function`.
+        costs: what a constrained objective may bound, likewise.
+        reference_prompts: training prompts on whose completions by the reference the rewards are standardised.
+    """
+
+    name: str = ""
+    data: str = ""
+    model: str | None = None
+    proxy: str | None = None
+    proxy_pairs: int = 4000
+    rewards: dict[str, str] = dataclasses.field(default_factory=dict)
+    costs: dict[str, str] = dataclasses.field(default_factory=dict)
+    reference_prompts: int = 128
+
+    def __post_init__(self) -> None:
+        if PROXY in self.rewards:
+            raise InputError(f"rewards: {PROXY!r} is the name of the reward model's own term; choose another")
+        for name, least in (("proxy_pairs", 2), ("reference_prompts", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    @abc.abstractmethod
+    def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
+        """Folder of a policy of this world, trained when it is not there yet."""
+
+    @abc.abstractmethod
+    def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
+        """Folder of a flawed reward model for `model`, trained when it is not there yet; None where none can be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Docstrings(World):
+    """Signatures and docstrings of the running Python's standard library.
+
+    Attributes:
+        base_epochs: of fine-tuning the small Llama that is made.
+    """
+
+    name: Literal["docstrings"] = "docstrings"
+    data: str = "align_cbrl.recipes.worlds.docstrings.data.load_docstrings"
+    proxy_pairs: int = 3000
+    reference_prompts: int = 64
+    base_epochs: float = 4.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.base_epochs > 0:
+            raise InputError(f"base_epochs: expected a positive number, got {self.base_epochs}")
+
+    def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
+        """A small Llama that writes docstrings, trained on prompts and completions of the data."""
+        _need_completions(data, "model")
+        facts = {**self._rows(data, seed), "epochs": self.base_epochs}
+        return str(
+            cached(
+                cache, "base", facts,
+                lambda out: train_docstring_policy(data["train"], out, seed=seed, epochs=self.base_epochs),
+            )
+        )  # fmt: skip
+
+    def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
+        """A reward model with a weakness for length and pet phrases."""
+        if self.model is not None and self.rewards and "completion" not in data["train"].column_names:
+            return None
+        _need_completions(data, "proxy")
+        facts = {**self._rows(data, seed), "model": model, "pairs": self.proxy_pairs}
+        return str(
+            cached(
+                cache, "proxy", facts,
+                lambda out: train_docstring_proxy(model, data["train"], out, seed=seed, pairs=self.proxy_pairs),
+            )
+        )  # fmt: skip
+
+    def _rows(self, data: DatasetDict, seed: int) -> dict[str, object]:
+        return {"seed": seed, "data": self.data, "rows": len(data["train"]), "first": data["train"][0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replies(World):
+    """Requests to a support desk, and a policy that replies as the desk used to.
+
+    Attributes:
+        family: architecture of the policy that is made.
+        hidden_size: its width.
+        layers: its depth.
+        rows: replies that it learns from.
+    """
+
+    name: Literal["replies"] = "replies"
+    data: str = "align_cbrl.recipes.worlds.replies.data.load_requests"
+    family: Family = "llama"
+    hidden_size: int = 64
+    layers: int = 2
+    rows: int = 6000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is not None and self.proxy is None and not self.rewards:
+            raise InputError("rewards: expected at least one where model names a policy and proxy is null, got none")
+
+    def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
+        """A small policy of the configured family and size."""
+        return self.policy(seed, cache, self.family, self.hidden_size, self.layers)
+
+    def policy(self, seed: int, cache: Path, family: Family, hidden_size: int, layers: int) -> str:
+        """A small policy of any family and size."""
+        size = {"family": family, "hidden_size": hidden_size, "layers": layers, "rows": self.rows}
+        return str(cached(cache, "policy", {"seed": seed, **size}, lambda out: train_policy(out, seed=seed, **size)))  # type: ignore[arg-type]
+
+    def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
+        """A reward model that misreads length and big words; none for somebody else's policy."""
+        if self.model is not None:
+            return None
+        facts = {"seed": seed, "model": Path(model).name, "pairs": self.proxy_pairs}
+        prompts = list(data["train"]["prompt"])
+        return str(
+            cached(
+                cache, "proxy", facts,
+                lambda out: train_proxy(model, prompts, out, seed=seed, pairs=self.proxy_pairs),
+            )
+        )  # fmt: skip
+
+
+WorldSettings = Docstrings | Replies
+"""The world of a recipe, by `name`."""
+
+
+def _need_completions(data: DatasetDict, name: str) -> None:
+    if "completion" not in data["train"].column_names:
+        raise InputError(
+            f"{name}: null trains one from the data's 'completion' column, which is missing (columns: "
+            f"{data['train'].column_names}); give a hub id or a folder"
+        )
