@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align_cbrl import CVaR, ExpectedUtility, InputError, MeanVariance
-from align_cbrl.llm.settings.objective import ObjectiveSettings
-from align_cbrl.runs.config import load_config
-from align_cbrl.runs.report import Matrix, Section, Table, write_report
-from align_cbrl.runs.run_folder import claim, read_summary, write_summary
+from align_cbrl import ExpectedUtility, InputError, Objective, Rollouts
+from align_cbrl.llm.settings.objective import ConstrainedSettings, ObjectiveSettings, WorstGroupSettings
+from align_cbrl.runs.report import Matrix, Section, Table
 
-from ..parts import each_seed, kept, of_each_seed
-from ..replies.bench import Bench, BenchSettings
-from ..statistics import counted, mean_and_error, shown
-
-FRESH_SEED = 1_000_003
+from ..statistics import mean_and_error, shown
+from ..study import FRESH_SEED, SeedSettings, Study, kept, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BenchSettings):
+class Config(SeedSettings, BenchSettings):
     """See config.yaml.
+
+    Attributes:
+        seeds: of the study.
+        jobs: seeds at a time; null: one per core.
+        objectives: what the leader may want, by name.
+        penalty: of a constrained objective's measure: score per unit of cost beyond the bound.
 
     Raises:
         InputError: no seeds or objectives, or one whose measure needs the leader itself.
     """
 
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
-    jobs: int | None = None
     objectives: dict[str, ObjectiveSettings] = dataclasses.field(default_factory=dict)
     penalty: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.seeds or not self.objectives:
-            raise InputError("seeds, objectives: expected at least one of each")
+        super().__post_init__()
+        if not self.objectives:
+            raise InputError("objectives: expected at least one, got none")
         for name, objective in self.objectives.items():
             if objective.kind == "preference":
                 raise InputError(
@@ -44,34 +46,17 @@ class Config(BenchSettings):
                 )
 
 
-def run(config: Config, out: Path, resume: bool) -> None:
-    """HPGD for every objective and seed, a fresh follower on each learned reward, and the matrix. See config.yaml.
-
-    Raises:
-        CheckpointError: `out` holds a run of another configuration.
-    """
-    claim(out, config, recipe="objectives", free=["jobs"])
-    each_seed(_one_seed, config, out, config.seeds, config.jobs)
-    write_summary(out, _summarize(config, out))
-    report(out)
-    _print(out)
-
-
-def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    """HPGD for every objective, and a fresh follower on each learned reward."""
     bench = Bench(config, seed, folder, cache)
 
     def reached(follower: Any) -> dict[str, Any]:
         found = bench.final(follower)
-        costs = {name: found["costs"][name]["mean"] for name in bench.costs()}
-        return {
-            **found,
-            "measures": {
-                name: measure(
-                    objective, found["by_prompt"], found["groups"], found["kl"]["mean"], costs, config.penalty
-                )
-                for name, objective in config.objectives.items()
-            },
+        measures = {
+            name: measure(objective, found["by_prompt"], found["groups"], config.penalty)
+            for name, objective in config.objectives.items()
         }
+        return {**found, "measures": measures}
 
     def tuned(name: str, objective: ObjectiveSettings) -> dict[str, Any]:
         leader = bench.leader()
@@ -86,53 +71,48 @@ def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
 
 
 def measure(
-    objective: ObjectiveSettings,
-    by_prompt: list[float],
-    groups: dict[str, list[Any]],
-    kl: float,
-    costs: dict[str, float],
-    penalty: float,
+    settings: ObjectiveSettings, by_prompt: Mapping[str, list[float]], groups: Mapping[str, list[Any]], penalty: float
 ) -> float:
-    """What a policy is worth by an objective, from its figures on test prompts.
+    """What a policy is worth by an objective, from its means on test prompts.
 
     Args:
-        objective: the measure. That of a constrained one is the mean score less `penalty` times the cost beyond the
-            bound; that of a worst group is the plain minimum.
-        by_prompt: the judge's mean for each test prompt.
+        settings: the objective. A worst group is measured without a temperature, a constrained objective as the score
+            less `penalty` times the cost beyond the bound.
+        by_prompt: means for each test prompt: `judge`, `kl` (nats), and the costs by name.
         groups: the data's columns, for a worst group.
-        kl: nats from the reference.
-        costs: mean costs by name.
         penalty: see above.
 
     Example:
-        >>> measure(ObjectiveSettings("cvar", share=0.5), [0.2, 0.8], {}, 0.0, {}, 0.2)
+        >>> from align_cbrl.llm.settings.objective import CVaRSettings
+        >>> measure(CVaRSettings(share=0.5), {"judge": [0.2, 0.8], "kl": [0.0, 0.0]}, {}, 0.2)
         0.2
     """
-    score = torch.tensor(by_prompt, dtype=torch.float64)
-    equal = torch.full_like(score, 1 / len(score))
-    mean = score.mean().item()
-    anything = ExpectedUtility(lambda leader, rollouts: score)
-    if objective.kind == "cvar":
-        assert objective.share is not None
-        return CVaR(anything, objective.share).aggregate(score, equal).item()
-    if objective.kind == "mean_variance":
-        assert objective.aversion is not None
-        return MeanVariance(anything, objective.aversion).aggregate(score, equal).item()
-    if objective.kind == "worst_group":
-        names = groups[str(objective.column)]
-        return min(score[torch.tensor([n == name for n in names])].mean().item() for name in set(names))
-    if objective.kind == "kl_priced":
-        assert objective.price is not None
-        return mean - objective.price * kl
-    if objective.kind == "constrained":
-        assert objective.bound is not None
-        return mean - penalty * max(0.0, costs[str(objective.cost)] - objective.bound)
-    return mean
+    means = {name: torch.tensor(values, dtype=torch.float64) for name, values in by_prompt.items()}
+    prompts = Rollouts.bandit(
+        contexts=torch.arange(len(means["judge"])),
+        steps={"judge": means["judge"], **groups},
+        log_policy=means["kl"],
+        log_prior=torch.zeros_like(means["kl"]),
+    )
+
+    def mean_of(name: str) -> Objective:
+        return ExpectedUtility(lambda leader, rollouts: means[name][:, None])
+
+    excess, cost = 0.0, mean_of("judge")
+    if isinstance(settings, WorstGroupSettings):
+        settings = dataclasses.replace(settings, temperature=0.0)
+    if isinstance(settings, ConstrainedSettings):
+        settings, cost = dataclasses.replace(settings, multiplier=0.0), mean_of(settings.cost)
+        excess = max(0.0, means[settings.cost].mean().item() - settings.bound)
+    # None of these utilities looks at the leader.
+    value = settings.of(mean_of("judge"), cost).evaluate(None, prompts).value  # type: ignore[arg-type]
+    return value.item() - penalty * excess
 
 
-def _summarize(config: Config, out: Path) -> dict[str, Any]:
+def summarize(config: Config, out: Path) -> dict[str, Any]:
+    """What each policy reaches on each measure, and which objective is best on each."""
     names = ["base", "plain", *config.objectives]
-    parts = {name: of_each_seed(out, config.seeds, name) for name in names}
+    parts = parts_of(out, config.seeds, *names)
     matrix = {
         name: {m: mean_and_error([part["measures"][m] for part in parts[name]]) for m in config.objectives}
         for name in names
@@ -144,68 +124,48 @@ def _summarize(config: Config, out: Path) -> dict[str, Any]:
         gaps = [a["measures"][own] - b["measures"][own] for a, b in zip(parts[own], parts[best], strict=True)]
         verdicts[own] = {"best": best, "behind": None if best == own else mean_and_error(gaps)}
     return {
-        "rows": [
-            {"name": name, **{f: mean_and_error([p[f]["mean"] for p in parts[name]]) for f in ("judge", "kl", "words")}}
-            for name in names
-        ],
+        "rows": rows_of(parts, ("judge", "kl", "words")),
         "matrix": matrix,
         "verdicts": verdicts,
         "rewards": {name: [part["reward"] for part in parts[name]] for name in config.objectives},
     }
 
 
-def report(out: Path) -> None:
-    """Write report.html again, from what a finished run left in `out`."""
-    summary = read_summary(out)
-    config = load_config(Config, out / "config.yaml")
-    matrix, columns = summary["matrix"], list(config.objectives)
-    write_report(
-        out / "report.html",
-        title="Six objectives" if len(columns) == 6 else f"{len(columns)} objectives",
-        subtitle=f"{counted(len(config.seeds), 'seed')}; a fresh follower on each learned reward, on test prompts.",
-        sections=[
-            Section(
-                "Trained for, measured by",
-                "",
-                [
-                    Matrix(
-                        "trained for / measured by",
-                        columns,
-                        list(matrix),
-                        [[matrix[row][column]["mean"] for column in columns] for row in matrix],
-                        [[matrix[row][column]["se"] for column in columns] for row in matrix],
-                        caption="Mean and standard error over seeds. Each column in its own units: see config.yaml.",
-                    ),
-                    Table(
-                        ["measure", "best", "its own objective is behind by"],
-                        [
-                            [own, v["best"], None if v["behind"] is None else shown(v["behind"])]
-                            for own, v in summary["verdicts"].items()
-                        ],
-                    ),
-                ],
-            ),
-            Section(
-                "Where training ends",
-                "",
-                [
-                    Table(
-                        ["trained for", "judge", "KL (nats)", "words"],
-                        [[r["name"], *(shown(r[f]) for f in ("judge", "kl", "words"))] for r in summary["rows"]],
-                    )
-                ],
-            ),
-        ],
-    )
-
-
-def _print(out: Path) -> None:
-    summary = read_summary(out)
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What is printed below the table: the matrix, and who is best by each measure."""
     columns = list(summary["verdicts"])
-    print(f"\n{'trained for':<16}" + "".join(f"{name:>17}" for name in columns))
-    for name, row in summary["matrix"].items():
-        print(f"{name:<16}" + "".join(f"{shown(row[c]):>17}" for c in columns))
+    found = [f"\n{'trained for':<16}" + "".join(f"{name:>17}" for name in columns)]
+    found += [f"{name:<16}" + "".join(f"{shown(row[c]):>17}" for c in columns) for name, row in summary["matrix"].items()]
     for own, verdict in summary["verdicts"].items():
         behind = "" if verdict["behind"] is None else f", behind by {shown(verdict['behind'])}"
-        print(f"measured by {own}: best is {verdict['best']}{behind}")
-    print(f"report: {out / 'report.html'}")
+        found.append(f"measured by {own}: best is {verdict['best']}{behind}")
+    return found
+
+
+def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
+    """The report."""
+    matrix, columns = summary["matrix"], list(config.objectives)
+    table = Matrix(
+        "trained for / measured by", columns, list(matrix),
+        [[matrix[row][column]["mean"] for column in columns] for row in matrix],
+        [[matrix[row][column]["se"] for column in columns] for row in matrix],
+        caption="Mean and standard error over seeds. Each column in its own units: see config.yaml.",
+    )  # fmt: skip
+    verdicts = [
+        [own, v["best"], None if v["behind"] is None else shown(v["behind"])] for own, v in summary["verdicts"].items()
+    ]
+    best = Table(["measure", "best", "its own objective is behind by"], verdicts)
+    return [
+        Section("Trained for, measured by", "", [table, best]),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+    ]
+
+
+def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle of the report."""
+    count = "Six" if len(config.objectives) == 6 else str(len(config.objectives))
+    return f"{count} objectives", f"{seeds_in_words(config)}; a fresh follower on each learned reward, on test prompts."
+
+
+STUDY = Study("objectives", Config, one_seed, summarize, sections, title, FIGURES, lines=lines)
+run, report = STUDY.run, STUDY.report

@@ -10,71 +10,55 @@ from typing import Any
 import numpy as np
 
 from align_cbrl import InputError
-from align_cbrl.llm.settings.objective import ObjectiveSettings
-from align_cbrl.runs.config import load_config
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import claim, read_summary, write_summary
+from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
 
-from ..parts import each_seed, kept, of_each_seed
-from ..replies.bench import Bench, BenchSettings, at_divergence
 from ..statistics import counted, interval, mean_and_error, shown
+from ..study import FRESH_SEED, SeedSettings, Study, kept, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
 
-FRESH_SEED = 1_000_003
 LABELS = {"plain": "plain RLHF", "fresh": "on HPGD's reward", "hpgd": "while HPGD tunes"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BenchSettings):
+class Config(SeedSettings, BenchSettings):
     """See config.yaml.
+
+    Attributes:
+        seeds: of the study.
+        jobs: seeds at a time; null: one per core.
+        grid: divergences, in nats, at which the two curves are compared.
 
     Raises:
         InputError: no seeds, or no divergences to compare at.
     """
 
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
-    jobs: int | None = None
     grid: list[float] = dataclasses.field(default_factory=lambda: [1.0])
-    objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
 
     def __post_init__(self) -> None:
-        if not self.seeds or not self.grid:
-            raise InputError("seeds, grid: expected at least one of each")
-        if min(self.grid) <= 0:
-            raise InputError(f"grid: expected positive numbers of nats, got {min(self.grid)}")
+        super().__post_init__()
+        if not self.grid or min(self.grid) <= 0:
+            raise InputError(f"grid: expected positive numbers of nats, got {self.grid}")
 
 
-def run(config: Config, out: Path, resume: bool) -> None:
-    """Plain RLHF, HPGD, and a fresh follower on what it learned, for every seed; then the report. See config.yaml.
-
-    Raises:
-        CheckpointError: `out` holds a run of another configuration.
-    """
-    claim(out, config, recipe="overoptimization", free=["jobs"])
-    each_seed(_one_seed, config, out, config.seeds, config.jobs)
-    write_summary(out, _summarize(config, out))
-    report(out)
-    _print(out)
-
-
-def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    """Plain RLHF, HPGD, and a fresh follower on what it learned."""
     bench = Bench(config, seed, folder, cache)
 
-    def frozen(name: str, seed: int) -> dict[str, Any]:
-        follower = bench.follower(seed)
-        start = {"step": 0, **bench.point(follower)}
+    def frozen(name: str) -> dict[str, Any]:
+        # The same prompts and random numbers for both: what differs is the reward.
+        start = {"step": 0, **bench.point(bench.follower(seed + FRESH_SEED))}
         leader = bench.plain() if name == "plain" else bench.learned("hpgd")
-        trained = bench.train(name, leader, seed)
+        trained = bench.train(name, leader, seed + FRESH_SEED)
         return {**bench.final(trained), "curve": [start, *bench.curve(name)]}
 
     def tuned() -> dict[str, Any]:
         follower, leader = bench.follower(seed), bench.leader()
-        bench.tune("hpgd", leader, config.objective.build(bench.judge, bench.costs()), follower)
+        bench.tune("hpgd", leader, follower=follower)
         return {**bench.final(follower), "curve": bench.curve("hpgd"), "reward": leader.describe()}
 
-    # The same prompts and random numbers for both: what differs is the reward.
-    kept(folder / "plain.json", lambda: frozen("plain", seed + FRESH_SEED))
+    kept(folder / "plain.json", lambda: frozen("plain"))
     kept(folder / "hpgd.json", tuned)
-    kept(folder / "fresh.json", lambda: frozen("fresh", seed + FRESH_SEED))
+    kept(folder / "fresh.json", lambda: frozen("fresh"))
 
 
 def fit_overoptimization(curve: list[dict[str, Any]]) -> tuple[float, float]:
@@ -99,8 +83,9 @@ def fit_overoptimization(curve: list[dict[str, Any]]) -> tuple[float, float]:
     return float(a), float(b)
 
 
-def _summarize(config: Config, out: Path) -> dict[str, Any]:
-    parts = {name: of_each_seed(out, config.seeds, name) for name in LABELS}
+def summarize(config: Config, out: Path) -> dict[str, Any]:
+    """The two curves at equal divergence, and the fit of each."""
+    parts = parts_of(out, config.seeds, *LABELS)
     frontier = []
     for nats in config.grid:
         pairs = [
@@ -116,29 +101,36 @@ def _summarize(config: Config, out: Path) -> dict[str, Any]:
                 "difference": interval([h - p for p, h in both]) if both else None,
             }
         )  # fmt: skip
+    frozen = ("plain", "fresh")
     return {
-        "rows": [
-            {"name": name, **{f: mean_and_error([p[f]["mean"] for p in runs]) for f in ("judge", "proxy", "kl")}}
-            for name, runs in parts.items()
-        ],
+        "rows": rows_of(parts, ("judge", "proxy", "kl")),
         "frontier": frontier,
-        "ends": {name: [max(p["kl"] for p in run["curve"]) for run in parts[name]] for name in ("plain", "fresh")},
-        "fits": {name: [fit_overoptimization(run["curve"]) for run in parts[name]] for name in ("plain", "fresh")},
+        "ends": {name: [max(p["kl"] for p in run["curve"]) for run in parts[name]] for name in frozen},
+        "fits": {name: [fit_overoptimization(run["curve"]) for run in parts[name]] for name in frozen},
         "rewards": [run["reward"] for run in parts["hpgd"]],
-    }  # fmt: skip
+    }
 
 
-def report(out: Path) -> None:
-    """Draw frontier.png and write report.html again, from what a finished run left in `out`."""
-    summary = read_summary(out)
-    config = load_config(Config, out / "config.yaml")
-    parts = {name: of_each_seed(out, config.seeds, name) for name in LABELS}
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What is printed below the table: the comparison at each divergence."""
+    return [
+        f"{row['kl']:g} nats: no seed reaches it on both rewards"
+        if row["difference"] is None
+        else f"{row['kl']:g} nats, {counted(row['seeds'], 'seed')}: plain {shown(row['plain'])}, HPGD "
+        f"{shown(row['hpgd'])}, difference {shown(row['difference'])}"
+        for row in summary["frontier"]
+    ]
+
+
+def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
+    """The report, with frontier.png."""
+    parts = parts_of(out, config.seeds, "plain", "fresh")
     fine = [i * max(config.grid) / 50 for i in range(51)]
     panels = []
     for figure, label in (("judge", "judge"), ("proxy", "proxy (sd)")):
         curves = {}
-        for name in ("plain", "fresh"):
-            values = [[at_divergence(run["curve"], nats, figure) for run in parts[name]] for nats in fine]
+        for name, runs in parts.items():
+            values = [[at_divergence(run["curve"], nats, figure) for run in runs] for nats in fine]
             found = [mean_and_error(v) if (v := [x for x in row if x is not None]) else None for row in values]
             reached = [(nats, f) for nats, f in zip(fine, found, strict=True) if f is not None]
             curves[LABELS[name]] = (
@@ -152,53 +144,38 @@ def report(out: Path) -> None:
         [f"{r['kl']:g}", r["seeds"], *(None if r[k] is None else shown(r[k]) for k in ("plain", "hpgd", "difference"))]
         for r in summary["frontier"]
     ]
-    write_report(
-        out / "report.html",
-        title="Over-optimization",
-        subtitle=f"{counted(len(config.seeds), 'seed')}: the judge's score against the divergence spent for it.",
-        sections=[
-            Section(
-                "The frontier",
-                "Followers trained from the reference on a frozen reward, measured on test prompts every few steps: on "
-                "the proxy (plain RLHF), and on the reward that HPGD has tuned. Both are trained on the same prompts "
-                "with the same random numbers.",
-                [
-                    Figure(out / "frontier.png", "Mean over the seeds that reach so far, and one standard error."),
-                    Table(
-                        ["nats", "seeds", "plain RLHF", "on HPGD's reward", "difference"], rows,
-                        "A seed counts where both of its curves reach the divergence.",
-                    ),
-                ],
-            ),
-            Section(
-                "The form of Gao et al.",
-                "judge = start + d (a - b log d), d the root of the divergence; a is the slope at first, b how fast it "
-                "is lost.",
-                [
-                    Table(
-                        ["seed", "a, plain", "b, plain", "a, HPGD's reward", "b, HPGD's reward"],
-                        [
-                            [str(seed), *summary["fits"]["plain"][i], *summary["fits"]["fresh"][i]]
-                            for i, seed in enumerate(config.seeds)
-                        ],
-                    )
-                ],
-            ),
-        ],
-    )  # fmt: skip
+    fits = [
+        [str(seed), *summary["fits"]["plain"][i], *summary["fits"]["fresh"][i]] for i, seed in enumerate(config.seeds)
+    ]
+    return [
+        Section(
+            "The frontier",
+            "Followers trained from the reference on a frozen reward, measured on test prompts every few steps: on the "
+            "proxy (plain RLHF), and on the reward that HPGD has tuned. Both are trained on the same prompts with the "
+            "same random numbers.",
+            [
+                Figure(out / "frontier.png", "Mean over the seeds that reach so far, and one standard error."),
+                Table(
+                    ["nats", "seeds", "plain RLHF", "on HPGD's reward", "difference"],
+                    rows,
+                    "A seed counts where both of its curves reach the divergence.",
+                ),
+            ],
+        ),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+        Section(
+            "The form of Gao et al.",
+            "judge = start + d (a - b log d), d the root of the divergence; a is the slope at first, b how fast it is "
+            "lost.",
+            [Table(["seed", "a, plain", "b, plain", "a, HPGD's reward", "b, HPGD's reward"], fits)],
+        ),
+    ]
 
 
-def _print(out: Path) -> None:
-    summary = read_summary(out)
-    for row in summary["rows"]:
-        print(f"{LABELS[row['name']]:<20} judge {shown(row['judge'])}   KL {shown(row['kl'])}")
-    for row in summary["frontier"]:
-        if row["difference"] is None:
-            print(f"{row['kl']:g} nats: no seed reaches it on both rewards")
-        else:
-            print(
-                f"{row['kl']:g} nats, {counted(row['seeds'], 'seed')}: plain {shown(row['plain'])}, "
-                f"HPGD {shown(row['hpgd'])}, "
-                f"difference {shown(row['difference'])}"
-            )
-    print(f"report: {out / 'report.html'}")
+def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle of the report."""
+    return "Over-optimization", f"{seeds_in_words(config)}: the judge's score against the divergence spent for it."
+
+
+STUDY = Study("overoptimization", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines)
+run, report = STUDY.run, STUDY.report

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from align_cbrl import ExpectedUtility, InputError, KLPriced
+from align_cbrl import InputError
 from align_cbrl.llm import RewardModelLeader
-from align_cbrl.llm.settings.leader import LeaderSettings, RewardModelSettings
-from align_cbrl.runs.config import load_config
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import claim, read_summary, write_summary
+from align_cbrl.llm.leaders.reward_model import Trainable
+from align_cbrl.llm.settings.leader import RewardModelSettings
+from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
 
-from ..parts import each_seed, kept, of_each_seed
-from ..replies.bench import Bench, BenchSettings, at_divergence
-from ..replies.models import Family
-from ..replies.refit import refit
-from ..statistics import band, counted, interval, mean_and_error, shown
+from ..refit import refit
+from ..statistics import band, interval, mean_and_error, shown
+from ..study import FRESH_SEED, SeedSettings, Study, kept, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
+from ..worlds.world import PolicySettings
 
-Trainable = Literal["head", "lora", "all"]
-FRESH_SEED = 1_000_003
 SAME = "same"
 """The name of the policy that HPGD tuned around, among the fresh followers."""
+
+WAYS = {"hpgd": "HPGD", "refit": "retrained"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +41,22 @@ class VariantSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicySettings:
-    """A policy that is made: its architecture and size."""
-
-    family: Family
-    hidden_size: int
-    layers: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(BenchSettings):
+class Config(SeedSettings, BenchSettings):
     """See config.yaml.
+
+    Attributes:
+        seeds: of the study.
+        jobs: seeds at a time; null: one per core.
+        plain_strength: of plain RLHF's proxy, so that its curve reaches divergences beyond the repaired ones.
+        variants: what is trained: head, lora or all.
+        refit_passes: batches that retraining fits at each leader step.
+        strengths: two spreads of a learned reward within prompts, at which fresh followers of the policy train.
+        followers: further policies, by name, that train on the learned rewards.
 
     Raises:
         InputError: no seeds or variants, an unknown variant, or a follower named as the policy itself is.
     """
 
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
-    jobs: int | None = None
-    price: float = 0.0
     plain_strength: float = 2.0
     variants: dict[str, VariantSettings] = dataclasses.field(default_factory=dict)
     refit_passes: int = 16
@@ -69,8 +64,9 @@ class Config(BenchSettings):
     followers: dict[str, PolicySettings] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.seeds or not self.variants:
-            raise InputError("seeds, variants: expected at least one of each")
+        super().__post_init__()
+        if not self.variants:
+            raise InputError("variants: expected at least one, got none")
         if unknown := set(self.variants) - set(get_args(Trainable)):
             raise InputError(f"variants: expected some of {', '.join(get_args(Trainable))}, got {sorted(unknown)}")
         if len(self.strengths) != 2 or not 0 < self.strengths[0] < self.strengths[1]:
@@ -79,28 +75,14 @@ class Config(BenchSettings):
             raise InputError(f"followers: {SAME!r} is the policy itself; choose another name")
 
 
-def run(config: Config, out: Path, resume: bool) -> None:
-    """HPGD, retraining and fresh followers for every variant and seed, then the report; see config.yaml.
-
-    Writes to `out`: summary.json, curves.png, report.html, and a folder for each seed with the learned reward models.
-
-    Raises:
-        CheckpointError: `out` holds a run of another configuration.
-    """
-    claim(out, config, recipe="reward_model", free=["jobs"])
-    each_seed(_one_seed, config, out, config.seeds, config.jobs)
-    write_summary(out, _summarize(config, out))
-    report(out)
-    _print(out)
-
-
-def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    """Both repairs of every variant, and fresh followers on what they leave."""
     bench = Bench(config, seed, folder, cache)
-    models = {SAME: None, **{n: bench.made_policy(**dataclasses.asdict(p)) for n, p in config.followers.items()}}
+    models = {SAME: bench.model, **{name: bench.policy(policy) for name, policy in config.followers.items()}}
 
-    def frozen(name: str, reward: str, model: str | None, strength: float) -> dict[str, Any]:
+    def frozen(part: str, reward: str, policy: str, strength: float) -> dict[str, Any]:
         """A fresh follower on a frozen reward of this spread within prompts; its curve starts at the reference."""
-        start = bench.point(bench.follower(seed, model))
+        start = bench.point(bench.follower(seed, models[policy]))
         if reward == "plain":
             leader = bench.plain(strength)
         else:
@@ -108,45 +90,35 @@ def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
             assert isinstance(leader, RewardModelLeader)  # that is what was tuned, or fitted
             leader.strength = strength
             leader.calibrate(bench.reference())
-        follower = bench.train(name, leader, seed + FRESH_SEED, model=model)
-        return {**bench.final(follower), "curve": [{"step": 0, **start}, *bench.curve(name)]}
+        follower = bench.train(part, leader, seed + FRESH_SEED, model=models[policy])
+        return {**bench.final(follower), "curve": [{"step": 0, **start}, *bench.curve(part)]}
 
-    def tuned(trainable: Trainable, variant: VariantSettings) -> dict[str, Any]:
-        objective = KLPriced(ExpectedUtility(bench.judge), config.price)
-        follower = bench.follower(seed)
+    def repaired(way: str, key: Trainable) -> dict[str, Any]:
+        variant, name = config.variants[key], f"{way}-{key}"
+        settings = RewardModelSettings(
+            trainable=key, budget=variant.budget, strength=config.leader.strength, beta=config.leader.beta
+        )
+        leader, follower = bench.leader(settings), bench.follower(seed)
+        if way == "refit":
+            rate, passes = variant.refit_learning_rate, config.refit_passes
+            _, curve = refit(bench, name, leader, spread=settings.strength, passes=passes, learning_rate=rate)
+            return {"curve": curve}
         hpgd = dataclasses.replace(config.hpgd, learning_rate=variant.learning_rate)
-        leader = bench.leader(_leader(trainable, variant.budget))
-        finished = bench.tune(f"hpgd-{trainable}", leader, objective, follower, hpgd)
-        curve = bench.curve(f"hpgd-{trainable}")
-        return {**bench.final(follower), "curve": curve, "leader_share": finished.history[-1]["leader_share"]}
+        finished = bench.tune(name, leader, follower=follower, hpgd=hpgd)
+        return {**bench.final(follower), **bench.cost_of(finished, follower), "curve": bench.curve(name)}
 
-    def refitted(trainable: Trainable, variant: VariantSettings) -> dict[str, Any]:
-        leader, rate = bench.leader(_leader(trainable, variant.budget)), variant.refit_learning_rate
-        curve = refit(
-            bench, f"refit-{trainable}", leader, spread=config.leader.strength, passes=config.refit_passes,
-            learning_rate=rate,
-        )  # fmt: skip
-        return {"curve": curve}
+    def train(part: str, reward: str, policy: str, strength: float) -> None:
+        kept(folder / f"{part}.json", lambda: frozen(part, reward, policy, strength))
 
-    def keep(part: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-        kept(folder / f"{part}.json", lambda: make(*arguments))
-
-    for name, model in models.items():
-        keep(f"plain-{name}", frozen, f"plain-{name}", "plain", model, config.plain_strength)
-    for key, variant in config.variants.items():
-        keep(f"hpgd-{key}", tuned, key, variant)
-        keep(f"refit-{key}", refitted, key, variant)
-        for way in ("hpgd", "refit"):
+    for policy in models:
+        train(f"plain-{policy}", "plain", policy, config.plain_strength)
+    for key in config.variants:
+        for way in WAYS:
+            kept(folder / f"{way}-{key}.json", lambda way=way, key=key: repaired(way, key))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
             for strength in config.strengths:
-                part = f"{way}-{key}-{SAME}-{strength:g}"
-                keep(part, frozen, part, f"{way}-{key}", None, strength)
-        for name in config.followers:
-            part = f"hpgd-{key}-{name}"
-            keep(part, frozen, part, f"hpgd-{key}", models[name], config.leader.strength)
-
-
-def _leader(trainable: Trainable, budget: float) -> LeaderSettings:
-    return LeaderSettings(kind="reward_model", budget=budget, reward_model=RewardModelSettings(trainable=trainable))
+                train(f"{way}-{key}-{SAME}-{strength:g}", f"{way}-{key}", SAME, strength)
+        for policy in config.followers:
+            train(f"hpgd-{key}-{policy}", f"hpgd-{key}", policy, config.leader.strength)
 
 
 def over_plain(policy: dict[str, Any], plain: dict[str, Any]) -> float:
@@ -186,119 +158,102 @@ def difference_at_equal_divergence(first: list[dict[str, Any]], second: list[dic
     return at(first) - at(second)
 
 
-def _summarize(config: Config, out: Path) -> dict[str, Any]:
+def _strong(config: Config, out: Path, way: str, key: str) -> dict[str, list[dict[str, Any]]]:
+    """Fresh followers of the policy itself at either strength, by the name of their row."""
+    parts = [f"{way}-{key}-{SAME}-{strength:g}" for strength in config.strengths]
+    found = parts_of(out, config.seeds, *parts)
+    names = [f"{WAYS[way]} {key}, fresh {SAME}, strength {strength:g}" for strength in config.strengths]
+    return {name: found[part] for name, part in zip(names, parts, strict=True)}
+
+
+def summarize(config: Config, out: Path) -> dict[str, Any]:
+    """What fresh followers reach, and how much of it each repair is worth at equal divergence."""
+
     def part(name: str) -> list[dict[str, Any]]:
-        return of_each_seed(out, config.seeds, name)
+        return parts_of(out, config.seeds, name)[name]
 
-    def gains(policy: str, plain: str) -> list[float]:
-        return [over_plain(a, b) for a, b in zip(part(policy), part(plain), strict=True)]
+    def gains(policies: list[dict[str, Any]], plain: str) -> list[float]:
+        return [over_plain(a, b) for a, b in zip(policies, part(f"plain-{plain}"), strict=True)]
 
-    rows, variants = [], {}
-    for name in (SAME, *config.followers):
-        rows.append(_row(f"plain, {name}", part(f"plain-{name}")))
+    rows = {f"plain, {name}": part(f"plain-{name}") for name in (SAME, *config.followers)}
+    variants = {}
     for key in config.variants:
-        rows.append(_row(f"HPGD {key}, tuned", part(f"hpgd-{key}")))
-        pairs = {}
-        for way, label in (("hpgd", "HPGD"), ("refit", "retrained")):
-            strong = [part(f"{way}-{key}-{SAME}-{strength:g}") for strength in config.strengths]
-            rows += [
-                _row(f"{label} {key}, fresh {SAME}, strength {strength:g}", parts)
-                for strength, parts in zip(config.strengths, strong, strict=True)
-            ]
-            pairs[way] = [list(pair) for pair in zip(*strong, strict=True)]
-        rows += [_row(f"HPGD {key}, fresh {name}", part(f"hpgd-{key}-{name}")) for name in config.followers]
-        weak, strong_gains = (gains(f"hpgd-{key}-{SAME}-{s:g}", f"plain-{SAME}") for s in config.strengths)
-        own = [(a + b) / 2 for a, b in zip(weak, strong_gains, strict=True)]
-        others = {name: gains(f"hpgd-{key}-{name}", f"plain-{name}") for name in config.followers}
-        mean = sum(own) / len(own)
+        tuned, strong = part(f"hpgd-{key}"), {way: _strong(config, out, way, key) for way in WAYS}
+        others = {name: part(f"hpgd-{key}-{name}") for name in config.followers}
+        rows |= {f"HPGD {key}, tuned": tuned, **strong["hpgd"], **strong["refit"]}
+        rows |= {f"HPGD {key}, fresh {name}": parts for name, parts in others.items()}
+        own = [sum(pair) / 2 for pair in zip(*(gains(p, SAME) for p in strong["hpgd"].values()), strict=True)]
+        pairs = {way: [list(pair) for pair in zip(*strong[way].values(), strict=True)] for way in WAYS}
+        others_gain = {name: gains(parts, name) for name, parts in others.items()}
         variants[key] = {
-            "tuned_over_plain": interval(gains(f"hpgd-{key}", f"plain-{SAME}")),
+            "tuned_over_plain": interval(gains(tuned, SAME)),
             "over_plain": interval(own),
             "over_retraining": interval(
                 [difference_at_equal_divergence(h, r) for h, r in zip(pairs["hpgd"], pairs["refit"], strict=True)]
             ),
-            "kept": {name: sum(values) / len(values) / mean for name, values in others.items()},
-            "others_over_plain": {name: interval(values) for name, values in others.items()},
-            "leader_share": max(p["leader_share"] for p in part(f"hpgd-{key}")),
+            "kept": {name: sum(values) / sum(own) for name, values in others_gain.items()},
+            "others_over_plain": {name: interval(values) for name, values in others_gain.items()},
+            "leader_share": max(p["leader_share"] for p in tuned),
         }
     labels = config.hpgd.steps * config.follower.prompts_per_step * config.follower.group_size
-    return {"rows": rows, "variants": variants, "labels": labels}
+    return {"rows": rows_of(rows, ("judge", "proxy", "kl", "words")), "variants": variants, "labels": labels}
 
 
-def _row(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "name": name,
-        **{f: mean_and_error([p[f]["mean"] for p in parts]) for f in ("judge", "proxy", "kl", "words")},
-    }
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What is printed below the table."""
+    found = []
+    for key, variant in summary["variants"].items():
+        found.append(f"{key}: over plain RLHF at equal divergence {shown(variant['over_plain'])}")
+        found.append(f"{key}: over retraining at equal divergence {shown(variant['over_retraining'])}")
+        found += [f"{key}: the follower {name} keeps {share:.0%} of the gain" for name, share in variant["kept"].items()]
+    return found
 
 
-def report(out: Path) -> None:
-    """Draw curves.png and write report.html again, from what a finished run left in `out`."""
-    summary = read_summary(out)
-    config = load_config(Config, out / "config.yaml")
+def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
+    """The report, with curves.png."""
+    plain = [run["curve"] for run in parts_of(out, config.seeds, f"plain-{SAME}")[f"plain-{SAME}"]]
+    (_, nats, _), (_, judge, error) = band(plain, "step", "kl"), band(plain, "step", "judge")
     panels = []
-    plain = [part["curve"] for part in of_each_seed(out, config.seeds, f"plain-{SAME}")]
-    _, nats, _ = band(plain, "step", "kl")
-    _, judge, error = band(plain, "step", "judge")
     for key in config.variants:
         ends = {}
-        for way, label in (("refit", "retrained"), ("hpgd", "HPGD")):
-            runs = [of_each_seed(out, config.seeds, f"{way}-{key}-{SAME}-{s:g}") for s in config.strengths]
+        for way in reversed(WAYS):
+            runs = list(_strong(config, out, way, key).values())
             found = [[mean_and_error([p[f]["mean"] for p in parts]) for parts in runs] for f in ("kl", "judge")]
-            errors = [e["se"] if e["se"] is not None and math.isfinite(e["se"]) else 0.0 for e in found[1]]
-            ends[label] = ([k["mean"] for k in found[0]], [j["mean"] for j in found[1]], errors)
-        title = {"head": "Head", "lora": "LoRA", "all": "All parameters"}[key]
-        panels.append(
-            Panel(title, "nats from the reference", "judge", {"plain RLHF": (nats, judge, error)}, points=ends)
-        )
+            errors = [e["se"] if math.isfinite(e["se"]) else 0.0 for e in found[1]]
+            ends[WAYS[way]] = ([k["mean"] for k in found[0]], [j["mean"] for j in found[1]], errors)
+        name = {"head": "Head", "lora": "LoRA", "all": "All parameters"}[key]
+        lines_of = {"plain RLHF": (nats, judge, error)}
+        panels.append(Panel(name, "nats from the reference", "judge", lines_of, points=ends))
     curves_png(out / "curves.png", panels)
-    figures = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "words": "words"}
-    write_report(
-        out / "report.html",
-        title="A repaired reward model",
-        subtitle=f"{counted(len(config.seeds), 'seed')}, {summary['labels']:,} labels of the judge for each repair.",
-        sections=[
-            Section(
-                "At equal divergence",
-                "Fresh followers on the frozen, learned rewards, each standardised and at two strengths. Plain RLHF is "
-                "compared where its training passes the same divergence, retraining on the line through its two "
-                "policies.",
-                [
-                    Table(
-                        ["trained", "over plain RLHF", "over retraining", "kept by others", "leader's share of time"],
-                        [
-                            [key, shown(v["over_plain"]), shown(v["over_retraining"]),
-                             ", ".join(f"{name} {share:.0%}" for name, share in v["kept"].items()) or "-",
-                             v["leader_share"]]
-                            for key, v in summary["variants"].items()
-                        ],
-                        "Differences of the judge's score on test prompts.",
-                    ),
-                    Figure(out / "curves.png", "Plain RLHF in training, from the reference on; the end of fresh "
-                           "followers' training on learned rewards, at two strengths. Mean over seeds and its error."),
-                ],
-            ),
-            Section(
-                "Where training ends", "",
-                [
-                    Table(
-                        ["policy", *figures.values()],
-                        [[row["name"], *(shown(row[f]) for f in figures)] for row in summary["rows"]],
-                        "Test prompts; mean and standard error over seeds.",
-                    )
-                ],
-            ),
-        ],
-    )  # fmt: skip
+    repairs = [
+        [key, shown(v["over_plain"]), shown(v["over_retraining"]),
+         ", ".join(f"{name} {share:.0%}" for name, share in v["kept"].items()) or "-", v["leader_share"]]
+        for key, v in summary["variants"].items()
+    ]  # fmt: skip
+    heads = ["trained", "over plain RLHF", "over retraining", "kept by others", "leader's share of time"]
+    return [
+        Section(
+            "At equal divergence",
+            "Fresh followers on the frozen, learned rewards, each standardised and at two strengths. Plain RLHF is "
+            "compared where its training passes the same divergence, retraining on the line through its two policies.",
+            [
+                Table(heads, repairs, "Differences of the judge's score on test prompts."),
+                Figure(
+                    out / "curves.png",
+                    "Plain RLHF in training, from the reference on; the end of fresh followers' training on learned "
+                    "rewards, at two strengths. Mean over seeds and its error.",
+                ),
+            ],
+        ),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+    ]
 
 
-def _print(out: Path) -> None:
-    summary = read_summary(out)
-    for row in summary["rows"]:
-        print(f"{row['name']:<32}" + "".join(f"{f} {shown(row[f])}  " for f in ("judge", "kl")))
-    for key, found in summary["variants"].items():
-        print(f"{key}: over plain RLHF at equal divergence {shown(found['over_plain'])}")
-        print(f"{key}: over retraining at equal divergence {shown(found['over_retraining'])}")
-        for name, share in found["kept"].items():
-            print(f"{key}: the follower {name} keeps {share:.0%} of the gain")
-    print(f"report: {out / 'report.html'}")
+def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle of the report."""
+    subtitle = f"{seeds_in_words(config)}, {summary['labels']:,} labels of the judge for each repair."
+    return "A repaired reward model", subtitle
+
+
+STUDY = Study("reward_model", Config, one_seed, summarize, sections, title, FIGURES, lines=lines)
+run, report = STUDY.run, STUDY.report

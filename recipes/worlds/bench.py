@@ -43,7 +43,7 @@ from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
 
 from ..statistics import mean_and_error
-from .world import PROXY, Replies, WorldSettings
+from .world import PROXY, PolicySettings, Replies, WorldSettings
 
 FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
 """What is measured of a policy, and how tables name it."""
@@ -134,6 +134,10 @@ class Bench:
         self._plain: LanguageLeader | None = None
 
     # ------------------------------------------------------------------------------------------ what there is
+
+    def policy(self, settings: PolicySettings) -> str:
+        """Folder or hub id of a policy besides the world's own."""
+        return self.settings.world.another_policy(settings, self.seed, self.cache)
 
     def terms(self) -> dict[str, ScoreFunction]:
         """The reward model, if there is one, and the further reward functions; the first is the proxy."""
@@ -306,8 +310,8 @@ class Bench:
         Returns:
             judge, proxy (in standard deviations of the reference's completions of a prompt, from its mean), kl (nats),
             gap (nats to the best response to `leader`, a lower bound in expectation) and words, each {mean, se} with
-            the standard error over prompts; `costs`, likewise, by name; `by_prompt`, the judge's mean for each test
-            prompt, and `groups`, the columns of these prompts; `samples`, one completion of each of the first prompts.
+            the standard error over prompts; `by_prompt`, the means of judge, kl and every cost for each test prompt,
+            and `groups`, the columns of these prompts; `samples`, one completion of each of the first prompts.
         """
         test, settings = self.test(), self.settings
         rollouts = sample_completions(
@@ -332,8 +336,10 @@ class Bench:
         figures["words"] = by_prompt(torch.tensor([float(len(text.split())) for text in texts]))
         return {
             **{name: mean_and_error(value) for name, value in figures.items()},
-            "costs": {n: mean_and_error(by_prompt(c(None, rollouts)[:, 0])) for n, c in self.costs().items()},
-            "by_prompt": figures["judge"].tolist(),
+            "by_prompt": {
+                **{name: figures[name].tolist() for name in ("judge", "kl")},
+                **{n: by_prompt(cost(None, rollouts)[:, 0]).tolist() for n, cost in self.costs().items()},
+            },
             "groups": {n: v[::group_size] for n, v in rollouts.steps.items() if n in test.column_names},
             "samples": [
                 {

@@ -21,6 +21,23 @@ PROXY = "proxy"
 """Name of the reward model's term in a mixture."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """A policy besides the world's own.
+
+    Attributes:
+        model: folder or hub id; null makes one of the family and size below, on the replies of the world.
+        family: architecture.
+        hidden_size: width.
+        layers: depth.
+    """
+
+    model: str | None = None
+    family: Family = "llama"
+    hidden_size: int = 64
+    layers: int = 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World(abc.ABC):
     """Who is trained, on what, and which rewards there are.
@@ -55,6 +72,12 @@ class World(abc.ABC):
     @abc.abstractmethod
     def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
         """Folder of a policy of this world, trained when it is not there yet."""
+
+    def another_policy(self, settings: PolicySettings, seed: int, cache: Path) -> str:
+        """Folder or hub id of a policy besides this world's own."""
+        if settings.model is None:
+            raise InputError(f"model: expected a folder or a hub id in the world {self.name!r}, got null")
+        return settings.model
 
     @abc.abstractmethod
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
@@ -133,11 +156,17 @@ class Replies(World):
 
     def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
         """A small policy of the configured family and size."""
-        return self.policy(seed, cache, self.family, self.hidden_size, self.layers)
+        own = PolicySettings(family=self.family, hidden_size=self.hidden_size, layers=self.layers)
+        return self.another_policy(own, seed, cache)
 
-    def policy(self, seed: int, cache: Path, family: Family, hidden_size: int, layers: int) -> str:
-        """A small policy of any family and size."""
-        size = {"family": family, "hidden_size": hidden_size, "layers": layers, "rows": self.rows}
+    def another_policy(self, settings: PolicySettings, seed: int, cache: Path) -> str:
+        """The one that is named, or a small one that is trained on the replies of this world."""
+        if settings.model is not None:
+            return settings.model
+        size = {
+            "family": settings.family, "hidden_size": settings.hidden_size, "layers": settings.layers,
+            "rows": self.rows,
+        }  # fmt: skip
         return str(cached(cache, "policy", {"seed": seed, **size}, lambda out: train_policy(out, seed=seed, **size)))  # type: ignore[arg-type]
 
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
