@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -64,10 +65,11 @@ def measured(file: Path, count: int, measure: Callable[[int], dict[str, Any]]) -
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned, from `file` if it is there; made, and kept whole, otherwise."""
+    """What `make` returned, from `file` if it is there; made, and kept whole with the `seconds` it took, otherwise."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, make())
+        began = time.perf_counter()
+        write_json(file, {**make(), "seconds": time.perf_counter() - began})
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
@@ -127,7 +129,7 @@ class Study:
     """
 
     recipe: str
-    config: type
+    config: type[Any]
     one_seed: Work
     summarize: Callable[[Any, Path], dict[str, Any]]
     sections: Callable[[Any, Path, dict[str, Any]], list[Section]]
@@ -232,15 +234,15 @@ def seeds_in_words(config: Any) -> str:
 
 
 def curves(
-    out: Path, panels: Sequence[tuple[str, str, str, str, str]], runs: Mapping[str, Parts | Sequence[Any]], **axes: bool
+    out: Path, panels: Sequence[tuple[str, str, str, str, str]], runs: Mapping[str, Sequence[Any]], log_x: bool = False
 ) -> Figure:
-    """curves.png with one panel for each (title, x label, y label, x, y), and a line for each of the runs that has both.
+    """curves.png: a panel for each (title, x label, y label, x, y), with a line for each of the runs that has both.
 
     Args:
         out: where it is drawn.
         panels: as above; x and y are keys of a point.
         runs: by name, one curve of points for each seed.
-        **axes: of every panel, such as `log_x`.
+        log_x: whether the x axes are logarithmic.
     """
     drawn = []
     for title, x_label, y_label, x, y in panels:
@@ -249,7 +251,7 @@ def curves(
             for name, of_seeds in runs.items()
             if all(point.get(x) is not None and point.get(y) is not None for curve in of_seeds for point in curve)
         }
-        drawn.append(Panel(title, x_label, y_label, lines, **axes))
+        drawn.append(Panel(title, x_label, y_label, lines, log_x=log_x))
     curves_png(out / "curves.png", drawn)
     return Figure(out / "curves.png", "Mean over seeds, and one standard error around it.")
 

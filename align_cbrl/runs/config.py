@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 import yaml
 
@@ -23,12 +23,16 @@ Path_ = tuple[str, ...]  # where a value stands in a configuration: ("hpgd", "st
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-3 as a string
 
 
-def load_config(cls: type[T] | Any, path: Path | None, overrides: Sequence[str] = ()) -> T:
+@overload
+def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T: ...
+@overload
+def load_config(cls: types.UnionType, path: Path | None, overrides: Sequence[str] = ()) -> Any: ...
+def load_config(cls: Any, path: Path | None, overrides: Sequence[str] = ()) -> Any:
     """A `cls` from its defaults, then the YAML file at `path`, then `overrides`.
 
     Args:
-        cls: a dataclass, or a union of dataclasses that a tag or a needed key tells apart; fields may be numbers, strings, booleans, paths, None-unions, literals, lists, tuples,
-            dictionaries and other dataclasses.
+        cls: a dataclass, or a union of dataclasses that a tag or a needed key tells apart; fields may be numbers,
+            strings, booleans, paths, None-unions, literals, lists, tuples, dictionaries and such dataclasses.
         path: a YAML file holding a mapping, or None for the defaults.
         overrides: `key=value` or `key.sub=value`, the values read as YAML; list items are numbered
             from 0, as in `rewards.0.weight=1`.
@@ -52,8 +56,7 @@ def load_config(cls: type[T] | Any, path: Path | None, overrides: Sequence[str] 
     for override in overrides:
         keys = _apply(tree, override)
         sources[keys] = f"--set {override}"
-    built: T = _Builder(source, in_file, sources).value(cls, tree, ())
-    return built
+    return _Builder(source, in_file, sources).value(cls, tree, ())
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The follower is RLOO with 64 completions of 24 tokens a step, the leader steps after every one of its steps, on the
 completions that it has just trained on. Policies are Llamas of several sizes with random weights, and reward models as
-large as the policy; prompts, tokenizer, judge and reward terms are those of the recipe `docstrings`, whose policy is
+large as the policy; prompts, tokenizer, judge and reward terms are those of the docstrings world, whose policy is
 192x2 and whose leader is the mixture. Every step is timed, with what the processors worked beside what a clock says,
 since a busy machine holds up the clock. It uses a CUDA device where there is one, and names it.
 
@@ -34,10 +34,10 @@ from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, Problem, R
 from align_cbrl.llm import Judge, LanguageLeader, RewardMixture, RewardModel, RewardModelLeader, RLOOFollower
 from align_cbrl.problem import Leader, OnRollouts
 
-from ..docstrings import rewards
-from ..docstrings.base import make_model, train_tokenizer
-from ..docstrings.data import load_docstrings
-from ..docstrings.judge import docstring_judge
+from ..worlds.docstrings import rewards
+from ..worlds.docstrings.data import load_docstrings
+from ..worlds.docstrings.judge import docstring_judge
+from ..worlds.docstrings.policy import make_model, train_tokenizer
 
 SIZES = ("64x2", "192x2", "256x4", "384x6", "512x7")
 """Width x layers of the policy; about 0.2, 1.4, 4, 12 and 25 million parameters."""

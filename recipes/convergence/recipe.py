@@ -23,7 +23,7 @@ from toy_cmdp.followers.iterative import SoftValueIteration
 from toy_cmdp.referee.frozen_policy import present
 from toy_cmdp.validate import implicit_gradient
 
-from ..parts import measured
+from ..study import measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,9 @@ def lines(summary: dict[str, Any]) -> list[str]:
     """What is printed below the table: the matrix, and who is best by each measure."""
     columns = list(summary["verdicts"])
     found = [f"\n{'trained for':<16}" + "".join(f"{name:>17}" for name in columns)]
-    found += [f"{name:<16}" + "".join(f"{shown(row[c]):>17}" for c in columns) for name, row in summary["matrix"].items()]
+    found += [
+        f"{name:<16}" + "".join(f"{shown(row[c]):>17}" for c in columns) for name, row in summary["matrix"].items()
+    ]
     for own, verdict in summary["verdicts"].items():
         behind = "" if verdict["behind"] is None else f", behind by {shown(verdict['behind'])}"
         found.append(f"measured by {own}: best is {verdict['best']}{behind}")

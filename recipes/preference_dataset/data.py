@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable
 
 from datasets import Dataset, DatasetDict
 
@@ -13,14 +12,13 @@ from align_cbrl import InputError, Rollouts
 from align_cbrl.llm import Preferences, load_preferences
 from align_cbrl.llm.scoring import ScoreFunction
 
-from ..replies.data import desk_log
-from ..replies.judge import reply_judge
-from ..replies.models import biased_utility
+from ..worlds.annotators import TextUtility
+from ..worlds.replies.data import desk_log
+from ..worlds.replies.judge import reply_judge
+from ..worlds.replies.proxy import biased_utility
 
 _NOISE = 0.15
 """Temperature of an annotator's logistic choice, in points of the judge: people slip."""
-
-Utility = Callable[[list[str], list[str]], list[float]]
 
 
 def annotated_replies(hurried: int = 1500, careful: int = 900) -> DatasetDict:
@@ -44,7 +42,7 @@ def annotated_replies(hurried: int = 1500, careful: int = 900) -> DatasetDict:
     rng.shuffle(several)
     cut = len(several) * hurried // (hurried + careful)
 
-    def labelled(prompts: list[str], count: int, utility: Utility) -> Dataset:
+    def labelled(prompts: list[str], count: int, utility: TextUtility) -> Dataset:
         rows = []
         for _ in range(count):
             prompt = rng.choice(prompts)

@@ -11,28 +11,36 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from align_cbrl import InputError
-from align_cbrl.llm import Judge, LanguageLeader, RewardModel, sample_completions
-from align_cbrl.llm.followers.trained import TrainedFollower
-from align_cbrl.llm.settings.follower import FollowerSettings
-from align_cbrl.llm.settings.judge import JudgeSettings
-from align_cbrl.llm.settings.leader import LeaderSettings
-from align_cbrl.llm.settings.objective import ObjectiveSettings
+from align_cbrl.llm import Judge, LanguageLeader, RewardModel, TrainedFollower, sample_completions
+from align_cbrl.llm.settings.follower import TrainedSettings
+from align_cbrl.llm.settings.hpgd import HPGDSettings
+from align_cbrl.llm.settings.judge import RewardModelJudgeSettings
+from align_cbrl.llm.settings.leader import LeaderSettings, MixtureSettings
+from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSettings
 from align_cbrl.objectives.preference_data import PreferenceData, Regularised
-from align_cbrl.runs.config import load_config, to_dict
+from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.imports import load_object
-from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import claim, read_summary, write_summary
+from align_cbrl.runs.report import Section, Table
 
-from ..docstrings.stages import cached
 from ..fine_tuning import train_reward_model
-from ..parts import each_seed, kept, of_each_seed
-from ..replies.bench import Bench, BenchSettings, HPGDSettings, MeasureSettings, WorldSettings
-from ..replies.models import train_policy
-from ..statistics import band, interval, mean_and_error, shown
+from ..statistics import mean_and_error, shown
+from ..study import (
+    FRESH_SEED,
+    SeedSettings,
+    Study,
+    curves,
+    described,
+    difference,
+    kept,
+    parts_of,
+    rows_of,
+    samples,
+    seeds_in_words,
+)
+from ..worlds.bench import Bench, BenchSettings, MeasureSettings
+from ..worlds.cache import cached
+from ..worlds.world import PolicySettings, Replies
 from .data import Parts, load_parts, pairs
-
-FRESH_SEED = 1_000_003
-"""Added to the seed for the fresh follower: other prompts in another order, other samples."""
 
 LABELS = {
     "base": "base model",
@@ -90,61 +98,52 @@ class RewardTrainingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(SeedSettings):
     """See config.yaml.
+
+    Attributes:
+        seeds: of the study.
+        jobs: seeds at a time; null: one per core.
+        preferences: pairs: a function, a file, a folder or a hub id.
+        split: who gets which prompts.
+        model: folder or hub id of policy and reference; null trains a small one.
+        reward_model: folder or hub id; null trains one on the train pairs.
+        reward_training: of every reward model that is made.
+        rewards: further reward functions by name.
+        leader: which reward it learns.
+        objective: what it wants of the judge model's scores.
+        label_weight: of the likelihood of the judge's labels under the learned reward, added to the objective.
+        pairs_per_step: labels that a leader step looks at.
+        follower: how the policy answers a reward.
+        hpgd: how the leader climbs.
+        measure: how policies are measured.
+        truth: a judge that only the report sees.
 
     Raises:
         InputError: no seeds, or a negative weight of the labels.
     """
 
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
-    jobs: int | None = None
     preferences: str = "align_cbrl.recipes.preference_dataset.data.annotated_replies"
     split: SplitSettings = dataclasses.field(default_factory=SplitSettings)
     model: str | None = None
     reward_model: str | None = None
     reward_training: RewardTrainingSettings = dataclasses.field(default_factory=RewardTrainingSettings)
     rewards: dict[str, str] = dataclasses.field(default_factory=dict)
-    leader: LeaderSettings = dataclasses.field(default_factory=LeaderSettings)
-    objective: ObjectiveSettings = dataclasses.field(default_factory=ObjectiveSettings)
+    leader: LeaderSettings = dataclasses.field(default_factory=MixtureSettings)
+    objective: ObjectiveSettings = dataclasses.field(default_factory=ExpectedSettings)
     label_weight: float = 0.0
     pairs_per_step: int = 64
-    follower: FollowerSettings = dataclasses.field(default_factory=FollowerSettings)
+    follower: TrainedSettings = dataclasses.field(default_factory=TrainedSettings)
     hpgd: HPGDSettings = dataclasses.field(default_factory=HPGDSettings)
     measure: MeasureSettings = dataclasses.field(default_factory=MeasureSettings)
     truth: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise InputError("seeds: expected at least one, got none")
+        super().__post_init__()
         if self.label_weight < 0 or self.pairs_per_step < 1:
             raise InputError(
                 f"expected label_weight >= 0 and pairs_per_step >= 1, got {self.label_weight} and {self.pairs_per_step}"
             )
-
-
-def run(config: Config, out: Path, resume: bool) -> None:
-    """Reward models, plain RLHF, HPGD and a fresh follower on every seed, then the report; see config.yaml.
-
-    Writes to `out`: summary.json, curves.png, report.html, and for each seed a folder with the learned reward
-    (hpgd/reward), the curves and checkpoints.
-
-    Args:
-        config: settings.
-        out: the run's folder.
-        resume: unused: finished parts are found again, and the caller guards folders that were not meant to be.
-
-    Raises:
-        CheckpointError: `out` holds a run of another configuration.
-        InputError: preferences that cannot be used.
-    """
-    claim(out, config, recipe="preference_dataset", free=["jobs"])
-    for seed in config.seeds:  # what is wrong with the data should be known before anything is trained
-        _parts(config, seed)
-    each_seed(_one_seed, config, out, config.seeds, config.jobs)
-    write_summary(out, _summarize(config, out))
-    report(out)
-    _print(out)
 
 
 def _parts(config: Config, seed: int) -> Parts:
@@ -168,8 +167,7 @@ class Models:
 
     def __init__(self, config: Config, seed: int, cache: Path) -> None:
         self.parts = parts = _parts(config, seed)
-        policy: dict[str, Any] = {"seed": seed, "family": "llama", "hidden_size": 64, "layers": 2, "rows": 6000}
-        self.policy = config.model or str(cached(cache, "policy", policy, lambda out: train_policy(out, **policy), {}))
+        self.policy = Replies().another_policy(PolicySettings(config.model), seed, cache)
 
         def reward_model(rows: Dataset) -> str:
             training = to_dict(config.reward_training)
@@ -177,7 +175,7 @@ class Models:
             return str(
                 cached(
                     cache, "preferences", facts,
-                    lambda out: train_reward_model(self.policy, rows, out, seed=seed, **training), {},
+                    lambda out: train_reward_model(self.policy, rows, out, seed=seed, **training),
                 )
             )  # fmt: skip
 
@@ -190,19 +188,20 @@ class Models:
         self.prompts = str(
             cached(
                 cache, "prompts", {"seed": seed, "rows": [str(r) for part in parts.prompts().values() for r in part]},
-                lambda out: parts.prompts().save_to_disk(str(out)), {},
+                lambda out: parts.prompts().save_to_disk(str(out)),
             )
         )  # fmt: skip
 
     def bench(self, config: Config, seed: int, out: Path, cache: Path, reward: str | None = None) -> Bench:
         """The laboratory with the judge's model as its judge; `reward` is the proxy, by default the train pairs'."""
-        world = WorldSettings(data=self.prompts, model=self.policy, proxy=reward or self.reward, rewards=config.rewards)
-        judge = JudgeSettings(reward_model=self.judge)
+        world = Replies(data=self.prompts, model=self.policy, proxy=reward or self.reward, rewards=config.rewards)
+        judge = RewardModelJudgeSettings(reward_model=self.judge)
         shared = {name: getattr(config, name) for name in ("leader", "follower", "hpgd", "measure")}
         return Bench(BenchSettings(world=world, judge=judge, **shared), seed, out, cache)
 
 
-def _one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    """Reward models, plain RLHF on three of them, HPGD, and a fresh follower on what it learned."""
     models = Models(config, seed, cache)
     bench = models.bench(config, seed, folder, cache)
     referee = Referee(config, bench, models)
@@ -303,100 +302,82 @@ class Referee:
         ).rollouts()  # fmt: skip
 
 
-def _summarize(config: Config, out: Path) -> dict[str, Any]:
-    parts = {name: of_each_seed(out, config.seeds, name) for name in LABELS}
+def summarize(config: Config, out: Path) -> dict[str, Any]:
+    """Rows over seeds, differences to HPGD, and how well each reward explains the test labels."""
+    parts = parts_of(out, config.seeds, *LABELS)
     figures = [name for name in FIGURES if name in parts["base"][0]]
-    comparisons = {
-        f"{FIGURES[figure]}, HPGD minus {LABELS[name]}": interval(
-            [h[figure]["mean"] - o[figure]["mean"] for h, o in zip(parts["hpgd"], parts[name], strict=True)]
-        )
-        for figure in ("wins", "truth")
-        if figure in figures
-        for name in ("plain", "pooled", "direct", "fresh")
-    }
     return {
-        "rows": [{"name": n, **{f: mean_and_error([p[f]["mean"] for p in parts[n]]) for f in figures}} for n in LABELS],
-        "comparisons": comparisons,
+        "rows": rows_of(parts, figures),
+        "comparisons": {
+            f"{FIGURES[figure]}, HPGD minus {LABELS[name]}": difference(parts, "hpgd", name, figure)
+            for figure in ("wins", "truth")
+            if figure in figures
+            for name in ("plain", "pooled", "direct", "fresh")
+        },
         "agreement": {n: mean_and_error([part["agreement"] for part in parts[n]]) for n in REWARDS},
         "rewards": [part["reward"] for part in parts["hpgd"]],
         "leader_share": max(part["leader_share"] for part in parts["hpgd"]),
     }
 
 
-def report(out: Path) -> None:
-    """Draw curves.png and write report.html again, from what a finished run left in `out`."""
-    summary = read_summary(out)
-    config = load_config(Config, out / "config.yaml")
-    parts = {name: of_each_seed(out, config.seeds, name) for name in LABELS}
-    figures = [name for name in FIGURES if name in summary["rows"][0]]
-    curves = {LABELS[name]: [run["curve"] for run in runs] for name, runs in parts.items() if "curve" in runs[0]}
-    curves_png(
-        out / "curves.png",
-        [
-            Panel("Judge model", "follower steps", "nats", {n: band(c, "step", "judge") for n, c in curves.items()}),
-            Panel("Divergence", "follower steps", "nats", {n: band(c, "step", "kl") for n, c in curves.items()}),
-        ],
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What is printed below the tables."""
+    return [
+        *(f"test labels that {REWARDS[name]} agrees with: {shown(v)}" for name, v in summary["agreement"].items()),
+        f"\nlearned reward, first seed: {described(summary['rewards'][0])}",
+    ]
+
+
+def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
+    """The report, with curves.png."""
+    parts = parts_of(out, config.seeds, *LABELS)
+    runs = {LABELS[name]: [run["curve"] for run in of_all] for name, of_all in parts.items() if "curve" in of_all[0]}
+    panels = [
+        ("Judge model", "follower steps", "nats", "step", "judge"),
+        ("Divergence", "follower steps", "nats", "step", "kl"),
+    ]
+    result = STUDY.result(
+        summary,
+        "Test prompts; mean and standard error over seeds. Wins over base: the probability, by a model of the test "
+        "pairs, that an answer is preferred to one of the base model. Judge model: the score that HPGD climbs, in nats "
+        "of the odds.",
+        highlight=LABELS["hpgd"],
     )
-    seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
-    write_report(
-        out / "report.html",
-        title="A reward from preferences",
-        subtitle=f"{config.preferences}, {seeds}: the reward is tuned to please a model of pairs that it was not "
-        "trained on, and measured by pairs that neither has seen.",
-        sections=[
-            Section(
-                "Result",
-                "",
-                [
-                    Table(
-                        ["policy", *(FIGURES[f] for f in figures)],
-                        [[LABELS[r["name"]], *(shown(r[f]) for f in figures)] for r in summary["rows"]],
-                        "Test prompts; mean and standard error over seeds. Wins over base: the probability, by a model "
-                        "of the test pairs, that an answer is preferred to one of the base model. Judge model: the "
-                        "score that HPGD climbs, in nats of the odds.",
-                        highlight=LABELS["hpgd"],
-                    ),
-                    Table(["comparison", "value"], [[n, shown(v)] for n, v in summary["comparisons"].items()]),
-                ],
-            ),
-            Section(
-                "What the rewards know",
-                "The share of the test labels that each agrees with. A reward that explains labels better need not "
-                "lead to a better policy: labels are of answers like the base model's, and the policy leaves them.",
-                [Table(["reward", "agreement"], [[REWARDS[n], shown(v)] for n, v in summary["agreement"].items()])],
-            ),
-            Section("The learned reward", "\n\n".join(_described(reward) for reward in summary["rewards"])),
-            Section(
-                "Curves",
-                "",
-                [Figure(out / "curves.png", "Test prompts; mean over seeds, one standard error around it.")],
-            ),
-            Section("Test prompts", "", _samples(parts)),
-        ],
+    agreement = [[REWARDS[name], shown(value)] for name, value in summary["agreement"].items()]
+    return [
+        Section("Result", "", result),
+        Section(
+            "What the rewards know",
+            "The share of the test labels that each agrees with. A reward that explains labels better need not lead to "
+            "a better policy: labels are of answers like the base model's, and the policy leaves them.",
+            [Table(["reward", "agreement"], agreement)],
+        ),
+        Section("The learned reward", "\n\n".join(described(reward) for reward in summary["rewards"])),
+        Section("Curves", "", [curves(out, panels, runs)]),
+        Section("Test prompts", "", samples(parts, LABELS, list(LABELS))),
+    ]
+
+
+def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle of the report."""
+    return (
+        "A reward from preferences",
+        f"{config.preferences}, {seeds_in_words(config)}: the reward is tuned to please a model of pairs that it was "
+        "not trained on, and measured by pairs that neither has seen.",
     )
 
 
-def _described(reward: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:+.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in reward.items()
-    )
+STUDY = Study("preference_dataset", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines)
+report = STUDY.report
 
 
-def _samples(parts: dict[str, list[dict[str, Any]]]) -> list[Sample]:
-    by_name = {LABELS[name]: runs[0]["samples"] for name, runs in parts.items()}
-    first = next(iter(by_name.values()))
-    return [Sample(first[i]["prompt"], {n: s[i]["completion"] for n, s in by_name.items()}) for i in range(len(first))]
+def run(config: Config, out: Path, resume: bool) -> None:
+    """As for `Study.run`; what is wrong with the data is found before anything is trained.
 
-
-def _print(out: Path) -> None:
-    summary = read_summary(out)
-    figures = [name for name in FIGURES if name in summary["rows"][0]]
-    print(f"\n{'':<34}" + "".join(f"{FIGURES[f]:>17}" for f in figures))
-    for row in summary["rows"]:
-        print(f"{LABELS[row['name']]:<34}" + "".join(f"{shown(row[f]):>17}" for f in figures))
-    print()
-    for name, value in summary["comparisons"].items():
-        print(f"{name}: {shown(value)}")
-    for name, value in summary["agreement"].items():
-        print(f"test labels that {REWARDS[name]} agrees with: {shown(value)}")
-    print(f"\nlearned reward, first seed: {_described(summary['rewards'][0])}\nreport: {out / 'report.html'}")
+    Raises:
+        CheckpointError: `out` holds a run of another configuration.
+        InputError: preferences that cannot be used.
+    """
+    for seed in config.seeds:
+        _parts(config, seed)
+    STUDY.run(config, out, resume)

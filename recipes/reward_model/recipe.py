@@ -205,7 +205,9 @@ def lines(summary: dict[str, Any]) -> list[str]:
     for key, variant in summary["variants"].items():
         found.append(f"{key}: over plain RLHF at equal divergence {shown(variant['over_plain'])}")
         found.append(f"{key}: over retraining at equal divergence {shown(variant['over_retraining'])}")
-        found += [f"{key}: the follower {name} keeps {share:.0%} of the gain" for name, share in variant["kept"].items()]
+        found += [
+            f"{key}: the follower {name} keeps {share:.0%} of the gain" for name, share in variant["kept"].items()
+        ]
     return found
 
 

@@ -23,7 +23,7 @@ from toy_cmdp.followers.exact import require_exact
 from toy_cmdp.followers.iterative import NaturalPolicyGradient
 from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
 
-from ..parts import measured
+from ..study import measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,6 +163,7 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
         "rewards": [part["reward"] for part in tuned],
         **{name: max(part[name] for part in tuned) for name in ("judge_calls", "judge_share", "leader_share")},
         "completions": max(part["completions"] for part in tuned),
+        "seconds": {name: sum(part["seconds"] for part in runs) for name, runs in parts.items()},
     }
 
 
@@ -180,6 +181,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"\nlearned reward, first seed: {described(summary['rewards'][0])}",
         f"judge calls: {summary['judge_calls']:,}, on {summary['judge_share']:.0%} of the follower's completions; "
         f"leader's share of time: {summary['leader_share']:.1%}",
+        f"seconds: {', '.join(f'{name} {value:.0f}' for name, value in summary['seconds'].items())}",
     ]
 
 
@@ -205,8 +207,8 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     figure = dataclasses.replace(figure, caption=figure.caption + of_batches)
     result = STUDY.result(
         summary,
-        f"Test prompts; mean and standard error over {'test prompts' if len(config.seeds) == 1 else 'seeds'}. The proxy "
-        "is in standard deviations of the reference's completions of one prompt; the gap is a lower bound, in "
+        f"Test prompts; mean and standard error over {'test prompts' if len(config.seeds) == 1 else 'seeds'}. The "
+        "proxy is in standard deviations of the reference's completions of one prompt; the gap is a lower bound, in "
         "expectation, of the divergence from the best response to the reward that the policy was trained on.",
         highlight=LABELS["hpgd"],
     )
@@ -220,14 +222,20 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         Section("Result", text, result),
         Section("The learned reward", "Weights are of standardised rewards.", [Table(["seed", "reward"], rewards)]),
         Section("Curves", "", [figure]),
+        Section(
+            "Wall time", "", [Table(["stage", "seconds"], [[n, round(v, 1)] for n, v in summary["seconds"].items()])]
+        ),
         Section("Test prompts", "", samples(parts, LABELS, ["base", "plain", "hpgd", "fresh"])),
     ]
     if summary["reached"]:
         heads = ["seed", "search", "score", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
         keys = ["search", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
-        table = Table(heads, [[str(row["seed"]), *(row[key] for key in keys)] for row in summary["reached"]],
-                      "HPGD's steps: the first point of its curve at which the test score is at least the search's, and "
-                      "still is at the next point.")  # fmt: skip
+        table = Table(
+            heads,
+            [[str(row["seed"]), *(row[key] for key in keys)] for row in summary["reached"]],
+            "HPGD's steps: the first point of its curve at which the test score is at least the search's, and still is "
+            "at the next point.",
+        )
         found.insert(1, Section("Follower steps to the score that a search ends with", "", [table]))
     return found
 

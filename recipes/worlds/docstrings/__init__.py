@@ -1,1 +1,1 @@
-"""Docstring writing: signatures of the standard library, a judge that knows PEP 257, a reward model that likes length."""
+"""Docstrings for the standard library: a judge that knows PEP 257, and a reward model that likes length."""

@@ -11,20 +11,20 @@ from pathlib import Path
 import enumerable_lm as lm
 import pytest
 import torch
-from align_cbrl.recipes.docstrings.config import Config
 from rebuilt import report_is_rebuilt
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from align_cbrl.cli import main
 from align_cbrl.llm import load_reward
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.imports import load_recipe, recipe_names, recipes_folder
 from align_cbrl.runs.metrics import MetricsLog
 
 # A model of a few words answers some prompts always alike.
 pytestmark = pytest.mark.filterwarnings(  # a policy of eight tokens and batches of sixteen earn both
     "ignore:the leader's gradient is zero", "ignore:leader step .* from its best response"
 )
-RECIPE = Path(__file__).parents[1] / "recipes" / "docstrings"
+RECIPES = recipes_folder()
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +47,26 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "    return [float(len(set(p.split()) & set(c.split()))) for p, c in zip(prompts, completions, strict=True)]\n"
     )
     return [
-        f"data={folder / 'prompts.jsonl'}",
-        f"model={folder / 'model'}",
-        f"proxy={folder / 'proxy'}",
-        f"judge={folder / 'own.py'}:judge",
-        f"rewards={{echo: '{folder / 'own.py'}:echo'}}",
+        f"world.data={folder / 'prompts.jsonl'}",
+        f"world.model={folder / 'model'}",
+        f"world.proxy={folder / 'proxy'}",
+        f"judge.function={folder / 'own.py'}:judge",
+        f"world.rewards={{echo: '{folder / 'own.py'}:echo'}}",
         "follower.max_completion_length=2",
         "follower.prompts_per_step=4",
         "follower.group_size=4",
         "follower.steps=10",
         "follower.learning_rate=1e-3",
         "hpgd.steps=8",
-        "hpgd.interval=5",
-        "hpgd.warmup=2",
-        "evaluation.prompts=4",
-        "evaluation.group_size=4",
+        "follower.schedule.interval=5",
+        "follower.schedule.warmup=2",
+        "measure.prompts=4",
+        "measure.final_group_size=4",
     ]
 
 
 def command(out: Path, material: list[str], *more: str) -> list[str]:
-    return ["run", "docstrings", "--out", str(out), "--set", *material, *more]
+    return ["run", "tune_weights", "--out", str(out), "--set", *material, *more]
 
 
 def test_the_whole_job_with_everything_replaced(
@@ -74,7 +74,7 @@ def test_the_whole_job_with_everything_replaced(
 ) -> None:
     out = tmp_path / "run"
     assert main(command(out, material, "tracking.report_to=tensorboard")) == 0
-    assert list((out / "align-cbrl").glob("events.out.tfevents.*"))
+    assert list((out / "seed-0" / "hpgd" / "align-cbrl").glob("events.out.tfevents.*"))
     summary = json.loads((out / "summary.json").read_text())
     assert [row["name"] for row in summary["rows"]] == ["base", "plain", "hpgd", "fresh"]
     for row in summary["rows"]:
@@ -82,16 +82,16 @@ def test_the_whole_job_with_everything_replaced(
             assert set(row[figure]) == {"mean", "se"}
         assert 0 <= row["judge"]["mean"] <= 1
     assert summary["rows"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert summary["leader"]["judge_share"] <= 0.2
-    assert summary["leader"]["judge_calls"] == 8 * 16
-    assert {"plain", "hpgd", "fresh", "evaluate"} <= set(summary["seconds"])
-    log = MetricsLog.read(out / "metrics.jsonl")
+    assert summary["judge_share"] <= 0.2
+    assert summary["judge_calls"] == 8 * 16
+    assert {"base", "plain", "hpgd", "fresh"} == set(summary["seconds"])
+    log = MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")
     assert [row["step"] for row in log] == list(range(1, 9))
     assert all({"gap", "effective_sample_size", "leader_share", "objective", "kl"} <= set(row) for row in log)
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")  # self-contained
-    assert len(load_reward(out / "reward")(prompts=["a b"], completions=["a"])) == 1
+    assert len(load_reward(out / "seed-0" / "hpgd" / "reward")(prompts=["a b"], completions=["a"])) == 1
     printed = capsys.readouterr().out
     assert "HPGD" in printed
     assert "report:" in printed
@@ -102,13 +102,13 @@ def test_the_whole_job_with_everything_replaced(
     assert main([*command(out, material), "--resume"]) == 0
     assert time.perf_counter() - began < 20
     assert main(command(out, material)) == 2
-    assert main([*command(out, material, "seed=7"), "--resume"]) == 3
-    assert "another configuration (different: seed)" in capsys.readouterr().err
+    assert main([*command(out, material, "seeds=[7]"), "--resume"]) == 3
+    assert "another configuration (different: seeds)" in capsys.readouterr().err
 
 
 def test_the_reward_model_variant(tmp_path: Path, material: list[str]) -> None:
-    assert main([*command(tmp_path / "run", material, "hpgd.steps=2"), "--config", "reward_model"]) == 0
-    assert (tmp_path / "run" / "reward" / "model" / "config.json").is_file()
+    assert main([*command(tmp_path / "run", material, "hpgd.steps=2"), "--config", "head.yaml"]) == 0
+    assert (tmp_path / "run" / "seed-0" / "hpgd" / "reward" / "model" / "config.json").is_file()
 
 
 def test_kill_9_loses_nothing_before_the_last_checkpoint(tmp_path: Path, material: list[str]) -> None:
@@ -116,21 +116,21 @@ def test_kill_9_loses_nothing_before_the_last_checkpoint(tmp_path: Path, materia
     out = tmp_path / "run"
     longer = [*material, "hpgd.steps=40"]
     kill_during_tuning(out, longer)
-    before = MetricsLog.read(out / "metrics.jsonl")
-    saved = max(int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*[0-9]"))
+    before = MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")
+    saved = max(int(p.name.split("-")[1]) for p in (out / "seed-0" / "hpgd" / "checkpoints").glob("step-*[0-9]"))
     assert 0 < saved < 40
     assert main([*command(out, longer), "--resume"]) == 0
-    after = MetricsLog.read(out / "metrics.jsonl")
+    after = MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")
     assert [row["step"] for row in after] == list(range(1, 41))
     assert after[:saved] == before[:saved]
 
 
 def kill_during_tuning(out: Path, material: list[str]) -> None:
     code = "import sys; from align_cbrl.cli import main; sys.exit(main())"
-    with subprocess.Popen([sys.executable, "-c", code, *command(out, material)], cwd=RECIPE.parents[1]) as process:
+    with subprocess.Popen([sys.executable, "-c", code, *command(out, material)], cwd=out.parent) as process:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and process.poll() is None:
-            if list((out / "checkpoints").glob("step-*[0-9]")):
+            if list((out / "seed-0" / "hpgd" / "checkpoints").glob("step-*[0-9]")):
                 break
             time.sleep(0.02)
         process.kill()
@@ -142,17 +142,17 @@ def test_five_kills_at_random_moments(tmp_path: Path, material: list[str]) -> No
     code = "import sys; from align_cbrl.cli import main; sys.exit(main())"
     for delay in torch.rand(5, generator=torch.Generator().manual_seed(0)).mul(12).add(8).tolist():
         arguments = [*command(out, [*material, "hpgd.steps=200"]), "--resume"]
-        before = MetricsLog.read(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-        folders = [int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*[0-9]")]
-        with subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=RECIPE.parents[1]) as process:
+        before = MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl") if (out / "seed-0" / "hpgd" / "metrics.jsonl").exists() else []
+        folders = [int(p.name.split("-")[1]) for p in (out / "seed-0" / "hpgd" / "checkpoints").glob("step-*[0-9]")]
+        with subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=out.parent) as process:
             try:
                 process.wait(timeout=delay)
             except subprocess.TimeoutExpired:
                 process.kill()
         if folders:
-            assert MetricsLog.read(out / "metrics.jsonl")[: max(folders)] == before[: max(folders)]
+            assert MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")[: max(folders)] == before[: max(folders)]
     assert main([*command(out, [*material, "hpgd.steps=200"]), "--resume"]) == 0
-    assert [row["step"] for row in MetricsLog.read(out / "metrics.jsonl")] == list(range(1, 201))
+    assert [row["step"] for row in MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")] == list(range(1, 201))
 
 
 def test_a_judge_that_fails_in_the_middle_stops_the_run_resumably(
@@ -167,33 +167,35 @@ def test_a_judge_that_fails_in_the_middle_stops_the_run_resumably(
         "        raise ConnectionError('the judge is out to lunch')\n"
         "    return [0.5 + 0.1 * len(c) for c in completions]\n"
     )
-    settings = [*material, f"judge={tmp_path / 'moody.py'}:judge"]
+    settings = [*material, f"judge.function={tmp_path / 'moody.py'}:judge"]
     assert main(command(tmp_path / "run", settings)) == 3
     assert "ConnectionError on all 4 attempts (the judge is out to lunch)" in capsys.readouterr().err
-    saved = MetricsLog.read(tmp_path / "run" / "metrics.jsonl")
+    saved = MetricsLog.read(tmp_path / "run" / "seed-0" / "hpgd" / "metrics.jsonl")
     assert 0 < len(saved) < 8  # it failed in the leader's stage, between two checkpoints
     (tmp_path / "repaired").touch()
     assert main([*command(tmp_path / "run", settings), "--resume"]) == 0
-    assert MetricsLog.read(tmp_path / "run" / "metrics.jsonl")[: len(saved)] == saved
+    assert MetricsLog.read(tmp_path / "run" / "seed-0" / "hpgd" / "metrics.jsonl")[: len(saved)] == saved
 
 
-def test_defaults_are_those_of_the_yaml() -> None:
-    written = load_config(Config, RECIPE / "config.yaml", [])
-    assert written == Config(rewards=written.rewards)
+def test_every_yaml_of_every_recipe_loads() -> None:
+    files = [(name, file) for name in recipe_names() for file in (RECIPES / name).glob("*.yaml")]
+    assert {"config.yaml", "smoke.yaml"} <= {file.name for _, file in files} and len(files) > 20
+    for name, file in files:
+        load_config(load_recipe(name).Config, file, [])
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("leader=mixtur", "leader: expected 'mixture' or 'reward_model', got 'mixtur'"),
-        ("follower.group_size=1", "follower.group_size: expected at least 2, got 1"),
-        ("follower.steps=0", "follower.steps: expected at least 1, got 0"),
+        ("leader.kind=mixtur", "did you mean 'mixture'?"),
+        ("follower.group_size=1", "follower: group_size: expected at least 2, got 1"),
+        ("follower.steps=0", "follower: steps: expected at least 1, got 0"),
         ("hpgd.stepz=3", "steps"),
-        ("judge=align_cbrl.recipes.worlds.docstrings.judge.docstring_jugde", "docstring_judge"),
-        ("judge=nowhere.py:judge", "there is no file"),
-        ("data=nowhere.jsonl", "data 'nowhere.jsonl'"),
-        ("model=nowhere/at-all", "nowhere/at-all"),
-        ("follower.temperature=0", "temperature: expected a positive temperature"),
+        ("judge.function=align_cbrl.recipes.worlds.docstrings.judge.docstring_jugde", "docstring_judge"),
+        ("judge.function=nowhere.py:judge", "there is no file"),
+        ("world.data=nowhere.jsonl", "data 'nowhere.jsonl'"),
+        ("world.model=nowhere/at-all", "nowhere/at-all"),
+        ("follower.temperature=0", "follower: temperature: expected a number > 0, got 0"),
         ("follower.prompts_per_step=1000", "expected at least 1000 rows"),
     ],
 )
