@@ -11,11 +11,11 @@ from align_cbrl.recipes.overoptimization.recipe import Config as Overoptimizatio
 from align_cbrl.recipes.tune_weights.recipe import Config
 
 from align_cbrl.cli import recipe_names
-from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.runs.config import load_config
 
 ROOT = Path(__file__).parents[1]
 TUNE, HACKED = ROOT / "docs/tune_reward_weights.md", ROOT / "docs/reward_hacking.md"
+REPLIES = ROOT / "recipes/tune_weights/replies.yaml"
 
 if not TUNE.is_file():
     pytest.skip("the documentation is not part of an installed package", allow_module_level=True)
@@ -43,17 +43,16 @@ def test_settings_in_the_text_are_accepted(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     objectives = re.findall(r"(?:`objective: |or `)(\{kind: [^`]*\})`", text)
     assert objectives
-    for objective in objectives:
-        ObjectiveSettings(**yaml.safe_load(objective))
-    for setting in re.findall(r"`((?:measure|leader\.mixture): \{[^`]*\})`", text):
-        name, value = setting.split(": ", 1)
-        load_config(Config, ROOT / "recipes/reward_weights/config.yaml", [f"{name}={value}"])
-    config = load_config(Config, ROOT / "recipes/reward_weights/config.yaml")
-    for key in re.findall(r"`((?:follower|hpgd|leader|judge)(?:\.\w+)+)(?::[^`]*)?`", text):
+    settings = [("objective", value) for value in objectives]
+    settings += re.findall(r"`((?:follower|hpgd|leader|judge|measure)(?:\.\w+)*): ([^`]*)`", text)
+    for name, value in settings:
+        load_config(Config, REPLIES, [f"{name}={value}"])
+    config = load_config(Config, REPLIES)
+    for key in re.findall(r"`((?:follower|hpgd|leader|judge)(?:\.\w+)+)`", text):
         value = config
         for part in key.split("."):
-            assert value is None or hasattr(value, part), key
-            value = getattr(value, part, None)
+            assert hasattr(value, part), key
+            value = getattr(value, part)
 
 
 @pytest.mark.parametrize("page", [TUNE, HACKED], ids=lambda page: page.stem)
