@@ -195,7 +195,7 @@ def test_every_yaml_of_every_recipe_loads() -> None:
         ("judge.function=nowhere.py:judge", "there is no file"),
         ("world.data=nowhere.jsonl", "data 'nowhere.jsonl'"),
         ("world.model=nowhere/at-all", "nowhere/at-all"),
-        ("follower.temperature=0", "follower: temperature: expected a number > 0, got 0"),
+        ("follower.temperature=0", "follower: temperature: expected a finite number > 0, got 0.0"),
         ("follower.prompts_per_step=1000", "expected at least 1000 rows"),
     ],
 )
