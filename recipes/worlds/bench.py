@@ -200,9 +200,13 @@ class Bench:
         follower, settings = self.follower(seed, model), self.settings
         with torch.no_grad():
             parameters = [p.double().sum().item() for p in leader.parameters()]
+        world, rows = settings.world, self.data["train"]
         facts = fingerprint(
             {
-                "seed": seed, "model": model or self.model, "proxy": self.proxy, "parameters": parameters,
+                "seed": seed, "model": model or self.model, "parameters": parameters,
+                "data": [world.data, len(rows), rows[0]], "reference_prompts": world.reference_prompts,
+                # The reward of plain RLHF: the proxy, or the first of the rewards where there is none.
+                "proxy": self.proxy or next(iter(world.rewards.items())),
                 "follower": to_dict(settings.follower), "judge": to_dict(settings.judge),
                 "measure": to_dict(settings.measure),
             }
