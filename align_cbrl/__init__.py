@@ -45,7 +45,7 @@ from align_cbrl.problem import (
 )
 from align_cbrl.rollouts import Rollouts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # what passes between the two worlds
