@@ -17,9 +17,9 @@ import tiny_models
 import torch
 from align_cbrl.recipes.objectives.recipe import measure
 from align_cbrl.recipes.overoptimization.recipe import fit_overoptimization
+from align_cbrl.recipes.tune_weights.recipe import steps_to
 from align_cbrl.recipes.worlds.bench import at_divergence
 from align_cbrl.recipes.worlds.replies.judge import reply_judge
-from align_cbrl.recipes.tune_weights.recipe import steps_to
 from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
