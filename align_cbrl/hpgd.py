@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, world_size
+from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, together, world_size
 from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.hypergradient import Hypergradient
@@ -201,6 +201,9 @@ class HPGD:
         """
         problem, leader = self.problem, self.problem.leader
 
+        # The leader's reward functions are asked here, and only here: what they say does not move with the leader.
+        rollouts = self._prepared(rollouts)
+
         # How far is the follower from its best response? Where it lags, its samples can be weighted to stand for it.
         certificate = self._certify(rollouts)
         seen = corrected(rollouts, certificate) if certificate is not None and self._pays(certificate) else rollouts
@@ -253,6 +256,7 @@ class HPGD:
         """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
         shares = []
         for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
+            batch = self._prepared(batch)
             certificate = certify(self.problem, batch, chunks=self.hypergradient.chunks)
             if certificate is None:
                 raise InputError(
@@ -265,6 +269,10 @@ class HPGD:
             if 0 < found["gradient_norm"] < math.inf:
                 self._apply(found["gradient_norm"])
         return {"replay_effective_sample_size": sum(shares) / len(shares)}
+
+    def _prepared(self, rollouts: Rollouts) -> Rollouts:
+        with together("scoring the completions"):
+            return self.problem.leader.prepare(rollouts)
 
     def _certify(self, rollouts: Rollouts) -> Certificate | None:
         certificate = certify(

@@ -48,6 +48,21 @@ class Leader(nn.Module, abc.ABC):
         """
         return None
 
+    def fixed_features(self, rollouts: Rollouts) -> Tensor | None:
+        """What the reward is made of and does not move with x, such as the scores of reward functions; first axis B.
+
+        `prepare` computes it once for a batch, and `reward` finds it in `rollouts.known[self]`. Default: None.
+        """
+        return None
+
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts with the `fixed_features` of this leader in `known`; they are not computed again."""
+        if self in rollouts.known:
+            return rollouts
+        with torch.no_grad():
+            features = self.fixed_features(rollouts)
+        return rollouts if features is None else rollouts.knowing({self: features})
+
     def project(self) -> None:
         """Bring the parameters back into the leader's budget; called after every leader step. Default: no budget."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,13 @@ import align_cbrl
 from align_cbrl import InputError, Rollouts
 from align_cbrl.llm import (
     LanguageLeader,
+    LearnedBeta,
     LengthShaping,
     LoRA,
     RewardMixture,
     RewardModel,
     RewardModelLeader,
     Shaped,
-    leaders,
     load_leader,
     load_reward,
 )
@@ -228,7 +232,7 @@ def test_pushing_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> No
             calls.append(("upload", {"repo_id": repo_id, "score": score, "names": names}))
             return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr(leaders, "HfApi", Api)
+    monkeypatch.setattr("align_cbrl.llm.leaders.base.HfApi", Api)
     mixture = RewardMixture({"words": WORDS}, {"words": 0.5})
     assert mixture.push_to_hub("me/reward", private=True) == "https://hub/me/reward"
     assert calls == [
@@ -242,21 +246,166 @@ def test_saved_leaders_refused(tmp_path: Path) -> None:
     mixture.save_pretrained(tmp_path)
     file = tmp_path / "reward.json"
     good = json.loads(file.read_text())
+    unnamed = {key: value for key, value in good.items() if key != "class"}
     with pytest.raises(InputError, match=r"holds a RewardMixture; load it with RewardMixture\.from_pretrained"):
         Shaped.from_pretrained(tmp_path)
     for record, message in (
-        ({**good, "kind": "RewardMixtur"}, "as 'kind', got 'RewardMixtur'"),
+        ({**unnamed, "kind": "RewardMixtur"}, "as 'kind', got 'RewardMixtur'"),
+        (unnamed, "is damaged: it names no class"),
         ({k: v for k, v in good.items() if k != "budget"}, r"is damaged or from another version \(KeyError: 'budget'"),
         ({**good, "terms": {"words": {"reward_model": "../x"}}}, "expected a name inside the saved leader's folder"),
         ({**good, "terms": {"words": {"function": "../x.py:f"}}}, "expected a name inside the saved leader's folder"),
-        ([], "is damaged or from another version"),
+        ([], "is damaged: it names no class"),
     ):
         file.write_text(json.dumps(record))
         with pytest.raises(InputError, match=message):
             load_leader(tmp_path)
     file.write_text('{"kind": ')
-    with pytest.raises(InputError, match="is damaged or from another version"):
+    with pytest.raises(InputError, match=r"is damaged \(Expecting value"):
         load_reward(tmp_path)
+
+
+@pytest.mark.parametrize("name", LEADERS)
+def test_folders_of_version_0_1_load(name: str, classifiers: dict[str, Path], tmp_path: Path) -> None:
+    """They name the kind of leader in place of its class."""
+    leader = make(name, classifiers)
+    leader.calibrate(REFERENCE)
+    move(leader)
+    leader.save_pretrained(tmp_path)
+    for file in tmp_path.rglob("reward.json"):
+        record = json.loads(file.read_text())
+        record["kind"] = record.pop("class").rpartition(":")[2]
+        file.write_text(json.dumps({**record, "version": "0.1.0"}))
+    arguments: dict[str, Any] = {"prompts": PROMPTS, "completions": TEXTS, "completion_ids": IDS}
+    assert load_reward(tmp_path)(**arguments) == leader.score(**arguments).tolist()
+
+
+# ---- leaders of one's own ----
+
+LEADER = '''
+import torch
+from torch import nn
+from align_cbrl.llm import LanguageLeader
+
+
+class WordLimit(LanguageLeader):
+    """Charges for every word beyond a learned limit, and is saved with a file of its own."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = nn.Parameter(torch.tensor(float(limit), dtype=torch.float64))
+        self.table = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def score(self, prompts, completions, **columns):
+        words = torch.tensor([len(text.split()) for text in completions], dtype=torch.float64)
+        return -nn.functional.softplus(words - self.limit) + self.table.sum()
+
+    def record(self, path):
+        torch.save(self.table.detach(), path / "table.pt")
+        return {"limit": self.limit.item()}
+
+    @classmethod
+    def from_record(cls, path, record):
+        leader = cls(record["limit"])
+        leader.table.data.copy_(torch.load(path / "table.pt"))
+        return leader
+
+
+class Family:
+    class Inner(WordLimit):
+        pass
+'''
+
+
+def in_a_fresh_process(code: str, *folders: Path) -> str:
+    """What `code` prints; `folders` are on its PYTHONPATH."""
+    root = Path(align_cbrl.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, *folders)))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A user's module, importable from a folder of its own."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "own_leader.py").write_text(LEADER)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    yield importlib.import_module("own_leader")
+    del sys.modules["own_leader"]
+
+
+@pytest.mark.parametrize("wrapped", ["alone", "inner", "beta"])
+def test_a_users_leader_is_loaded_in_another_process(wrapped: str, own: Any, tmp_path: Path) -> None:
+    leader: Any = own.Family.Inner(2.5) if wrapped == "inner" else own.WordLimit(2.5)
+    move(leader)
+    if wrapped == "beta":
+        leader = LearnedBeta(leader, 0.5, low=0.1, high=1.0)
+    leader.save_pretrained(tmp_path / "reward")
+    code = (
+        "import json\nfrom align_cbrl.llm import load_leader\n"
+        f"leader = load_leader({str(tmp_path / 'reward')!r})\n"
+        f"scores = leader.score({PROMPTS!r}, {TEXTS!r}).tolist()\n"
+        "print(json.dumps([type(leader).__qualname__, [p.tolist() for p in leader.parameters()], scores]))"
+    )
+    name, parameters, scores = json.loads(in_a_fresh_process(code, tmp_path / "code").splitlines()[-1])
+    assert name == type(leader).__qualname__
+    assert parameters == [p.tolist() for p in leader.parameters()]
+    assert scores == leader.score(PROMPTS, TEXTS).tolist()
+    card = (tmp_path / "reward" / "README.md").read_text()
+    assert "runs the code of, `own_leader:" in card
+
+
+def test_a_class_that_cannot_be_imported_is_refused_when_saved(own: Any, tmp_path: Path) -> None:
+    class Local(own.WordLimit):  # type: ignore[misc, name-defined]
+        pass
+
+    by_path = load_object(f"{tmp_path / 'code' / 'own_leader.py'}:WordLimit")
+    for leader, message in (
+        (Local(1), "Local: cannot be saved.*it is defined inside a function; define it at the top of a module"),
+        (by_path(1), "WordLimit: cannot be saved.*was loaded from a file by its path; put the file's folder on PYTHON"),
+    ):
+        with pytest.raises(InputError, match=message):
+            leader.save_pretrained(tmp_path / "reward")
+    before = own.WordLimit
+    importlib.reload(own)
+    with pytest.raises(InputError, match="own_leader:WordLimit is not this class"):
+        before(1).save_pretrained(tmp_path / "reward")
+    assert not (tmp_path / "reward").exists()  # refused before anything is written
+    script = LEADER + (
+        "\nfrom align_cbrl import InputError\ntry:\n    WordLimit(1).save_pretrained('nowhere')\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    printed = in_a_fresh_process(script)
+    assert "WordLimit: cannot be saved" in printed
+    assert "it is defined in the script or session that is running; move it to a module of its own" in printed
+
+
+def test_a_class_that_does_not_load_is_named_with_the_reason(own: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    own.WordLimit(1).save_pretrained(folder)
+    record = json.loads((folder / "reward.json").read_text())
+    assert record["class"] == "own_leader:WordLimit"
+    (tmp_path / "code" / "own_broken.py").write_text("1 / 0\n")
+    for name, message in (
+        ("gone:WordLimit", r"class gone:WordLimit, but the module 'gone' cannot be imported \(ModuleNotFoundError"),
+        ("own_broken:WordLimit", r"'own_broken' cannot be imported \(ZeroDivisionError.*PYTHONPATH"),
+        ("own_leader:WordLimits", "the module 'own_leader' has no class 'WordLimits'; was it renamed or moved"),
+        ("collections:OrderedDict", "names the class collections:OrderedDict, which is no LanguageLeader"),
+        ("align_cbrl.llm:LanguageLeader", "which is no LanguageLeader that can be made"),
+        ("os:system", "the module 'os' has no class 'system'"),
+        (f"{tmp_path}/code/own_leader.py:WordLimit", "is not the name of a class; expected module:Class"),
+        ("own_leader", "is not the name of a class; expected module:Class"),
+    ):
+        (folder / "reward.json").write_text(json.dumps({**record, "class": name}))
+        with pytest.raises(InputError, match=message):
+            load_leader(folder)
+    (folder / "reward.json").write_text(json.dumps(record))
+    (folder / "table.pt").unlink()
+    with pytest.raises(InputError, match=r"holds a WordLimit that does not load: it is damaged.*FileNotFoundError"):
+        load_leader(folder)
 
 
 @pytest.mark.parametrize("term", [str.upper, len, load_object, "text", object()])

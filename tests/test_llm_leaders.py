@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from align_cbrl import (
 from align_cbrl.llm import (
     Judge,
     LanguageLeader,
+    LearnedBeta,
     LengthShaping,
     LoRA,
     RewardMixture,
@@ -102,32 +104,86 @@ def test_calibration_standardises_within_prompts_and_shapes_the_budget() -> None
     assert (reward.pow(2).sum() / (40 - 4)).sqrt().item() == pytest.approx(0.9)
 
 
-def test_terms_are_asked_once_about_a_batch_and_the_weights_still_move() -> None:
-    asked = []
+class Counted:
+    """A reward function that counts how often it has scored each completion."""
 
-    def counted(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        asked.append(list(completions))
-        return [float(len(text)) for text in completions]
+    def __init__(self, letters: str) -> None:
+        self.letters, self.calls = letters, 0
+        self.asked: Counter[str] = Counter()
 
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        self.calls += 1
+        self.asked.update(completions)
+        return [float(sum(text.count(letter) for letter in self.letters)) for text in completions]
+
+
+def test_what_is_known_of_a_batch_is_not_asked_again_and_the_weights_still_move() -> None:
+    counted = Counted("x")
     mixture = RewardMixture({"counted": counted}, budget=5.0)
-    batch = {"prompts": ["p", "p"], "completions": ["x", "xyz"], "completion_ids": [[1], [1, 2, 3]]}
-    assert mixture.score(**batch).tolist() == [5.0, 15.0]
+    batch = mixture.prepare(rollouts(["x", "xxx"], 1))
+    assert mixture.reward(batch).tolist() == [[5.0], [15.0]]
     with torch.no_grad():
         mixture.weight.mul_(0.5)
-    assert mixture.score(**{name: list(values) for name, values in batch.items()}).tolist() == [2.5, 7.5]
-    assert len(asked) == 1
-    # another batch, a column that differs, and a list changed in place are new
-    batch["completions"][0] = "xx"
-    assert mixture.score(**batch).tolist() == [5.0, 7.5]
-    mixture.score(**{**batch, "completion_ids": [[1], [2]]})
-    batch["completion_ids"][1].append(9)
-    mixture.score(**batch)
-    assert len(asked) == 4
-    # what cannot be compared is asked about every time
-    odd = {"prompts": ["p"], "completions": ["x"], "completion_ids": [torch.ones(2)], "state": object()}
-    mixture.score(**odd)
-    mixture.score(**odd)
-    assert len(asked) == 6
+    assert mixture.reward(mixture.prepare(batch)).tolist() == [[2.5], [7.5]]
+    assert mixture.reward(batch.select([1])).tolist() == [[7.5]]
+    assert counted.calls == 1
+    # What is known belongs to this leader and to these rollouts.
+    assert RewardMixture({"counted": counted}, budget=2.0).reward(batch).tolist() == [[2.0], [6.0]]
+    assert mixture.reward(rollouts(["x", "xxx"], 1)).tolist() == [[2.5], [7.5]]
+    assert counted.calls == 3
+
+
+def leader_of_counted(name: str, one: Counted, other: Counted) -> LanguageLeader:
+    mixture = RewardMixture({"one": one, "other": other}, {"one": 0.5, "other": -0.2})
+    if name == "mixture":
+        return mixture
+    if name == "beta":
+        return LearnedBeta(mixture, 2.0, low=1.0, high=5.0)
+    if name == "shaped":
+        return Shaped(one, RewardMixture({"other": other}, {"other": 0.1}))
+    return LearnedBeta(LengthShaping(one, target=2.0, weight=0.1), 2.0, low=1.0, high=5.0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"correction": "on"}, {"replays": 3}])
+@pytest.mark.parametrize("name", ["mixture", "beta", "shaped", "length"])
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_a_leader_step_asks_every_term_once_about_every_completion(
+    name: str, settings: dict[str, Any], chunks: int, folder: Path
+) -> None:
+    one, other = Counted("ab"), Counted("cd")
+    leader = leader_of_counted(name, one, other)
+    follower = TiltedFollower(folder, lm.prompt_dataset(), 1.0, max_completion_length=2)
+    seen: Counter[str] = Counter()
+    run = HPGD(
+        Problem(leader, ExpectedUtility(letters_of), follower),
+        torch.optim.Adam(leader.parameters(), lr=0.05, maximize=True),
+        PolicyResponse(chunks=chunks),
+        HPGDConfig(steps=3, contexts_per_step=4, group_size=4, progress=False, **settings),
+        observers=[lambda row, batch: seen.update(batch.steps["completion"])],
+    )
+    run.run()
+    assert sum(seen.values()) == 48
+    for term in (one, other) if name != "length" else (one,):
+        assert term.asked == seen and term.calls == 3
+
+
+@pytest.mark.parametrize("name", ["mixture", "beta", "shaped", "length"])
+def test_what_is_known_changes_no_number(name: str, folder: Path) -> None:
+    leader = leader_of_counted(name, Counted("ab"), Counted("cd"))
+    batch = rollouts(TEXTS, 2)
+    leader.calibrate(batch)
+    problem = Problem(leader, ExpectedUtility(letters_of), TiltedFollower(folder, lm.prompt_dataset(), 0.5))
+    gradients = []
+    for rows in (batch, leader.prepare(batch)):
+        leader.zero_grad()
+        PolicyResponse(chunks=3).backward(problem, rows)
+        gradients.append([p.grad.tolist() for p in problem.parameters if p.grad is not None])
+    assert gradients[0] == gradients[1] and torch.tensor(gradients[0][0]).norm() > 1e-3
+
+
+def letters_of(leader: Any, batch: Rollouts) -> Tensor:
+    """A utility: characters of each completion, [B, 1]."""
+    return torch.tensor([[float(len(text))] for text in batch.steps["completion"]], dtype=torch.float64)
 
 
 def test_follower_and_leader_ask_the_terms_once_about_a_batch(folder: Path) -> None:

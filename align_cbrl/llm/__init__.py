@@ -11,12 +11,18 @@ from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.judges.judge import Judge
 from align_cbrl.llm.judges.pairwise import PairwiseJudge
 from align_cbrl.llm.judges.remote import RemoteJudge
-from align_cbrl.llm.leaders.base import LanguageLeader, load_leader, load_reward
-from align_cbrl.llm.leaders.beta import LearnedBeta
-from align_cbrl.llm.leaders.lora import LoRA
-from align_cbrl.llm.leaders.mixture import RewardMixture
-from align_cbrl.llm.leaders.reward_model import RewardModelLeader
-from align_cbrl.llm.leaders.shaped import LengthShaping, Shaped
+from align_cbrl.llm.leaders import (
+    Correction,
+    LanguageLeader,
+    LearnedBeta,
+    LengthShaping,
+    LoRA,
+    RewardMixture,
+    RewardModelLeader,
+    Shaped,
+    load_leader,
+    load_reward,
+)
 from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.sampling import Completions, sample_completions
 from align_cbrl.llm.scoring import score_arguments
@@ -29,6 +35,7 @@ __all__ = [
     "LoRA",
     "Shaped",
     "LengthShaping",
+    "Correction",
     "LearnedBeta",
     "RewardModel",
     "load_leader",

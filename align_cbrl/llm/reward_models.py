@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,14 @@ class RewardModel:
         return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
 
 
+def import_peft() -> Any:
+    """The package peft, which is optional. Raises InputError when it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise InputError("adapters need the package peft: pip install 'align-cbrl[peft]'") from error
+
+
 def _load_classifier(path: str, **config: Any) -> tuple[PreTrainedModel, list[str]]:
     """The classifier in `path`, and the names of weights that it lacks: transformers draws those at random."""
     model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **config)
@@ -182,8 +191,6 @@ def _check_missing(path: str, missing: list[str]) -> None:
 
 def _load_adapted(path: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and merged model of a folder with a peft adapter."""
-    from align_cbrl.llm.leaders.lora import import_peft  # that module builds on this one
-
     peft = import_peft()
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     targets = config.get("target_modules") or []

@@ -35,6 +35,27 @@ def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -
     return function(**arguments_taken(function, arguments))
 
 
+def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) -> Tensor:
+    """The scores of a batch's completions, float64 [B], without gradients.
+
+    Args:
+        name: of the function, for messages.
+        function: a scoring function, called with the arguments that it takes.
+        arguments: `prompts`, `completions`, and every column by its name.
+
+    Raises:
+        InputError: as `check_scores`.
+
+    Example:
+        >>> def length(completions):
+        ...     return [len(text) for text in completions]
+        >>> scores_of("length", length, {"prompts": ["a", "b"], "completions": ["yes", "no"]}).tolist()
+        [3.0, 2.0]
+    """
+    with torch.no_grad():
+        return check_scores(name, call_score_function(function, arguments), len(arguments["completions"]))
+
+
 def check_scores(name: str, scores: Any, count: int) -> Tensor:
     """`scores` as float64 [count].
 

@@ -83,7 +83,7 @@ class TiltedFollower(LanguageFollower):
             batch_size=self.batch_size,
             chat_template_kwargs=self.chat_template_kwargs,
         )
-        untilted = sample.rollouts()
+        untilted = self._leader.prepare(sample.rollouts())
         with torch.no_grad():
             temperature = float(temperature_of(self._leader, self))
             log_ratio = self._leader.reward(untilted)[:, 0].double().cpu() / temperature
@@ -96,4 +96,4 @@ class TiltedFollower(LanguageFollower):
             log_policy=tilted,
             log_prior=sample.log_prior,
             weight=weight,
-        )
+        ).knowing(untilted.known)

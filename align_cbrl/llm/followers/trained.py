@@ -134,6 +134,8 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self._scores = torch.zeros(0)  # rewards of the newest batch
         self._ready: int | None = None  # the newest leader step whose response is done
         self._handed_out: Completions | None = None  # its completions, where the leader sees those trained on
+        self._fixed: Tensor | None = None  # what the leader's reward of the newest batch is made of
+        self._known: dict[Any, Tensor] = {}  # the same of those handed out, for `Rollouts.known`
         self._of_all_ranks: Completions | None = None  # of every process: rank 0 saves these
         self._initial: dict[str, Tensor] = {}  # an adapter's parameters before training
         self._on_step: Callable[[int], bool] = lambda step: True
@@ -403,7 +405,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         # An estimator that trains the policy for a look, and puts it back, has used completions all the same.
         self._completions = max(self._completions, state["completions"])
         seen = state["handed_out"]
-        self._handed_out = None
+        self._handed_out, self._known = None, {}
         if seen is not None:
             self._of_all_ranks = Completions(columns={}, text=[], **seen)
             mine = share(len(seen["context"]))
@@ -465,6 +467,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         seen = self._built().observed
         assert seen is not None
         self._ready, self._handed_out = step, seen
+        self._known = {} if self._fixed is None else {self._leader: self._fixed}
         self._of_all_ranks = Completions(
             context=gather_rows(seen.context),
             columns={},
@@ -479,7 +482,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
 
     def _shown(self, contexts_per_step: int) -> Rollouts:
         assert self._handed_out is not None
-        rollouts = self._handed_out.rollouts()
+        rollouts = self._handed_out.rollouts().knowing(self._known)
         shown = contexts_per_step * self.group_size // world_size()
         return rollouts if shown == rollouts.size else rollouts.select(slice(0, shown))
 
@@ -511,7 +514,13 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 "tokenizer that adds one, and a chat template that the model was not trained with"
             )
         with torch.no_grad():
-            scores = self._leader.score(prompts, completions, **columns).double().cpu()
+            leader, self._fixed = self._leader, self._leader.fixed_scores(prompts, completions, **columns)
+            scores = (
+                leader.score(prompts, completions, **columns)
+                if self._fixed is None
+                else leader.score_from(self._fixed, prompts, completions, **columns)
+            )
+        scores = scores.double().cpu()
         if not torch.isfinite(scores).all():
             i = int((~torch.isfinite(scores)).nonzero()[0])
             raise InputError(f"leader's reward: got {scores[i].item()} for completion {i}: {completions[i]!r}")

@@ -1,10 +1,9 @@
-"""Leaders that shape the rewards of language models, r_x(prompt, completion), and how they are saved and loaded."""
+"""The contract of leaders that shape the rewards of language models, and how they are saved and loaded."""
 
 from __future__ import annotations
 
 import abc
 import inspect
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,42 +13,96 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-import align_cbrl
-from align_cbrl.errors import InputError
-from align_cbrl.llm.leaders.model_card import model_card
+from align_cbrl.errors import InputError, first_line
+from align_cbrl.llm.leaders.import_names import class_name, imported_class
+from align_cbrl.llm.leaders.saved import RECORD, read_record, write_card, write_record
 from align_cbrl.llm.scoring import score_arguments
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 
 L = TypeVar("L", bound="LanguageLeader")
 
-_RECORD = "reward.json"
+_DEFINED: dict[str, type[LanguageLeader]] = {}
+"""Every class of leaders that has been defined in this process, by its name `module:QualName`."""
+
+_OWN = "align_cbrl.llm.leaders."
 
 
 class LanguageLeader(Leader):
-    """A leader whose reward is a function of prompt and completion."""
+    """A leader whose reward is a function of prompt and completion.
+
+    A subclass defines `score`, and `record` and `from_record` to be saved and loaded. It registers itself when it is
+    defined. A saved folder names its class, so that a class defined in any module that can be imported is loaded like
+    those of this library.
+
+    The parts of a reward that do not move with the parameters, such as the scores of reward functions, are expensive
+    and stay the same through a leader step. A subclass that declares them, by `fixed_scores` and `score_from`, has them
+    computed once per completion; `HPGD` carries them along in `Rollouts.known`.
+
+    Example:
+        >>> class Longer(LanguageLeader):
+        ...     def __init__(self, weight):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.tensor(float(weight)))
+        ...     def score(self, prompts, completions, **columns):
+        ...         return self.weight * torch.tensor([float(len(text)) for text in completions])
+        ...     def record(self, path):
+        ...         return {"weight": self.weight.item()}
+        ...     @classmethod
+        ...     def from_record(cls, path, record):
+        ...         return cls(record["weight"])
+        >>> Longer(0.5).reward_function()(prompts=["a", "a"], completions=["bc", "bcde"])
+        [1.0, 2.0]
+    """
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        _DEFINED[f"{cls.__module__}:{cls.__qualname__}"] = cls
 
     @abc.abstractmethod
     def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """r_x of B completions: [B], differentiable in x."""
 
     @abc.abstractmethod
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the reward to a folder that `load_reward` turns into a reward function."""
+    def record(self, path: Path) -> Mapping[str, Any]:
+        """Plain data from which `from_record` makes the leader again.
+
+        Args:
+            path: the folder that the leader is saved to; tensors and models go to files in it.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def from_record(cls, path: Path, record: Mapping[str, Any]) -> LanguageLeader:
+        """The leader whose `record` was saved to the folder `path`."""
+
+    def fixed_scores(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor | None:
+        """The parts of r_x that do not move with x: [B, K] without graph, or None, the default, where it has none."""
+        return None
+
+    def score_from(self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """r_x of B completions [B], as `score`, given what `fixed_scores` returned for them."""
+        return self.score(prompts, completions, **columns)
 
     def calibrate(self, rollouts: Rollouts) -> None:
-        """Set the reward's scale by completions of the reference, several a prompt. Default: it has none to set."""
+        """Set the reward's scale on completions of the reference, several per prompt. Default: nothing to set."""
 
     def describe(self) -> dict[str, Any]:
         """What has been learned, by name, for logs and the model card: numbers and short texts."""
         return {name: list(p.shape) for name, p in self.named_parameters() if p.requires_grad}
 
+    def fixed_features(self, rollouts: Rollouts) -> Tensor | None:
+        """See `Leader.fixed_features`: the `fixed_scores` of the rollouts' completions."""
+        return self.fixed_scores(**score_arguments(rollouts))
+
     def reward(self, rollouts: Rollouts) -> Tensor:
         """r_x [B, 1]."""
-        return self.score(**score_arguments(rollouts))[:, None]
+        arguments, fixed = score_arguments(rollouts), rollouts.known.get(self)
+        scores = self.score(**arguments) if fixed is None else self.score_from(fixed, **arguments)
+        return scores[:, None]
 
     def reward_function(self) -> Callable[..., list[float]]:
-        """The present reward as a trl reward function; it follows the leader as its parameters move."""
+        """The reward as a trl reward function, which follows the leader as its parameters move."""
 
         def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
             with torch.no_grad():
@@ -59,12 +112,26 @@ class LanguageLeader(Leader):
         reward.__name__ = type(self).__name__
         return reward
 
-    @classmethod
-    def from_pretrained(cls: type[L], path: str | Path) -> L:
-        """The leader that `save_pretrained` wrote to `path`, ready to learn on.
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the leader to a folder that `load_leader` and `load_reward` read, with a model card.
 
         Raises:
-            InputError: `path` holds none, or one of another class.
+            InputError: another process could not import the leader's class, or a reward function that it is made of,
+                such as a lambda.
+        """
+        name, folder = class_name(type(self)), Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = self.record(folder)
+        write_record(folder, name, record)
+        budget = {"budget": record["budget"]} if "budget" in record else {}
+        write_card(folder, type(self), {**self.describe(), **budget})
+
+    @classmethod
+    def from_pretrained(cls: type[L], path: str | Path) -> L:
+        """The leader that `save_pretrained` wrote to `path`; its parameters can be trained further.
+
+        Raises:
+            InputError: there is no leader in `path`, or one of another class.
         """
         leader = load_leader(path)
         if not isinstance(leader, cls):
@@ -75,10 +142,12 @@ class LanguageLeader(Leader):
         return leader
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, commit_message: str = "Upload the reward") -> str:
-        """Save and upload to the Hugging Face hub, with the user's own token; the only method that needs a network.
+        """Save the leader and upload the folder to the Hugging Face hub, with the user's own token.
+
+        No other method needs a network.
 
         Args:
-            repo_id: `owner/name`; the repository is created if there is none.
+            repo_id: `owner/name`; the repository is created if it does not exist.
             private: whether a repository that is created is private; None leaves that to the owner's settings.
             commit_message: of the upload.
 
@@ -92,74 +161,55 @@ class LanguageLeader(Leader):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 
-def write_record(leader: LanguageLeader, path: Path, record: Mapping[str, Any]) -> None:
-    """Write reward.json, which `load_leader` reads, and the model card README.md; the last act of `save_pretrained`.
-
-    Args:
-        leader: saved; its class names the kind.
-        path: its folder.
-        record: what its class needs to make it again, plain data.
-    """
-    kind = type(leader).__name__
-    path.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"kind": kind, "version": align_cbrl.__version__, **record}, indent=2)
-    (path / _RECORD).write_text(text + "\n", encoding="utf-8")
-    summary = " ".join((inspect.getdoc(type(leader)) or "").split("\n\n")[0].split())
-    values = {**leader.describe(), **({"budget": record["budget"]} if "budget" in record else {})}
-    card = model_card(kind, summary, values, _functions(record), align_cbrl.__version__)
-    (path / "README.md").write_text(card, encoding="utf-8")
-
-
 def load_leader(path: str | Path) -> LanguageLeader:
-    """The leader that `save_pretrained` wrote to `path`, a local folder; needs no network.
+    """The leader that `save_pretrained` wrote to `path`, a local folder. No network is needed.
 
-    Functions that are terms of its reward are imported: load what you trust.
+    The module of the leader's class and those of the reward functions it is made of are imported, which runs their
+    code: load only what you trust.
 
     Raises:
-        InputError: there is none, or its reward.json is damaged or from a newer version.
+        InputError: there is no leader in `path`; its class cannot be imported, or is not a class of leaders; or the
+            folder is damaged. The message names the class and the reason.
     """
-    # Imported here: these modules build on this one.
-    from align_cbrl.llm.leaders.beta import LearnedBeta
-    from align_cbrl.llm.leaders.mixture import RewardMixture
-    from align_cbrl.llm.leaders.reward_model import RewardModelLeader
-    from align_cbrl.llm.leaders.shaped import LengthShaping, Shaped
-
-    path = Path(path)
-    file = path / _RECORD
-    if not file.is_file():
-        raise InputError(f"load_leader: no {_RECORD} in {path}; expected a folder written by save_pretrained")
+    folder = Path(path)
+    record = read_record(folder)
+    leader = _class_of(record, folder)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        kinds: dict[str, Any] = {
-            kind.__name__: kind for kind in (RewardMixture, RewardModelLeader, Shaped, LengthShaping, LearnedBeta)
-        }
-        kind = record["kind"]
-        if kind not in kinds:
-            raise InputError(f"load_leader: {file}: expected one of {sorted(kinds)} as 'kind', got {kind!r}")
-        leader: LanguageLeader = kinds[kind].from_record(path, record)
-        return leader
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"load_leader: {file} is damaged or from another version ({type(error).__name__}: {error}); save the "
-            "leader again"
-        ) from error
+        return leader.from_record(folder, record)
+    except Exception as error:  # the class may be anybody's
+        reason = str(error)
+        if not isinstance(error, InputError):
+            reason = f"it is damaged or from another version ({type(error).__name__}: {first_line(error)})"
+        raise InputError(f"load_leader: {folder} holds a {leader.__name__} that does not load: {reason}") from error
 
 
 def load_reward(path: str | Path) -> Callable[..., list[float]]:
-    """The learned reward in `path` as a trl reward function.
+    """The learned reward in the folder `path` as a trl reward function. Errors are those of `load_leader`.
 
     Three lines use it::
 
         from align_cbrl.llm import load_reward
-        reward = load_reward("runs/docstrings/reward")
+        reward = load_reward("runs/tune_weights/reward")
         trainer = RLOOTrainer(model, reward_funcs=reward, train_dataset=prompts)
     """
     return load_leader(path).reward_function()
 
 
-def _functions(record: Any) -> list[str]:
-    """Import paths of the functions in a record, wherever they stand."""
-    if not isinstance(record, Mapping):
-        return []
-    own = [record["function"]] if isinstance(record.get("function"), str) else []
-    return own + [path for value in record.values() for path in _functions(value)]
+def _class_of(record: Mapping[str, Any], folder: Path) -> type[LanguageLeader]:
+    if "class" not in record:  # of version 0.1, which named the classes of this library only
+        own = {c.__name__: c for n, c in _DEFINED.items() if n.startswith(_OWN) and not inspect.isabstract(c)}
+        if record["kind"] not in own:
+            raise InputError(
+                f"load_leader: {folder / RECORD}: expected one of {sorted(own)} as 'kind', got {record['kind']!r}"
+            )
+        return own[record["kind"]]
+    try:
+        found = imported_class(record["class"])
+    except InputError as error:
+        raise InputError(f"load_leader: {folder} holds a leader of the class {record['class']}, but {error}") from error
+    if not issubclass(found, LanguageLeader) or inspect.isabstract(found):
+        raise InputError(
+            f"load_leader: {folder / RECORD} names the class {record['class']}, which is no LanguageLeader that can be "
+            "made; the folder is damaged, or not from this library"
+        )
+    return found

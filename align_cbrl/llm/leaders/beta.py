@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
-from align_cbrl.llm.leaders.base import LanguageLeader, load_leader, write_record
+from align_cbrl.llm.leaders.base import LanguageLeader, load_leader
 from align_cbrl.rollouts import Rollouts
 
 
@@ -69,9 +69,13 @@ class LearnedBeta(LanguageLeader):
         """The wrapped leader's r_x [B]."""
         return self.leader.score(prompts, completions, **columns)
 
-    def reward(self, rollouts: Rollouts) -> Tensor:
-        """The wrapped leader's r_x [B, 1]."""
-        return self.leader.reward(rollouts)
+    def fixed_scores(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor | None:
+        """What is fixed of the wrapped leader's reward."""
+        return self.leader.fixed_scores(prompts, completions, **columns)
+
+    def score_from(self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """The wrapped leader's r_x [B], given its `fixed_scores`."""
+        return self.leader.score_from(fixed, prompts, completions, **columns)
 
     def describe(self) -> dict[str, Any]:
         """What the wrapped leader has learned, and beta."""
@@ -87,13 +91,12 @@ class LearnedBeta(LanguageLeader):
         self.log_beta.clamp_(math.log(self.low), math.log(self.high))
         self.leader.project()
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write beta, its bounds, and the wrapped leader to the folder `leader` inside."""
-        path = Path(path)
+    def record(self, path: Path) -> dict[str, Any]:
+        """Beta and its bounds; the wrapped leader is saved to the folder `leader` inside."""
         self.leader.save_pretrained(path / "leader")
-        write_record(self, path, {"beta": self.beta, "low": self.low, "high": self.high})
+        return {"beta": self.beta, "low": self.low, "high": self.high}
 
     @classmethod
     def from_record(cls, path: Path, record: Mapping[str, Any]) -> LearnedBeta:
-        """What `save_pretrained` wrote; use `load_leader`."""
+        """See `LanguageLeader.from_record`."""
         return cls(load_leader(path / "leader"), record["beta"], low=record["low"], high=record["high"])

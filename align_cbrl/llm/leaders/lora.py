@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.llm.reward_models import HEADS, RewardModel
+from align_cbrl.llm.reward_models import HEADS, RewardModel, import_peft
 from align_cbrl.runs.config import nearest
 
 _ADAPTER = "default"
@@ -149,14 +148,6 @@ class Adapter:
     @staticmethod
     def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
         return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-
-
-def import_peft() -> Any:
-    """The package peft, which is optional. Raises InputError when it is not installed."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise InputError("adapters need the package peft: pip install 'align-cbrl[peft]'") from error
 
 
 def _check_targets(model: RewardModel, lora: LoRA) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
-from align_cbrl.llm.leaders.base import LanguageLeader, write_record
 from align_cbrl.llm.leaders.calibration import within_prompts
+from align_cbrl.llm.leaders.correction import Correction
 from align_cbrl.llm.leaders.terms import load_term, save_terms
-from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores, score_arguments
+from align_cbrl.llm.scoring import ScoreFunction, score_arguments, scores_of
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import nearest
 
@@ -28,7 +27,7 @@ _LEAST_SHARE = (
 _LOWEST_LOGIT = math.log(_LEAST_SHARE)
 
 
-class RewardMixture(LanguageLeader):
+class RewardMixture(Correction):
     """A weighted sum of reward functions, x being the weights: r_x = sum_k w_k (f_k - shift_k) / scale_k.
 
     Each term is standardised once, by `calibrate`, so that weights compare. The weights live in an ellipsoid, those
@@ -69,6 +68,8 @@ class RewardMixture(LanguageLeader):
         [-1.0, -3.0]
     """
 
+    spread_is_sampled: ClassVar[bool] = False
+
     shift: Tensor
     scale: Tensor
     correlation: Tensor
@@ -97,7 +98,6 @@ class RewardMixture(LanguageLeader):
             self.logits = nn.Parameter((start / start.max()).clamp(min=_LEAST_SHARE).log())
         else:
             self.weight = nn.Parameter(start)
-        self._newest: tuple[str, Tensor] | None = None  # a batch, and the terms' scores of it as they are
         self.register_buffer("shift", torch.zeros(len(terms), dtype=torch.float64))
         self.register_buffer("scale", torch.ones(len(terms), dtype=torch.float64))
         self.register_buffer("correlation", torch.eye(len(terms), dtype=torch.float64))
@@ -108,28 +108,36 @@ class RewardMixture(LanguageLeader):
             return self.total * torch.softmax(self.logits, 0)
         return self.weight
 
-    def features(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
-        """The standardised terms, float64 [B, K], without gradients.
+    def fixed_scores(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """The scores of the terms as the functions return them, float64 [B, K].
 
-        The terms do not move, so those of the newest batch are kept: follower, certificate and gradient ask about the
-        same one, each in turn.
+        Raises:
+            InputError: a term that returns None, the wrong number of scores, or a score that is not finite.
         """
         arguments = {"prompts": prompts, "completions": completions, **columns}
-        key = _key(arguments)
-        if key is not None and self._newest is not None and key == self._newest[0]:
-            scores = self._newest[1]
-        else:
-            asked = [
-                check_scores(name, call_score_function(term, arguments), len(completions))
-                for name, term in self.terms.items()
-            ]
-            scores = torch.stack(asked, dim=1)
-            self._newest = None if key is None else (key, scores)
-        return (scores.to(self.shift.device) - self.shift) / self.scale
+        return torch.stack([scores_of(name, term, arguments) for name, term in self.terms.items()], dim=1)
+
+    def features(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """The standardised terms, float64 [B, K], without gradients."""
+        return self._standardised(self.fixed_scores(prompts, completions, **columns))
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
-        """r_x [B]. Raises InputError when a term returns None, the wrong length, or NaN."""
+        """r_x [B]. Raises InputError as `fixed_scores` does."""
         return self.features(prompts, completions, **columns) @ self.effective_weight()
+
+    def score_from(self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """r_x [B], given the terms' scores."""
+        return self._standardised(fixed) @ self.effective_weight()
+
+    def deviation(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """See `Correction.deviation`: as a correction a mixture changes the reward by r_x itself."""
+        return self.score(prompts, completions, **columns)
+
+    def deviation_from(
+        self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> Tensor:
+        """As `deviation`, given the terms' scores."""
+        return self.score_from(fixed, prompts, completions, **columns)
 
     @torch.no_grad()
     def calibrate(self, rollouts: Rollouts) -> None:
@@ -153,9 +161,13 @@ class RewardMixture(LanguageLeader):
 
     @torch.no_grad()
     def spread(self) -> float:
-        """Standard deviation of r_x within a prompt of the calibrating rollouts (the weights' norm before that)."""
+        """Standard deviation of r_x within a prompt of the calibrating rollouts; before that, the weights' norm."""
         weight = self.effective_weight()
         return float((weight @ self.correlation @ weight).clamp(min=0).sqrt())
+
+    def spread_on(self, reference: Rollouts | None) -> float:
+        """See `Correction.spread_on`: known from the terms' correlations, so that no completion is scored."""
+        return self.spread()
 
     @torch.no_grad()
     def project(self) -> None:
@@ -178,6 +190,14 @@ class RewardMixture(LanguageLeader):
             )
         self.weight.mul_(factor)
 
+    def check_correction_of(self, frozen: ScoreFunction) -> None:
+        """Raise `InputError` for "softmax", whose weights cannot be small."""
+        if self.constraint == "softmax":
+            raise InputError(
+                "Shaped.correction: the weights of a softmax have a fixed sum, so its correction cannot be small; "
+                "use a mixture of constraint 'free' or 'positive'"
+            )
+
     def weights(self) -> dict[str, float]:
         """The present weights w by name, whatever the constraint."""
         return dict(zip(self.terms, self.effective_weight().tolist(), strict=True))
@@ -187,14 +207,12 @@ class RewardMixture(LanguageLeader):
         values: dict[str, Any] = {f"weight of {name}": weight for name, weight in self.weights().items()}
         return {**values, "constraint": self.constraint}
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write weights, standardisation and the terms (reward models are copied, functions named by dotted path).
+    def record(self, path: Path) -> dict[str, Any]:
+        """Weights, standardisation and the terms (reward models are copied, functions named by dotted path).
 
         Raises:
             InputError: a term that is neither a reward model nor an importable function, such as a lambda.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         record = {
             "terms": save_terms(self.terms, path),
             "constraint": self.constraint,
@@ -206,11 +224,11 @@ class RewardMixture(LanguageLeader):
         }
         if self.constraint == "softmax":
             record |= {"total": self.total, "logits": self.logits.tolist()}
-        write_record(self, path, record)
+        return record
 
     @classmethod
     def from_record(cls, path: Path, record: Mapping[str, Any]) -> RewardMixture:
-        """The mixture that `save_pretrained` wrote; called by `load_leader`."""
+        """See `LanguageLeader.from_record`."""
         terms = {name: load_term(name, term, path) for name, term in record["terms"].items()}
         constraint = record.get("constraint", "free")  # version 0.1 knew no other
         mixture = cls(terms, budget=record["budget"], constraint=constraint)
@@ -223,6 +241,9 @@ class RewardMixture(LanguageLeader):
         for name in ("shift", "scale", "correlation"):
             getattr(mixture, name).copy_(torch.tensor(record[name], dtype=torch.float64))
         return mixture
+
+    def _standardised(self, scores: Tensor) -> Tensor:
+        return (scores.to(self.shift.device) - self.shift) / self.scale
 
     def _start(self, weights: Mapping[str, float]) -> Tensor:
         """The starting weights [K], checked."""
@@ -242,11 +263,3 @@ class RewardMixture(LanguageLeader):
         if size > self.budget * (1 + 1e-9):
             raise InputError(f"RewardMixture.weights: their {name} {size:.4g} exceeds the budget {self.budget:.4g}")
         return start
-
-
-def _key(arguments: Mapping[str, Any]) -> str | None:
-    """What tells one batch from another; None where other values than plain data, a trainer's state, are among them."""
-    try:
-        return json.dumps(arguments, sort_keys=True)
-    except (TypeError, ValueError):
-        return None

@@ -1,23 +1,18 @@
-"""The README.md that a saved leader carries: what it is, its weights, its budget, and how to use it."""
+"""The model card that a saved leader carries: what it is, its weights, its budget, and how to use it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_CARD = """---
-library_name: align-cbrl
-tags:
-- align-cbrl
-- reward-function
-- trl
----
+from huggingface_hub import ModelCard, ModelCardData
 
+_BODY = """
 # {kind}
 
 {summary}
 
-Learned and saved by align-cbrl {version}. Scores are for training: they rank completions of one prompt.
+Learned and saved by align-cbrl {version}. The scores are meant for training: they rank completions of the same prompt.
 
 | what | value |
 |---|---|
@@ -33,32 +28,36 @@ from align_cbrl.llm import load_reward
 reward = load_reward("path/to/this/folder")
 ```
 
-`reward(prompts=[...], completions=[...])` returns one number a completion. From the hub, the folder is
-`huggingface_hub.snapshot_download("owner/name")`. {code}
+`reward(prompts=[...], completions=[...])` returns one score per completion. To load it from the hub, download the
+folder first: `huggingface_hub.snapshot_download("owner/name")`. {code}
 """
 
 
-def model_card(kind: str, summary: str, values: Mapping[str, Any], functions: list[str], version: str) -> str:
-    """A model card in Markdown, with the header that the hub reads.
+def model_card(kind: str, summary: str, values: Mapping[str, Any], imports: Sequence[str], version: str) -> ModelCard:
+    """The model card of a saved leader, with the metadata that the hub reads.
 
     Args:
-        kind: the leader's class.
+        kind: the name of the leader's class.
         summary: one paragraph on what it computes.
         values: what the table shows, by name.
-        functions: import paths of functions that loading imports.
+        imports: import paths of the functions and classes whose code loading runs.
         version: of this library.
 
     Example:
         >>> card = model_card("RewardMixture", "A weighted sum.", {"weight of `short`": 0.5}, ["a.b"], "1.0")
-        >>> "| weight of `short` | 0.5 |" in card, "runs the code of" in card
+        >>> "| weight of `short` | 0.5 |" in card.text, "runs the code of" in card.text
         (True, True)
+        >>> card.data.tags
+        ['align-cbrl', 'reward-function', 'trl']
     """
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items())
-    if functions:
-        code = f"Loading imports, and so runs the code of, {', '.join(f'`{_cell(f)}`' for f in functions)}."
+    if imports:
+        code = f"Loading imports, and so runs the code of, {', '.join(f'`{_cell(name)}`' for name in imports)}."
     else:
         code = "Loading runs no code from this folder."
-    return _CARD.format(kind=kind, summary=summary, version=version, rows=rows, code=code)
+    data = ModelCardData(library_name="align-cbrl", tags=["align-cbrl", "reward-function", "trl"])
+    body = _BODY.format(kind=kind, summary=summary, version=version, rows=rows, code=code)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}", ignore_metadata_errors=False)
 
 
 def _cell(value: Any) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.llm.leaders.base import LanguageLeader, write_record
 from align_cbrl.llm.leaders.calibration import deviation_within_prompts
+from align_cbrl.llm.leaders.correction import Correction
 from align_cbrl.llm.leaders.lora import Adapter, LoRA
 from align_cbrl.llm.reward_models import RewardModel
-from align_cbrl.llm.scoring import score_arguments
+from align_cbrl.llm.scoring import ScoreFunction, score_arguments
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import nearest
 
@@ -24,7 +24,7 @@ Trainable = Literal["head", "lora", "all"]
 """Which of a reward model's parameters are the leader's; see `RewardModelLeader`."""
 
 
-class RewardModelLeader(LanguageLeader):
+class RewardModelLeader(Correction):
     """A reward model whose own parameters are x: r_x = strength * (RM_x(prompt, completion) - shift) / scale.
 
     - "head": the last layer.
@@ -119,8 +119,8 @@ class RewardModelLeader(LanguageLeader):
         """r_x [B]."""
         return self.strength * (self.reward_model.score(prompts, completions) - self.shift) / self.scale
 
-    def deviation(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """r_x - r_{x_0} [B], how much the reward has changed from where it started; costs one forward pass more."""
+    def deviation(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """r_x - r_{x_0} [B], the change of the reward since the start; it costs one forward pass more than `score`."""
         with torch.no_grad():
             start = self.reward_model.score(prompts, completions, self._start())
         return self.strength * (self.reward_model.score(prompts, completions) - start) / self.scale
@@ -169,6 +169,19 @@ class RewardModelLeader(LanguageLeader):
         for name, p in self._moving().items():
             p.copy_(start[name] + (p - start[name]) * factor)
 
+    def check_correction_of(self, frozen: ScoreFunction) -> None:
+        """Raise `InputError` where all parameters are trained, or `frozen` is the model that this leader trains."""
+        if self.trainable == "all":
+            raise InputError(
+                "Shaped.correction: a reward model all of whose parameters move is no small correction; use "
+                "trainable='head' or 'lora', or a RewardModelLeader alone"
+            )
+        if self.reward_model is frozen:
+            raise InputError(
+                "Shaped.frozen: the correction trains this very model, so it would not be frozen; load it twice, "
+                "RewardModel(path) for each"
+            )
+
     def describe(self) -> dict[str, Any]:
         """What trains, how many parameters, and the strength."""
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -177,10 +190,8 @@ class RewardModelLeader(LanguageLeader):
             values |= {"LoRA rank": self.lora.rank, "LoRA alpha": self.lora.alpha}
         return values
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the reward model, its standardisation, and where its budget is measured from."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+    def record(self, path: Path) -> dict[str, Any]:
+        """The reward model, its standardisation, and the parameters from which the budget is measured."""
         record: dict[str, Any] = {
             "trainable": self.trainable,
             "strength": self.strength,
@@ -206,11 +217,11 @@ class RewardModelLeader(LanguageLeader):
                 safetensors.torch.save_file(start, path / "start.safetensors")
             else:
                 record |= {"start": self._origin_path, "start_norm": self._origin_norm}
-        write_record(self, path, record)
+        return record
 
     @classmethod
     def from_record(cls, path: Path, record: Mapping[str, Any]) -> RewardModelLeader:
-        """The leader that `save_pretrained` wrote; called by `load_leader`."""
+        """See `LanguageLeader.from_record`."""
         sizes = {name: record[name] for name in ("batch_size", "max_length") if name in record}
         model = RewardModel(path / "model", **sizes)
         lora = record.get("lora")

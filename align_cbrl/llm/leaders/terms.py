@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from align_cbrl.errors import InputError
+from align_cbrl.llm.leaders.import_names import is_importable
 from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.runs.imports import load_object
@@ -71,7 +71,7 @@ def _dotted_path(name: str, term: ScoreFunction, folder: Path, copied: dict[str,
     """How to import `term` again; the source file of a function from outside any package is copied to `folder`."""
     module, qualified = getattr(term, "__module__", None), getattr(term, "__qualname__", "<lambda>")
     if module is not None and "<" not in qualified:
-        if _importable(module) and getattr(importlib.import_module(module), qualified, None) is term:
+        if is_importable(module) and getattr(importlib.import_module(module), qualified, None) is term:
             return f"{module}.{qualified}"
         # Of a script, or loaded from a file by path: carry the file along.
         if (code := getattr(term, "__code__", None)) is not None and (source := Path(code.co_filename)).is_file():
@@ -80,13 +80,6 @@ def _dotted_path(name: str, term: ScoreFunction, folder: Path, copied: dict[str,
         f"term {name!r}: expected a reward model or a function defined at the top of a module, so that the reward can "
         f"be saved, got {term!r}"
     )
-
-
-def _importable(module: str) -> bool:
-    """Whether another process can import `module`; that this one has it loaded is not enough."""
-    package = module.split(".")[0]
-    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
-    return package != "__main__" and any(finder.find_spec(package, None) is not None for finder in finders)
 
 
 def _copy(source: Path, folder: Path, copied: dict[str, Path]) -> str:
