@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
+from align_cbrl.recipes import loop
 from align_cbrl.recipes.objectives.recipe import measure
 from align_cbrl.recipes.overoptimization.recipe import fit_overoptimization
 from align_cbrl.recipes.tune_weights.recipe import steps_to
@@ -25,8 +26,16 @@ from rebuilt import report_is_rebuilt
 from align_cbrl.cli import main
 from align_cbrl.llm import JudgeCache, load_reward
 from align_cbrl.llm.judges.judge import judge_identity
-from align_cbrl.llm.settings.objective import ObjectiveSettings
-from recipes import reward_weights
+from align_cbrl.llm.settings.objective import (
+    ConstrainedSettings,
+    CVaRSettings,
+    ExpectedSettings,
+    KLPricedSettings,
+    MeanVarianceSettings,
+    ObjectiveSettings,
+    WorstGroupSettings,
+)
+from align_cbrl.runs.imports import recipe_folder, recipes_folder
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +49,9 @@ def summary_of(out: Path) -> dict:
     return found
 
 
-def test_reward_weights(runs: Path) -> None:
-    out = runs / "reward_weights"
-    assert main(["run", "reward_weights", "--config", "smoke.yaml", "--out", str(out)]) == 0
+def test_tune_weights_in_the_world_of_replies(runs: Path) -> None:
+    out = runs / "tune_weights"
+    assert main(["run", "tune_weights", "--config", "replies_smoke.yaml", "--out", str(out)]) == 0
     summary = summary_of(out)
     assert {row["name"] for row in summary["rows"]} == {"base", "plain", "hpgd", "fresh", "tpe", "refit"}
     (reached,) = summary["reached"]
@@ -50,7 +59,7 @@ def test_reward_weights(runs: Path) -> None:
     score = load_reward(out / "seed-0" / "hpgd" / "reward")
     assert len(score(prompts=["angry buyer : refund for the laptop . reply : "], completions=["sorry ."])) == 1
     assert report_is_rebuilt(out)
-    again = ["run", "reward_weights", "--config", "smoke.yaml", "--out", str(out), "--resume"]
+    again = ["run", "tune_weights", "--config", "replies_smoke.yaml", "--out", str(out), "--resume"]
     assert main(again) == 0 and summary_of(out)["rows"] == summary["rows"]
 
 
@@ -61,11 +70,11 @@ def test_a_recipe_that_is_killed_in_every_stage_ends_the_same_and_pays_nothing_t
             itertools.product(("refund", "repair"), ("laptop", "phone", "camera", "printer"))]  # fmt: skip
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "mine.yaml").write_text(
-        (Path(reward_weights.__file__).parent / "smoke.yaml").read_text().replace("  rows: 400\n",
+        (recipe_folder("tune_weights") / "replies_smoke.yaml").read_text().replace("  rows: 400\n",
             f"  rows: 400\n  data: {tmp_path}/prompts.jsonl\n")
         + "judge: {function: align_cbrl.recipes.worlds.replies.judge.reply_judge, budget: 1000000}\n"
     )  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-m", "align_cbrl.cli", "run", "reward_weights", "--config",
+    command = [sys.executable, "-W", "ignore", "-m", "align_cbrl.cli", "run", "tune_weights", "--config",
                str(tmp_path / "mine.yaml"), "--set", "hpgd.steps=8", "hpgd.replays=1", "follower.steps=16",
                "--resume", "--out"]  # fmt: skip
     subprocess.run([*command, str(tmp_path / "whole" / "run")], check=True, capture_output=True, timeout=600)
@@ -87,8 +96,9 @@ def test_a_recipe_that_is_killed_in_every_stage_ends_the_same_and_pays_nothing_t
     assert parts == ["base.json", "fresh.json", "hpgd.json", "plain.json", "refit.json", "tpe.json"]
     for part in parts:
         ours, theirs = (json.loads((folder / part).read_text()) for folder in (whole, cut))
-        ours.pop("leader_share", None)
-        theirs.pop("leader_share", None)
+        for timed in ("leader_share", "seconds"):
+            ours.pop(timed, None)
+            theirs.pop(timed, None)
         assert ours == theirs, part
     for name in ("hpgd", "plain", "fresh"):
         ours, theirs = (load_newest(folder / name / "checkpoints") for folder in (whole, cut))
@@ -148,9 +158,9 @@ hpgd: {{steps: 2}}
 measure: {{every: 2, prompts: 4, group_size: 2, final_group_size: 2}}
 """
     )
-    arguments = ["run", "reward_weights", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "run")]
+    arguments = ["run", "tune_weights", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
-    assert "learned weights, first seed: words" in capsys.readouterr().out
+    assert "learned reward, first seed: words" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +201,7 @@ measure: {{every: 1, prompts: 2, group_size: 2, final_group_size: 2}}
 def test_another_policy_is_another_path(family: str, chat: bool, one_yaml: Path, tmp_path: Path) -> None:
     tiny_models.build(tmp_path / "model", family, chat=chat)
     paths = [f"world.model={tmp_path / 'model'}", f"world.data={one_yaml / f'{chat}.jsonl'}"]
-    arguments = ["run", "reward_weights", "--config", str(one_yaml / "mine.yaml"), "--out", str(tmp_path / "run")]
+    arguments = ["run", "tune_weights", "--config", str(one_yaml / "mine.yaml"), "--out", str(tmp_path / "run")]
     assert main([*arguments, "--set", *paths]) == 0
     assert {row["name"] for row in summary_of(tmp_path / "run")["rows"]} == {"base", "plain", "hpgd", "fresh"}
 
@@ -211,7 +221,7 @@ def test_another_policy_is_another_path(family: str, chat: bool, one_yaml: Path,
 def test_what_is_wrong_in_a_configuration_is_named(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["run", "reward_weights", "--config", "smoke.yaml", "--set", override, "--out", str(tmp_path / "run")]
+    arguments = ["run", "tune_weights", "--config", "replies_smoke.yaml", "--set", override, "--out", str(tmp_path / "run")]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -246,14 +256,21 @@ def test_curves_are_read_where_they_cross() -> None:
 
 
 def test_objectives_are_measured_as_they_are_defined() -> None:
-    by_prompt, moods = [0.2, 0.4, 0.6, 1.0], {"mood": ["a", "a", "b", "b"]}
+    by_prompt = {"judge": [0.2, 0.4, 0.6, 1.0], "kl": [1.0, 3.0, 2.0, 2.0], "words": [9.0] * 4}
 
     def of(objective: ObjectiveSettings) -> float:
-        return measure(objective, by_prompt, moods, kl=2.0, costs={"words": 9.0}, penalty=0.1)
+        return measure(objective, by_prompt, {"mood": ["a", "a", "b", "b"]}, penalty=0.1)
 
-    assert of(ObjectiveSettings("expected")) == pytest.approx(0.55)
-    assert of(ObjectiveSettings("cvar", share=0.5)) == pytest.approx(0.3)
-    assert of(ObjectiveSettings("worst_group", column="mood")) == pytest.approx(0.3)
-    assert of(ObjectiveSettings("kl_priced", price=0.1)) == pytest.approx(0.35)
-    assert of(ObjectiveSettings("mean_variance", aversion=1.0)) == pytest.approx(0.55 - 0.0875)
-    assert of(ObjectiveSettings("constrained", cost="words", bound=7.0, rate=0.1)) == pytest.approx(0.35)
+    assert of(ExpectedSettings()) == pytest.approx(0.55)
+    assert of(CVaRSettings(share=0.5)) == pytest.approx(0.3)
+    assert of(WorstGroupSettings(column="mood", temperature=0.3)) == pytest.approx(0.3)
+    assert of(KLPricedSettings(price=0.1)) == pytest.approx(0.35)
+    assert of(MeanVarianceSettings(aversion=1.0)) == pytest.approx(0.55 - 0.0875)
+    assert of(ConstrainedSettings(cost="words", bound=7.0, rate=0.1)) == pytest.approx(0.35)
+
+
+def test_the_loop_that_is_read_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leader = loop.main(tmp_path, steps=2, rows=200)
+    assert capsys.readouterr().out.count("leader step") == 2
+    assert leader.weights() != {"length": 1.0, "names_product": 0.0}
+    assert len((recipes_folder() / "loop.py").read_text().splitlines()) <= 80

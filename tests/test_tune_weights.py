@@ -142,7 +142,11 @@ def test_five_kills_at_random_moments(tmp_path: Path, material: list[str]) -> No
     code = "import sys; from align_cbrl.cli import main; sys.exit(main())"
     for delay in torch.rand(5, generator=torch.Generator().manual_seed(0)).mul(12).add(8).tolist():
         arguments = [*command(out, [*material, "hpgd.steps=200"]), "--resume"]
-        before = MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl") if (out / "seed-0" / "hpgd" / "metrics.jsonl").exists() else []
+        before = (
+            MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")
+            if (out / "seed-0" / "hpgd" / "metrics.jsonl").exists()
+            else []
+        )
         folders = [int(p.name.split("-")[1]) for p in (out / "seed-0" / "hpgd" / "checkpoints").glob("step-*[0-9]")]
         with subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=out.parent) as process:
             try:
