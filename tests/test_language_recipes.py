@@ -15,7 +15,6 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
-from align_cbrl.recipes import loop
 from align_cbrl.recipes.objectives.recipe import measure
 from align_cbrl.recipes.overoptimization.recipe import fit_overoptimization
 from align_cbrl.recipes.tune_weights.recipe import steps_to
@@ -35,6 +34,7 @@ from align_cbrl.llm.settings.objective import (
     ObjectiveSettings,
     WorstGroupSettings,
 )
+from align_cbrl.recipes import loop
 from align_cbrl.runs.imports import recipe_folder, recipes_folder
 
 
@@ -221,7 +221,16 @@ def test_another_policy_is_another_path(family: str, chat: bool, one_yaml: Path,
 def test_what_is_wrong_in_a_configuration_is_named(
     override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["run", "tune_weights", "--config", "replies_smoke.yaml", "--set", override, "--out", str(tmp_path / "run")]
+    arguments = [
+        "run",
+        "tune_weights",
+        "--config",
+        "replies_smoke.yaml",
+        "--set",
+        override,
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 

@@ -36,8 +36,9 @@ from align_cbrl.llm import (
     sample_completions,
 )
 from align_cbrl.llm.followers.trl import grpo, observed
-from align_cbrl.llm.settings.follower import FollowerSettings, ScheduleSettings
+from align_cbrl.llm.settings.follower import FollowerSettings, TiltedSettings, TrainedSettings
 from align_cbrl.problem import Critic, Critique
+from align_cbrl.runs.config import load_config
 
 TEMPERATURE = 2.0
 
@@ -595,23 +596,23 @@ def test_one_forward_pass_less_changes_nothing(folder: Path, leader: lm.LinearLe
 
 def test_settings_build_followers(folder: Path) -> None:
     prompts = lm.prompt_dataset()
-    schedule = ScheduleSettings(interval=2, warmup=3)
-    follower = FollowerSettings(
+    schedule = Schedule(interval=2, warmup=3)
+    follower = TrainedSettings(
         trainer="grpo", temperature=0.5, prompts_per_step=2, group_size=4, lora=2, schedule=schedule,
         settings={"weight_decay": 0.01},
     ).build(folder, prompts, seed=7)  # fmt: skip
     assert isinstance(follower, GRPOFollower)
     assert (follower.schedule.warmup, follower.seed, follower.peft_config.r) == (3, 7, 2)
     assert follower._config.weight_decay == 0.01
-    assert isinstance(FollowerSettings(prompts_per_step=2).build(folder, prompts, 0), RLOOFollower)
-    assert isinstance(FollowerSettings(trainer="tilted").build(folder, prompts, 0), TiltedFollower)
+    assert isinstance(TrainedSettings(prompts_per_step=2).build(folder, prompts, 0), RLOOFollower)
+    assert isinstance(TiltedSettings().build(folder, prompts, 0), TiltedFollower)
     for wrong, message in (
-        ({"trainer": "ppo"}, "follower.trainer: expected rloo, grpo or tilted, got 'ppo'"),
-        ({"group_size": 1}, "follower.group_size: expected at least 2, got 1"),
-        ({"temperature": 0.0}, "follower.temperature: expected a positive number"),
-        ({"trainer": "tilted", "vllm": True}, "follower.vllm: expected False with trainer 'tilted'"),
+        (["trainer=ppo"], "trainer: got the string 'ppo'; did you mean 'grpo'"),
+        (["group_size=1"], "group_size: expected at least 2, got 1"),
+        (["temperature=0"], "temperature: expected a finite number > 0, got 0.0"),
+        (["trainer=tilted", "vllm=true"], "vllm: unknown key"),
     ):
         with pytest.raises(InputError, match=message):
-            FollowerSettings(**wrong)
+            load_config(FollowerSettings, None, wrong)
     with pytest.raises(InputError, match="vllm is not installed"):
-        FollowerSettings(prompts_per_step=2, vllm=True).build(folder, prompts, 0)
+        TrainedSettings(prompts_per_step=2, vllm=True).build(folder, prompts, 0)

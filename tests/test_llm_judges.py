@@ -20,8 +20,13 @@ import torch
 from align_cbrl import InputError, PreferenceLikelihood, Rollouts, RunStopped
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge
 from align_cbrl.llm.judges.judge import judge_identity
-from align_cbrl.llm.settings.judge import JudgeSettings
-from align_cbrl.llm.settings.objective import ObjectiveSettings
+from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings
+from align_cbrl.llm.settings.objective import (
+    ConstrainedSettings,
+    ExpectedSettings,
+    ObjectiveSettings,
+    PreferenceSettings,
+)
 from align_cbrl.runs.config import load_config
 
 
@@ -351,11 +356,11 @@ def test_settings_build_judges(tmp_path: Path) -> None:
         "def score(completions):\n    return [float(len(c)) for c in completions]\n"
         "def compare(completions_a, completions_b):\n    return [0.5 for _ in completions_a]\n"
     )
-    judge = JudgeSettings(function=f"{tmp_path}/mine.py:score", budget=2).build(tmp_path / "run")
+    judge = FunctionSettings(function=f"{tmp_path}/mine.py:score", budget=2).build(tmp_path / "run")
     assert judge(None, rollouts(["abc"])).item() == 3.0  # type: ignore[arg-type,call-arg]
     assert (tmp_path / "run/judge_cache.sqlite").is_file() and judge.spent == 1
-    assert JudgeSettings(function=f"{tmp_path}/mine.py:score").build(tmp_path).cache.path is None
-    pairs = JudgeSettings(function=f"{tmp_path}/mine.py:compare", pairwise=True, both_orders=False).build(tmp_path)
+    assert FunctionSettings(function=f"{tmp_path}/mine.py:score").build(tmp_path).cache.path is None
+    pairs = FunctionSettings(function=f"{tmp_path}/mine.py:compare", pairwise=True, both_orders=False).build(tmp_path)
     assert isinstance(pairs, PairwiseJudge) and not pairs.both_orders
     with server(good) as (url, seen):
         (tmp_path / "judge.yaml").write_text(f"url: {url}\nbudget: 100\nrate: 50\ncolumns: [topic]\n")
@@ -368,16 +373,16 @@ def test_settings_build_judges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "expected one of function, reward_model, url, got none"),
-        ({"function": "a:b", "url": "https://x.example"}, "got .'function', 'url'"),
-        ({"reward_model": "x", "pairwise": True}, "pairwise: a reward model scores completions one by one"),
-        ({"function": "a:b", "rate": 2.0}, "rate: only a judge with a url has one"),
-        ({"function": "a:b", "budget": 0}, "budget: expected a positive number or null, got 0"),
+        ([], "expected exactly one of function, reward_model, url, got"),
+        (["function=a:b", "url=https://x.example"], "got .'function', 'url'"),
+        (["reward_model=x", "pairwise=true"], "pairwise: unknown key; there are: batch_size"),
+        (["function=a:b", "rate=2"], "rate: unknown key; did you mean 'wait'"),
+        (["function=a:b", "budget=0"], "budget: expected a positive number or null, got 0"),
     ],
 )
-def test_settings_of_judges_refused(values: dict[str, Any], message: str) -> None:
+def test_settings_of_judges_refused(values: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        JudgeSettings(**values)
+        load_config(JudgeSettings, None, values)
 
 
 @pytest.mark.parametrize(
@@ -402,13 +407,13 @@ def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
     ("values", "message"),
     [
         (["kind=cvr"], "did you mean 'cvar'"),
-        (["shaer=0.2"], "did you mean 'share'"),
-        (["kind=cvar"], "share: needed by kind 'cvar'"),
-        (["kind=cvar", "share=0.2", "scale=1"], "scale: kind 'cvar' has no such field; did you mean 'share'"),
+        (["kind=cvar", "shaer=0.2"], "did you mean 'share'"),
+        (["kind=cvar"], "share: is required: expected a number"),
+        (["kind=cvar", "share=0.2", "scale=1"], "scale: unknown key; did you mean 'share'"),
         (["kind=cvar", "share=2"], r"CVaR.share: expected a share in \(0, 1\], got 2"),
-        (["kind=constrained", "cost=c"], "bound, rate: needed by kind 'constrained'"),
+        (["kind=constrained", "cost=c"], "bound: is required: expected a number"),
         (["kind=kl_priced", "price=-1"], "KLPriced.price"),
-        (["kind=expected", "share=0.3"], "share: kind 'expected' has no such field"),
+        (["kind=expected", "share=0.3"], "share: unknown key; there are: kind"),
     ],
 )
 def test_objectives_refused(values: list[str], message: str) -> None:
@@ -419,10 +424,10 @@ def test_objectives_refused(values: list[str], message: str) -> None:
 def test_objectives_refuse_the_wrong_judge_and_unknown_costs() -> None:
     pairs = PairwiseJudge(lambda completions_a, completions_b: [0.5])
     with pytest.raises(InputError, match="'expected' needs a judge that scores completions"):
-        ObjectiveSettings("expected").build(pairs)
-    assert ObjectiveSettings("preference", partners=2).build(pairs).preference is pairs  # type: ignore[attr-defined]
+        ExpectedSettings().build(pairs)
+    assert PreferenceSettings(partners=2).build(pairs).preference is pairs  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="scale: a judge of pairs says probabilities"):
-        ObjectiveSettings("preference", scale=1.0).build(pairs)
-    settings = ObjectiveSettings("constrained", cost="lenght", bound=1.0, rate=0.1)
+        PreferenceSettings(scale=1.0).build(pairs)
+    settings = ConstrainedSettings(cost="lenght", bound=1.0, rate=0.1)
     with pytest.raises(InputError, match="did you mean 'length'"):
         settings.build(Judge(words), {"length": Judge(words)})
