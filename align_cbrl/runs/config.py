@@ -27,8 +27,8 @@ def load_config(cls: type[T] | Any, path: Path | None, overrides: Sequence[str] 
     """A `cls` from its defaults, then the YAML file at `path`, then `overrides`.
 
     Args:
-        cls: a dataclass, or a union of dataclasses that a tag or a needed key tells apart; fields may be numbers, strings, booleans, paths, None-unions, literals, lists, tuples,
-            dictionaries and other dataclasses.
+        cls: a dataclass, or a union of dataclasses that a tag or a needed key tells apart; fields may be numbers,
+            strings, booleans, paths, None-unions, literals, lists, tuples, dictionaries and such dataclasses.
         path: a YAML file holding a mapping, or None for the defaults.
         overrides: `key=value` or `key.sub=value`, the values read as YAML; list items are numbered
             from 0, as in `rewards.0.weight=1`.

@@ -1,4 +1,4 @@
-"""Objects named in a configuration, `package.module.attribute` or `file.py:attribute`, and recipes by name or folder."""
+"""Objects by `package.module.attribute` or `file.py:attribute`, and recipes by name or folder."""
 
 from __future__ import annotations
 
