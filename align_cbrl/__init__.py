@@ -16,6 +16,7 @@ from align_cbrl.estimators.search import Climb, Halving, successive_halving
 from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
 from align_cbrl.estimators.zeroth_order import ZerothOrder
 from align_cbrl.hpgd import HPGD, HPGDConfig
+from align_cbrl.moved import install
 from align_cbrl.objectives import (
     Constrained,
     CrossFitted,
@@ -102,3 +103,5 @@ __all__ = [
     "RunStopped",
     "CheckpointError",
 ]
+
+install(__name__)

@@ -1,5 +1,6 @@
 """Exact tabular contextual MDPs: small worlds in which every gradient is known, to test estimators against."""
 
+from align_cbrl.moved import install
 from toy_cmdp.estimators.amd import AMD
 from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
 from toy_cmdp.estimators.climbs import ExactClimb, SampledClimb
@@ -90,3 +91,5 @@ __all__ = [
     "ExactClimb",
     "SampledClimb",
 ]
+
+install(__name__)

@@ -20,7 +20,7 @@ from align_cbrl.objectives.cross_fitted import CrossFitted
 from align_cbrl.objectives.expected import MEAN, ExpectedUtility, Mean
 from align_cbrl.objectives.observations import GroupLabel, LogRatio, Reward, Utility
 from align_cbrl.objectives.preference_data import PreferenceData, Regularised
-from align_cbrl.objectives.preferences import PreferenceLikelihood
+from align_cbrl.objectives.preferences import PreferenceLikelihood, pair_likelihood
 from align_cbrl.objectives.priced import KLPriced
 from align_cbrl.objectives.risk import CVaR, EntropicRisk, MeanVariance, OverContexts, WorstContext
 from align_cbrl.objectives.worst_group import WorstGroup
@@ -37,6 +37,7 @@ __all__ = [
     "WorstGroup",
     "CrossFitted",
     "PreferenceLikelihood",
+    "pair_likelihood",
     "PreferenceData",
     "Regularised",
     "Wrapping",

@@ -1,1 +1,27 @@
-"""Judges of completions and of pairs, with cache, budget and retries."""
+"""Judges of completions and of pairs of completions, with cache, budget and retries.
+
+    judge     Judge: a scoring function, asked once for every completion
+    pairwise  PairwiseJudge: a function that compares two completions of a prompt
+    remote    RemoteJudge: a scoring function that asks a server over HTTP
+    cache     JudgeCache: scores that were already paid for
+
+A judge is what a leader wants: it scores the follower's completions and is never trained on.
+"""
+
+from align_cbrl.llm.judges.cache import JudgeCache
+from align_cbrl.llm.judges.judge import Judge, judge_identity
+from align_cbrl.llm.judges.pairwise import PairwiseJudge
+from align_cbrl.llm.judges.remote import RemoteJudge
+from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
+
+__all__ = [
+    "Judge",
+    "PairwiseJudge",
+    "RemoteJudge",
+    "JudgeCache",
+    "judge_identity",
+    # of align_cbrl.llm.scoring; in 0.1.0 they were here
+    "ScoreFunction",
+    "call_score_function",
+    "check_scores",
+]
