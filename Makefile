@@ -17,10 +17,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 rlhf: $(READY)  ## the main job: tune reward weights around a trl follower; run it again to continue, finished stages are kept
-	$(BIN)/align-cbrl run docstrings --out runs/docstrings --resume
+	$(BIN)/align-cbrl run tune_weights --out runs/tune_weights --resume
 
 study: $(READY)  ## the main job and its baselines over five seeds
-	$(BIN)/python -m align_cbrl.recipes.docstrings.study
+	$(BIN)/align-cbrl run tune_weights --config study.yaml --out runs/study --resume
 
 laboratory: $(READY)  ## every tabular table and figure, the slow tests and benchmarks; about two hours, continues where it stopped
 	$(BIN)/align-cbrl run four_rooms --config table.yaml --out runs/four_rooms-table --resume

@@ -18,7 +18,8 @@ from typing import Any
 from align_cbrl.distributed import initialize, world_size
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.runs.config import load_config, nearest
-from align_cbrl.runs.run_folder import ABOUT, CONFIG, read_summary
+from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names
+from align_cbrl.runs.run_folder import ABOUT, CONFIG, read_summary, write_json
 
 _DESCRIPTION = """\
 Contextual bilevel reinforcement learning for RLHF.
@@ -35,13 +36,14 @@ change when the reward does. Plain RLHF has the follower only, and a reward that
 
 _EXAMPLES = """\
 examples:
-  align-cbrl run docstrings                                tune reward weights around a trl follower
-  align-cbrl run docstrings --config smoke.yaml            the same in a minute, to see it work
-  align-cbrl run docstrings --set hpgd.steps=50 seed=1     change values of the configuration
-  align-cbrl run docstrings --out runs/docstrings --resume
+  align-cbrl run tune_weights                              tune reward weights around a trl follower
+  align-cbrl run tune_weights --config smoke.yaml          the same in a minute, to see it work
+  align-cbrl run tune_weights --set hpgd.steps=50          change values of the configuration
+  align-cbrl run tune_weights --out runs/tune --resume
                                                            continue after a stop, or start
-  align-cbrl report runs/docstrings                        write its report again
-  align-cbrl compare runs/docstrings runs/docstrings-mine  runs side by side
+  align-cbrl report runs/tune                              write its report again
+  align-cbrl compare runs/tune runs/tune-mine              runs side by side
+  align-cbrl run my/recipe                                 a recipe of your own, by its folder
   align-cbrl run four_rooms                                fines on a map: a cell of the table
   align-cbrl run four_rooms --config table.yaml            the whole table
   align-cbrl validate                                      every gradient route against the referee
@@ -50,6 +52,13 @@ examples:
 exit codes: 0 done; 1 a validation failed; 2 something given is wrong; 3 the run stopped, or its
 checkpoint cannot be used; 130 Ctrl-C.
 """
+
+
+_RENAMED: dict[str, tuple[str, dict[str, str]]] = {
+    "docstrings": ("tune_weights", {"reward_model": "head.yaml"}),
+    "reward_weights": ("tune_weights", {"config": "replies.yaml", "smoke": "replies_smoke.yaml"}),
+}
+"""Recipes of 0.1.0 that have another name, and their configurations; they go with the next release."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
     run.set_defaults(command=_run)
-    run.add_argument("recipe", metavar="RECIPE", help="which one; they are listed below")
+    run.add_argument("recipe", metavar="RECIPE", help="a name, listed below, or the folder of your own")
     run.add_argument(
         "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
     )
@@ -144,38 +153,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipes() -> Path:
-    package: Any = importlib.import_module("align_cbrl.recipes")
-    return Path(package.__path__[-1])
-
-
-def recipe_names() -> list[str]:
-    """The recipes that are installed."""
-    return sorted(
-        folder.name for folder in _recipes().iterdir() if folder.is_dir() and folder.joinpath("recipe.py").is_file()
-    )
-
-
 def _run(options: argparse.Namespace) -> int:
-    names = recipe_names()
-    if options.recipe not in names:
-        raise InputError(f"there is no recipe {options.recipe!r}; {nearest(options.recipe, names)}")
+    given, options.config = _renamed(options.recipe, options.config)
+    recipe: Any = load_recipe(given)
+    if not (hasattr(recipe, "Config") and hasattr(recipe, "run")):
+        raise InputError(f"recipe {given!r}: expected its recipe.py to define Config and run")
     initialize()
     if world_size() > 1:
         raise InputError(
-            f"recipe {options.recipe!r}: expected one process, got {world_size()}; its stages read each other's files. "
+            f"recipe {given!r}: expected one process, got {world_size()}; its stages read each other's files. "
             "Several processes run a script of your own (docs/scaling.md)"
         )
-    path = _config_path(options.recipe, options.config)
-    stem = path.stem if options.config else "config"
-    out: Path = options.out or Path("runs") / (options.recipe if stem == "config" else f"{options.recipe}-{stem}")
+    path = _config_path(given, options.config)
+    stem, name = path.stem if options.config else "config", Path(given).resolve().name
+    out: Path = options.out or Path("runs") / (name if stem == "config" else f"{name}-{stem}")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, this is a file")
     if not options.resume and out.is_dir() and any(out.iterdir()):
         raise InputError(
             f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
         )
-    recipe: Any = importlib.import_module(f"align_cbrl.recipes.{options.recipe}.recipe")
     config = load_config(recipe.Config, path, options.overrides)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -183,7 +180,25 @@ def _run(options: argparse.Namespace) -> int:
     except InputError:
         _release(out)
         raise
+    finally:
+        if given not in recipe_names() and (out / ABOUT).is_file():  # so that `report` finds the folder again
+            about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+            write_json(out / ABOUT, {**about, "folder": str(Path(given).expanduser().resolve())})
     return 0
+
+
+def _renamed(recipe: str, config: str | None) -> tuple[str, str | None]:
+    """The present name of a recipe of 0.1.0 and of its configuration, with a warning; others as they are."""
+    if recipe not in _RENAMED or Path(recipe).is_dir():
+        return recipe, config
+    new, files = _RENAMED[recipe]
+    stem = "config" if config is None else config.removesuffix(".yaml")
+    config = files.get(stem, config)
+    shown = f"{new} --config {config}" if config else new
+    warnings.warn(
+        f"the recipe {recipe!r} is now {shown!r}; the old name goes with the next release", FutureWarning, stacklevel=3
+    )
+    return new, config
 
 
 def _release(out: Path) -> None:
@@ -194,10 +209,13 @@ def _release(out: Path) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     name = read_summary(options.folder)["recipe"]
-    names = recipe_names()
-    if name not in names:
-        raise InputError(f"{options.folder}: its recipe {name!r} is not installed here; {nearest(name, names)}")
-    recipe: Any = importlib.import_module(f"align_cbrl.recipes.{name}.recipe")
+    about = options.folder / ABOUT
+    own = json.loads(about.read_text(encoding="utf-8")).get("folder") if about.is_file() else None
+    if own is None and name not in recipe_names():
+        raise InputError(
+            f"{options.folder}: its recipe {name!r} is not installed here; {nearest(name, recipe_names())}"
+        )
+    recipe: Any = load_recipe(own or name)
     if not hasattr(recipe, "report"):
         raise InputError(f"{options.folder}: the recipe {name!r} writes no report")
     recipe.report(options.folder)
@@ -217,7 +235,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _config_path(recipe: str, given: str | None) -> Path:
     """The YAML file to read: a path as it stands, or else a file of the recipe's folder, with or without `.yaml`."""
-    folder = _recipes() / recipe
+    folder = recipe_folder(recipe)
     if given is None:
         return folder / "config.yaml"
     variants = sorted(file.name for file in folder.glob("*.yaml"))
@@ -230,7 +248,9 @@ def _config_path(recipe: str, given: str | None) -> Path:
 def _validate(options: argparse.Namespace) -> int:
     validation: Any = importlib.import_module("toy_cmdp.validate")
     for name in options.problems:
-        if name not in validation.PROBLEMS:
+        if ":" in name:
+            validation.PROBLEMS[name] = _problem_of(load_object(name), name)
+        elif name not in validation.PROBLEMS:
             raise InputError(f"there is no problem {name!r}; {nearest(name, list(validation.PROBLEMS))}")
     rows = [dataclasses.asdict(row) for row in validation.validate(options.problems or None)]
     if options.json:
@@ -242,6 +262,22 @@ def _validate(options: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} of {len(rows)} checks failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _problem_of(function: Any, name: str) -> Callable[[int], Any]:
+    """A function of a seed that makes a problem on tables; what it makes is checked before it is solved."""
+
+    def make(seed: int) -> Any:
+        problem = function(seed) if callable(function) else None
+        kind: Any = importlib.import_module("toy_cmdp.validate").Problem
+        if not isinstance(problem, kind):
+            raise InputError(
+                f"problem {name!r}: expected a function of a seed that returns a {kind.__module__}.{kind.__name__}, "
+                f"got {type(problem if callable(function) else function).__name__}"
+            )
+        return problem
+
+    return make
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-import recipes
+import align_cbrl.recipes as recipes
 from align_cbrl import cli
 
 RECIPE = """
@@ -57,8 +57,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "smoke.yaml").write_text("steps: 2\n")
     (tmp_path / "recipes" / "no_recipe").mkdir()
     monkeypatch.setattr(recipes, "__path__", [str(tmp_path / "recipes")])
-    monkeypatch.setattr(cli.resources, "files", lambda name: tmp_path / name)
-    for name in [n for n in sys.modules if n.startswith("recipes.")]:
+    for name in [n for n in sys.modules if n.startswith("align_cbrl.recipes.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
     return folder
@@ -264,6 +263,33 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "recipes: toy" in capsys.readouterr().out
 
 
+def test_a_recipe_of_ones_own_by_its_folder(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "elsewhere" / "mine"
+    own.mkdir(parents=True)
+    (own / "recipe.py").write_text("from .helper import NAME\n" + RECIPE.replace('"toy"', "NAME"))
+    (own / "helper.py").write_text("NAME = 'mine'\n")
+    (own / "config.yaml").write_text("steps: 5\n")
+    assert cli.main(["run", str(own), "--set", "steps=3"]) == 0
+    assert (tmp_path / "runs" / "mine" / "ran.txt").read_text() == "3 done False"
+    (tmp_path / "runs" / "mine" / "report.html").unlink()
+    assert cli.main(["report", "runs/mine"]) == 0 and (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert cli.main(["run", str(own), "--set", "steps=4", "--resume"]) == 0
+    assert cli.main(["run", str(own.parent)]) == 2
+    assert "expected a recipe's name, or a folder with a recipe.py" in capsys.readouterr().err
+
+
+def test_validate_takes_a_function_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from toy_cmdp.validate import PROBLEMS\n"
+        "def small(seed):\n    return PROBLEMS['four_rooms'](seed)\n"
+        "def nothing(seed):\n    return 3\n"
+    )
+    assert cli.main(["validate", "mine.py:nothing"]) == 2
+    assert "expected a function of a seed that returns a" in capsys.readouterr().err
+    assert cli.main(["validate", "mine.py:small", "--json"]) == 0
+    assert {row["problem"] for row in json.loads(capsys.readouterr().out)} == {"mine.py:small"}
+
+
 def test_every_recipe_can_be_run_and_reported() -> None:
     """By their source: importing all of them would take the time of a test suite."""
     folders = [file.parent for file in Path(__file__).parents[1].glob("recipes/*/recipe.py")]
@@ -271,5 +297,12 @@ def test_every_recipe_can_be_run_and_reported() -> None:
     for folder in folders:
         tree = ast.parse((folder / "recipe.py").read_text())
         names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        names |= {
+            n.id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for n in ast.walk(node)
+            if isinstance(n, ast.Name)
+        }
         names |= {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
         assert {"Config", "run", "report"} <= names, f"{folder.name}: expected Config, run and report"
