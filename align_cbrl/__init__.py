@@ -3,6 +3,23 @@
 A leader sets incentives x, chance draws a context, and a follower trains its own policy to best-respond; `HPGD` ascends
 what the leader wants through that best response, from the follower's samples only. The same estimator serves exact
 tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing this package imports torch only.
+
+Modules:
+    moved: modules of 0.1.0 by their old names, for one release
+    problem: the contracts: Leader, Observation, Objective, Critic, Follower, and the Problem they form
+    rollouts: Rollouts, everything that passes from the follower to the leader
+    functional: pure tensor mathematics: eligibility trace, group advantage, tilting, best-response gap
+    groups: sums, means and extremes over groups of rows, such as the completions of one prompt
+    objectives: what the leader can maximise
+    estimators: hypergradients, critics, certificate, replay, search
+    hpgd: HPGD, the loop
+    distributed: several processes: what is gathered, summed and written
+    runs: configuration, checkpoints, metrics, run folders, reports
+    llm: language models as followers, their leaders and judges
+    recipes: the built-in jobs
+    cli: the command line
+    errors: InputError, RunStopped, CheckpointError
+    moved: Names of 0.1.0 that still work in 0.2.0, with a FutureWarning: modules that moved, and recipes that were re
 """
 
 from align_cbrl.errors import CheckpointError, InputError, RunStopped

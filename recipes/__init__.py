@@ -1,1 +1,23 @@
-"""Runnable recipes: each folder is one experiment, from data to result."""
+"""Runnable recipes: each folder is one experiment, from data to result.
+
+Modules:
+    loop: HPGD around trl in one file; read it first
+    study: seeds side by side, kept parts, tables, curves, report
+    worlds: policies, data, rewards and judges
+    tune_weights: the main job: reward weights, or a reward model's head
+    reward_model: a hacked reward model repaired
+    overoptimization: the judge against divergence, plain and tuned
+    objectives: one policy under six objectives
+    population: one reward for several policies
+    preference_dataset: preferences without a judge
+    four_rooms: the published table
+    tax_design: VAT and income tax
+    principal_agent: contracts against their closed form
+    estimators: error and cost of every estimator
+    rtq: randomly truncated best responses
+    convergence: stationarity against steps and against the follower's error
+    refit: weights refitted to the judge by regression
+    fine_tuning: small policies and reward models, trained by trl
+    statistics: means over seeds with their errors
+    benchmarks: timings and memory
+"""

@@ -1,4 +1,13 @@
-"""Exact tabular contextual MDPs: small worlds in which every gradient is known, to test estimators against."""
+"""Exact tabular contextual MDPs: small worlds in which every gradient is known, to test estimators against.
+
+Modules:
+    tables: contextual MDPs as functions of the leader
+    followers: solvers and followers
+    referee: exact values, gradients and optima
+    estimators: estimators that need tables or counts, and published rivals
+    problems: the problems
+    validate: every gradient route against the referee
+"""
 
 from align_cbrl.moved import install
 from toy_cmdp.estimators.amd import AMD

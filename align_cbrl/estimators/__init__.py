@@ -1,1 +1,17 @@
-"""Estimators of the hypergradient from the follower's paths, and what tells how good they are."""
+"""Estimators of the hypergradient from the follower's paths, and what tells how good they are.
+
+Modules:
+    hypergradient: the base class of all estimators
+    policy_response: PolicyResponse, HPGD's estimator, in one backward pass
+    observing: an objective's observations of a batch: in chunks, gathered over processes, differentiated
+    critics: GroupCritic and FittedCritic
+    baselines: DirectOnly and Myopic, biased baselines
+    geometric: GradientEstimator, the paper's estimator with random horizons
+    truncated: Truncated and RandomlyTruncated (RT-Q), for followers that are stopped early
+    zeroth_order: ZerothOrder, finite differences of the leader's value
+    certificate: Certificate, the estimated divergence of the follower from its best response
+    degenerate: completions whose group contributes no gradient
+    replay: remembered batches, reweighted and used again
+    search: successive halving over many starts
+    random_numbers: reproducible random numbers for estimators that draw
+"""

@@ -1,4 +1,16 @@
-"""Language models as followers, and the leaders and judges that shape them."""
+"""Language models as followers, and the leaders and judges that shape them.
+
+Modules:
+    leaders: rewards that a leader learns
+    followers: policies trained by trl, reweighted samples, populations
+    judges: scores by function, reward model, server or comparison
+    settings: all of these from YAML
+    scoring: the signature of scoring functions, and the check of what they return
+    reward_models: RewardModel, sequence classifiers as reward functions
+    sampling: completions of a causal language model as Rollouts
+    data: prompts and preferences from files, folders, functions or the hub
+    trackers: TensorBoard, Weights & Biases and others
+"""
 
 from align_cbrl.llm.data import Preferences, load_preferences, load_prompts
 from align_cbrl.llm.followers.base import LanguageFollower

@@ -1,1 +1,12 @@
-"""A run: its configuration, folder, checkpoints, metrics and report."""
+"""A run: its configuration, folder, checkpoints, metrics and report.
+
+Modules:
+    config: YAML and overrides to typed dataclasses
+    imports: objects and recipes by name or path
+    run_folder: what a run's folder records about itself
+    checkpoints: safetensors and JSON, complete or absent
+    metrics: JSON lines, truncated on resume
+    interrupt: Ctrl-C between leader steps
+    report: tables, curves and samples as one HTML file
+    compare: several runs side by side
+"""

@@ -1,1 +1,5 @@
-"""Tune a reward on preferences alone: no judge, only pairs of a chosen and a rejected answer."""
+"""Tune a reward on preferences alone: no judge, only pairs of a chosen and a rejected answer.
+
+Modules:
+    data: the default pairs and how they are divided
+"""

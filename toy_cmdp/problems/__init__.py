@@ -1,1 +1,15 @@
-"""One file for each problem, from the literature or as a test."""
+"""One file for each problem, from the literature or as a test.
+
+Modules:
+    four_rooms: fines on a map
+    tax_design: VAT and income tax for two households
+    principal_agent: contracts on outcomes with hidden effort
+    mechanism: posted prices over an inventory and a season
+    meta_rl: a learned prior over tasks
+    preferences: RLHF as a table
+    free_rewards: a leader limited only by bounds on every reward
+    stackelberg_game: commitment in a two-player Markov game
+    gridworld: maps of any size, sparse
+    random_cmdp: random problems in which x moves everything at once
+    parallel: many leaders in one batch
+"""

@@ -1,1 +1,8 @@
-"""The referee: exact values, exact gradients, and optima known in closed form."""
+"""The referee: exact values, exact gradients, and optima known in closed form.
+
+Modules:
+    exact: J, the implicit hypergradient, the exact critic, expectations of PolicyResponse
+    tabulated: objectives as tables
+    frozen_policy: the same formulas at a policy that is not a best response
+    closed_forms: optima known without gradient ascent
+"""

@@ -1,1 +1,13 @@
-"""Followers that are language models: trained by trl, tilted, or several at once."""
+"""Followers that are language models: trained by trl, tilted, or several at once.
+
+Modules:
+    base: LanguageFollower, the base class
+    trained: RLOOFollower and GRPOFollower
+    trl: the trainers, adapted from trl
+    tilted: TiltedFollower, reweighted samples of the reference
+    population: Population, several followers as one
+    schedule: Schedule, when the leader steps
+    training: plain RLHF on a frozen reward, resumable
+    prompt_order: the prompts of an optimizer step, as a function of seed and step
+    adapters: LoRA policies
+"""
