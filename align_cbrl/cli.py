@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import math
 import shlex
@@ -15,11 +16,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from align_cbrl import moved
 from align_cbrl.distributed import initialize, world_size
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.runs.config import load_config, nearest
+from align_cbrl.runs.config_help import describe
 from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names
-from align_cbrl.runs.run_folder import ABOUT, CONFIG, read_summary, write_json
+from align_cbrl.runs.run_folder import ABOUT, CONFIG, claim, finish, read_about, read_summary
 
 _DESCRIPTION = """\
 Contextual bilevel reinforcement learning for RLHF.
@@ -39,26 +42,19 @@ examples:
   align-cbrl run tune_weights                              tune reward weights around a trl follower
   align-cbrl run tune_weights --config smoke.yaml          the same in a minute, to see it work
   align-cbrl run tune_weights --set hpgd.steps=50          change values of the configuration
-  align-cbrl run tune_weights --out runs/tune --resume
+  align-cbrl run tune_weights --help                       every key of its configuration
+  align-cbrl run tune_weights --out runs/tune_weights --resume
                                                            continue after a stop, or start
-  align-cbrl report runs/tune                              write its report again
-  align-cbrl compare runs/tune runs/tune-mine              runs side by side
-  align-cbrl run my/recipe                                 a recipe of your own, by its folder
-  align-cbrl run four_rooms                                fines on a map: a cell of the table
-  align-cbrl run four_rooms --config table.yaml            the whole table
+  align-cbrl run my_recipe/                                a recipe of your own: a folder
+  align-cbrl report runs/tune_weights                      write its report again
+  align-cbrl compare runs/tune_weights runs/mine           runs side by side
+  align-cbrl run four_rooms --config table.yaml            fines on a map: the whole table
   align-cbrl validate                                      every gradient route against the referee
-  align-cbrl validate four_rooms --json
+  align-cbrl validate my_problem.py:toll_road --json       on a problem of your own
 
 exit codes: 0 done; 1 a validation failed; 2 something given is wrong; 3 the run stopped, or its
 checkpoint cannot be used; 130 Ctrl-C.
 """
-
-
-_RENAMED: dict[str, tuple[str, dict[str, str]]] = {
-    "docstrings": ("tune_weights", {"reward_model": "head.yaml"}),
-    "reward_weights": ("tune_weights", {"config": "replies.yaml", "smoke": "replies_smoke.yaml"}),
-}
-"""Recipes of 0.1.0 that have another name, and their configurations; they go with the next release."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warning_line(message: Warning | str, *where: Any, **more: Any) -> str:
-    """A warning as its reader needs it: what is the matter, not which line of ours said so."""
+    """A warning without the file and line that raised it."""
     return f"warning: {message}\n"
 
 
@@ -99,11 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a recipe",
-        description="Run a recipe: a configured job whose every stage is kept in its output folder.",
+        description="Run a recipe: a configured job that keeps every finished stage in its output folder.",
         epilog=f"recipes: {', '.join(recipe_names())}",
+        add_help=False,
     )
-    run.set_defaults(command=_run)
-    run.add_argument("recipe", metavar="RECIPE", help="a name, listed below, or the folder of your own")
+    run.set_defaults(command=_run, parser=run)
+    run.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a name from the list below, or a folder with a recipe.py"
+    )
+    run.add_argument("-h", "--help", action="store_true", help="show this; after a recipe, its configuration's keys")
     run.add_argument(
         "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
     )
@@ -148,32 +148,43 @@ def _parser() -> argparse.ArgumentParser:
         "their error is there to be seen.",
     )
     validate.set_defaults(command=_validate)
-    validate.add_argument("problems", metavar="PROBLEM", nargs="*", help="which problems (default: all)")
+    validate.add_argument(
+        "problems",
+        metavar="PROBLEM",
+        nargs="*",
+        help="which problems: names, or file.py:function for a function that returns one of yours (default: all)",
+    )
     validate.add_argument("--json", action="store_true", help="print the rows as JSON")
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    given, options.config = _renamed(options.recipe, options.config)
-    recipe: Any = load_recipe(given)
-    if not (hasattr(recipe, "Config") and hasattr(recipe, "run")):
-        raise InputError(f"recipe {given!r}: expected its recipe.py to define Config and run")
+    if options.recipe is None:
+        if not options.help:
+            options.parser.error(f"expected a recipe: one of {', '.join(recipe_names())}, or a folder with a recipe.py")
+        options.parser.print_help()
+        return 0
+    name, given = moved.recipe(options.recipe, options.config)
+    if options.help:
+        print(_recipe_help(name))
+        return 0
     initialize()
     if world_size() > 1:
         raise InputError(
-            f"recipe {given!r}: expected one process, got {world_size()}; its stages read each other's files. "
+            f"recipe {name!r}: expected one process, got {world_size()}; its stages read each other's files. "
             "Several processes run a script of your own (docs/scaling.md)"
         )
-    path = _config_path(given, options.config)
-    stem, name = path.stem if options.config else "config", Path(given).resolve().name
-    out: Path = options.out or Path("runs") / (name if stem == "config" else f"{name}-{stem}")
+    path = _config_path(recipe_folder(name), given)
+    stem, folder = path.stem, recipe_folder(name).resolve().name
+    out: Path = options.out or Path("runs") / (folder if stem == "config" or not given else f"{folder}-{stem}")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, this is a file")
     if not options.resume and out.is_dir() and any(out.iterdir()):
         raise InputError(
             f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
         )
-    config = load_config(recipe.Config, path, options.overrides)
+    recipe = _recipe(name)
+    config: Any = load_config(recipe.Config, path, options.overrides)
     out.mkdir(parents=True, exist_ok=True)
     try:
         recipe.run(config, out, options.resume)
@@ -181,24 +192,32 @@ def _run(options: argparse.Namespace) -> int:
         _release(out)
         raise
     finally:
-        if given not in recipe_names() and (out / ABOUT).is_file():  # so that `report` finds the folder again
-            about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
-            write_json(out / ABOUT, {**about, "folder": str(Path(given).expanduser().resolve())})
+        # A user's recipe may leave the description of its folder to us; `report` and `compare` need it.
+        if out.is_dir() and not (out / ABOUT).exists():
+            claim(out, config, recipe=name)
+    if read_about(out)["sessions"][-1]["ended"] is None:
+        finish(out)
     return 0
 
 
-def _renamed(recipe: str, config: str | None) -> tuple[str, str | None]:
-    """The present name of a recipe of 0.1.0 and of its configuration, with a warning; others as they are."""
-    if recipe not in _RENAMED or Path(recipe).is_dir():
-        return recipe, config
-    new, files = _RENAMED[recipe]
-    stem = "config" if config is None else config.removesuffix(".yaml")
-    config = files.get(stem, config)
-    shown = f"{new} --config {config}" if config else new
-    warnings.warn(
-        f"the recipe {recipe!r} is now {shown!r}; the old name goes with the next release", FutureWarning, stacklevel=3
+def _recipe(name: str) -> Any:
+    """The module of a recipe, which has what every recipe needs."""
+    recipe = load_recipe(name)
+    for needed in ("Config", "run"):
+        if not hasattr(recipe, needed):
+            raise InputError(f"recipe {name!r}: its recipe.py has no {needed}; docs/extending.md shows what it needs")
+    return recipe
+
+
+def _recipe_help(name: str) -> str:
+    """What a recipe does, its YAML files, and the keys of its configuration."""
+    recipe = _recipe(name)
+    files = ", ".join(sorted(file.name for file in recipe_folder(name).glob("*.yaml")))
+    return (
+        f"usage: align-cbrl run {name} [--config FILE] [--set KEY=VALUE ...] [--out DIR] [--resume]\n\n"
+        f"{inspect.getdoc(recipe) or ''}\n\nfiles for --config: {files}\n\n"
+        f"keys for --set and YAML files; a file's values replace these defaults:\n\n{describe(recipe.Config)}"
     )
-    return new, config
 
 
 def _release(out: Path) -> None:
@@ -208,14 +227,12 @@ def _release(out: Path) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    name = read_summary(options.folder)["recipe"]
-    about = options.folder / ABOUT
-    own = json.loads(about.read_text(encoding="utf-8")).get("folder") if about.is_file() else None
-    if own is None and name not in recipe_names():
-        raise InputError(
-            f"{options.folder}: its recipe {name!r} is not installed here; {nearest(name, recipe_names())}"
-        )
-    recipe: Any = load_recipe(own or name)
+    read_summary(options.folder)
+    name = read_about(options.folder)["recipe"]
+    try:
+        recipe: Any = load_recipe(name)
+    except InputError as error:
+        raise InputError(f"{options.folder}: {error}") from error
     if not hasattr(recipe, "report"):
         raise InputError(f"{options.folder}: the recipe {name!r} writes no report")
     recipe.report(options.folder)
@@ -233,9 +250,8 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config_path(recipe: str, given: str | None) -> Path:
+def _config_path(folder: Path, given: str | None) -> Path:
     """The YAML file to read: a path as it stands, or else a file of the recipe's folder, with or without `.yaml`."""
-    folder = recipe_folder(recipe)
     if given is None:
         return folder / "config.yaml"
     variants = sorted(file.name for file in folder.glob("*.yaml"))
@@ -247,12 +263,8 @@ def _config_path(recipe: str, given: str | None) -> Path:
 
 def _validate(options: argparse.Namespace) -> int:
     validation: Any = importlib.import_module("toy_cmdp.validate")
-    for name in options.problems:
-        if ":" in name:
-            validation.PROBLEMS[name] = _problem_of(load_object(name), name)
-        elif name not in validation.PROBLEMS:
-            raise InputError(f"there is no problem {name!r}; {nearest(name, list(validation.PROBLEMS))}")
-    rows = [dataclasses.asdict(row) for row in validation.validate(options.problems or None)]
+    problems = {name: _problem(name, validation) for name in options.problems or validation.PROBLEMS}
+    rows = [dataclasses.asdict(row) for row in validation.validate(problems)]
     if options.json:
         plain = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows]
         print(json.dumps(plain, indent=2))
@@ -264,20 +276,19 @@ def _validate(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _problem_of(function: Any, name: str) -> Callable[[int], Any]:
-    """A function of a seed that makes a problem on tables; what it makes is checked before it is solved."""
-
-    def make(seed: int) -> Any:
-        problem = function(seed) if callable(function) else None
-        kind: Any = importlib.import_module("toy_cmdp.validate").Problem
-        if not isinstance(problem, kind):
-            raise InputError(
-                f"problem {name!r}: expected a function of a seed that returns a {kind.__module__}.{kind.__name__}, "
-                f"got {type(problem if callable(function) else function).__name__}"
-            )
-        return problem
-
-    return make
+def _problem(name: str, validation: Any) -> Callable[[int], Any]:
+    """The builder of a problem, by its name or as `file.py:function`."""
+    if ":" not in name:
+        if name not in validation.PROBLEMS:
+            raise InputError(f"there is no problem {name!r}; {nearest(name, list(validation.PROBLEMS))}")
+        builder: Callable[[int], Any] = validation.PROBLEMS[name]
+        return builder
+    function = load_object(name)
+    if not callable(function):
+        raise InputError(f"{name}: expected a function that returns a problem, got {function!r}")
+    return lambda seed: validation.check_problem(
+        function(seed=seed) if "seed" in inspect.signature(function).parameters else function(), name
+    )
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

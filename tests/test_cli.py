@@ -11,8 +11,9 @@ from types import ModuleType
 
 import pytest
 
-import align_cbrl.recipes as recipes
+import align_cbrl.recipes
 from align_cbrl import cli
+from align_cbrl.runs.run_folder import read_about
 
 RECIPE = """
 import dataclasses
@@ -56,7 +57,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "config.yaml").write_text("steps: 5\n")
     (folder / "smoke.yaml").write_text("steps: 2\n")
     (tmp_path / "recipes" / "no_recipe").mkdir()
-    monkeypatch.setattr(recipes, "__path__", [str(tmp_path / "recipes")])
+    monkeypatch.setattr(align_cbrl.recipes, "__path__", [str(tmp_path / "recipes")])
     for name in [n for n in sys.modules if n.startswith("align_cbrl.recipes.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
@@ -148,7 +149,7 @@ def test_report_is_written_again_from_the_folder_alone(capsys: pytest.CaptureFix
         ("nowhere", "nowhere: there is no such folder; expected one that `align-cbrl run` has written"),
         ("recipes", "recipes: not the folder of a run: it has no run.json"),
         ("unfinished", "the run of toy has not ended, there are no rows yet; continue it with align-cbrl run toy"),
-        ("foreign", "foreign: its recipe 'toi' is not installed here; did you mean 'toy'? There are: toy"),
+        ("foreign", "foreign: there is no recipe 'toi'; did you mean 'toy'? There are: toy"),
     ],
 )
 def test_what_has_no_report_is_named(folder: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +162,175 @@ def test_what_has_no_report_is_named(folder: str, message: str, capsys: pytest.C
     assert cli.main(["report", folder]) == 2
     assert message in capsys.readouterr().err
     assert cli.main(["compare", "foreign", folder]) == 2
+
+
+OWN = """
+'''Count to a number.'''
+import dataclasses
+import json
+from typing import Literal
+from .words import WORD
+
+@dataclasses.dataclass
+class Up:
+    '''Upwards.'''
+    kind: Literal["up"] = "up"
+    limit: int = 3
+
+@dataclasses.dataclass
+class Down:
+    '''Downwards.
+
+    Attributes:
+        limit: where it stops,
+            in units.
+    '''
+    kind: Literal["down"] = "down"
+    limit: int = 0
+
+@dataclasses.dataclass
+class Config:
+    '''What to count.
+
+    Attributes:
+        steps: at most.
+        way: up or down.
+    '''
+    steps: int
+    way: Up | Down = dataclasses.field(default_factory=lambda: Up(limit=5))
+
+def run(config, out, resume):
+    (out / "summary.json").write_text(json.dumps({"rows": [{"name": WORD, "steps": config.steps}]}))
+
+def report(out):
+    (out / "report.html").write_text(WORD)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's recipe, which knows nothing of run folders."""
+    folder = tmp_path / "mine" / "counting"
+    folder.mkdir(parents=True)
+    (folder / "recipe.py").write_text(OWN)
+    (folder / "words.py").write_text("WORD = 'counted'\n")
+    (folder / "config.yaml").write_text("steps: 5\n")
+    (folder / "long.yaml").write_text("steps: 50\n")
+    return folder
+
+
+def test_a_users_recipe_runs_by_path_and_is_found_again(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "mine/counting/"]) == 0
+    assert cli.main(["run", "mine/counting", "--config", "long", "--set", "way.kind=down"]) == 0
+    assert read_about(Path("runs/counting"))["recipe"] == str(own)
+    assert read_about(Path("runs/counting-long"))["config"] == {"steps": 50, "way": {"kind": "down", "limit": 0}}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = [str(tmp_path / "runs" / name) for name in ("counting", "counting-long")]
+    assert cli.main(["report", runs[0]]) == 0
+    assert Path(runs[0], "report.html").read_text() == "counted"
+    assert cli.main(["compare", *runs]) == 0
+    assert "counted  steps" in capsys.readouterr().out
+    assert cli.main(["run", str(own), "--out", runs[0], "--resume"]) == 0
+    own.rename(tmp_path / "gone")
+    assert cli.main(["report", runs[0]]) == 2
+    assert (
+        f"expected a recipe's name, or a folder with a recipe.py, got no {own / 'recipe.py'}" in capsys.readouterr().err
+    )
+
+
+def test_a_users_recipe_that_claims_its_folder_is_recorded_by_its_path(tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "toy2"
+    folder.mkdir(parents=True)
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "config.yaml").write_text("steps: 5\n")
+    assert cli.main(["run", "mine/toy2"]) == 0
+    about = read_about(Path("runs/toy2"))
+    assert about["recipe"] == str(folder) and len(about["sessions"]) == 1 and about["sessions"][0]["ended"]
+    assert cli.main(["run", "mine/toy2", "--set", "steps=6", "--resume"]) == 0  # free to grow
+    assert cli.main(["report", "runs/toy2"]) == 0
+
+
+def test_a_recipe_without_what_it_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    assert cli.main(["run", "./mine"]) == 2
+    assert "recipe './mine': expected a recipe's name, or a folder with a recipe.py" in capsys.readouterr().err
+    (tmp_path / "mine" / "recipe.py").write_text("Config = dict\n")
+    (tmp_path / "mine" / "config.yaml").write_text("")
+    assert cli.main(["run", "./mine"]) == 2
+    assert "recipe './mine': its recipe.py has no run" in capsys.readouterr().err
+
+
+def test_run_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run"])
+    assert stop.value.code == 2
+    assert "expected a recipe: one of toy, or a folder with a recipe.py" in capsys.readouterr().err
+
+
+def test_help_of_a_recipe_lists_every_key_with_its_meaning(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "mine/counting", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: align-cbrl run mine/counting ") and "Count to a number." in text
+    assert "files for --config: config.yaml, long.yaml" in text
+    assert text.split("defaults:\n\n")[1].splitlines() == [
+        "steps: an integer; required",
+        "    at most.",
+        "way: by its kind, one of up, down",
+        "    up or down.",
+        "  way with kind: up, the default. Upwards.",
+        "    way.limit: an integer; default 5",
+        "  way with kind: down. Downwards.",
+        "    way.limit: an integer; default 0",
+        "        where it stops, in units.",
+    ]
+
+
+def test_a_renamed_recipe_says_so_and_runs(recipe: Path) -> None:
+    recipe.rename(recipe.with_name("tune_weights"))
+    recipe.with_name("tune_weights").joinpath("replies_smoke.yaml").write_text("steps: 4\n")
+    message = "the recipe reward_weights is now tune_weights --config replies_smoke.yaml; the old name stops working"
+    with pytest.warns(FutureWarning, match=message):
+        assert cli.main(["run", "reward_weights", "--config", "smoke.yaml"]) == 0
+    assert Path("runs/tune_weights-replies_smoke/ran.txt").read_text() == "4 done False"
+
+
+PROBLEM = """
+import dataclasses
+import toy_cmdp
+def seeded(seed): return toy_cmdp.random_cmdp(seed=seed, contexts=2, horizon=2)
+def plain(): return toy_cmdp.random_cmdp(horizon=2)
+def nothing(): return 3
+def other(): return dataclasses.replace(toy_cmdp.random_cmdp(), follower=object())
+number = 3
+"""
+
+
+def test_validate_takes_a_problem_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "problems.py").write_text(PROBLEM)
+    assert cli.main(["validate", "problems.py:seeded", "problems.py:plain", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["problem"] for row in rows} == {"problems.py:seeded", "problems.py:plain"}
+    assert {"implicit", "finite_differences", "sampled_exact_critic"} <= {row["route"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "problems.py:nothing: expected a function that returns an align_cbrl.Problem, got 3"),
+        ("other", "problems.py:other: expected a problem whose follower is a toy_cmdp.ExactFollower"),
+        ("number", "problems.py:number: expected a function that returns a problem, got 3"),
+        ("seded", "has no 'seded'; did you mean 'seeded'"),
+    ],
+)
+def test_what_is_no_problem_is_named(
+    tmp_path: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "problems.py").write_text(PROBLEM)
+    assert cli.main(["validate", f"problems.py:{name}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_compare_prints_tables_and_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,8 +377,8 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("toy_cmdp.validate")
     problems = {"four_rooms": None, "random": None}
 
-    def validate(names: list[str] | None) -> list[Row]:
-        return [Row(n, route, passed=n != "random") for n in names or problems for route in ("implicit", "sampled")]
+    def validate(problems: dict[str, object]) -> list[Row]:
+        return [Row(n, route, passed=n != "random") for n in problems for route in ("implicit", "sampled")]
 
     monkeypatch.setattr(module, "PROBLEMS", problems, raising=False)
     monkeypatch.setattr(module, "validate", validate, raising=False)
@@ -257,9 +427,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         word in text
         for word in ("leader", "follower", "judge", "context", "examples:", "--resume", "report", "compare", "validate")
     )
-    assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 100
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
+    assert len(text.splitlines()) <= 47 and max(map(len, text.splitlines())) <= 100
+    assert cli.main(["run", "--help"]) == 0
     assert "recipes: toy" in capsys.readouterr().out
 
 
@@ -285,7 +454,7 @@ def test_validate_takes_a_function_of_a_file(tmp_path: Path, capsys: pytest.Capt
         "def nothing(seed):\n    return 3\n"
     )
     assert cli.main(["validate", "mine.py:nothing"]) == 2
-    assert "expected a function of a seed that returns a" in capsys.readouterr().err
+    assert "expected a function that returns an align_cbrl.Problem" in capsys.readouterr().err
     assert cli.main(["validate", "mine.py:small", "--json"]) == 0
     assert {row["problem"] for row in json.loads(capsys.readouterr().out)} == {"mine.py:small"}
 
@@ -297,12 +466,7 @@ def test_every_recipe_can_be_run_and_reported() -> None:
     for folder in folders:
         tree = ast.parse((folder / "recipe.py").read_text())
         names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        names |= {
-            n.id
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for n in ast.walk(node)
-            if isinstance(n, ast.Name)
-        }
         names |= {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+        targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+        names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
         assert {"Config", "run", "report"} <= names, f"{folder.name}: expected Config, run and report"

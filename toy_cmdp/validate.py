@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from toy_cmdp.problems.stackelberg_game import stackelberg_game
 from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ExactCritic, expected_policy_response, leader_value
 from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
-from toy_cmdp.tables.cmdp import ContextualMDP, require_tabular
+from toy_cmdp.tables.cmdp import ContextualMDP, TabularLeader, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
 
 REFEREE = "implicit"
@@ -216,12 +216,16 @@ SAMPLED: tuple[Route, ...] = (
 
 
 def validate(
-    names: Sequence[str] | None = None, *, seed: int = 0, repetitions: int = 40, paths: int = 1024
+    problems: Sequence[str] | Mapping[str, Callable[[int], Problem]] | None = None,
+    *,
+    seed: int = 0,
+    repetitions: int = 40,
+    paths: int = 1024,
 ) -> list[ValidationRow]:
     """Compare every route to dJ/dx with the referee: differences, expectations, model-based and sampled estimators.
 
     Args:
-        names: of `PROBLEMS`; all by default.
+        problems: names of `PROBLEMS`, all by default; or builders seed -> problem of one's own, by name.
         seed: of the problems and of the samples.
         repetitions: independent batches of the sampled routes, at least 2.
         paths: in a batch.
@@ -238,13 +242,41 @@ def validate(
         >>> [row.route for row in rows][:2], all(row.passed is not False for row in rows)
         (['implicit', 'finite_differences'], True)
     """
-    names = list(PROBLEMS) if names is None else list(names)
-    for name in names:
-        if name not in PROBLEMS:
-            raise InputError(f"validate: unknown problem {name!r}; known are {', '.join(PROBLEMS)}")
+    if not isinstance(problems, Mapping):
+        names = list(PROBLEMS) if problems is None else list(problems)
+        for name in names:
+            if name not in PROBLEMS:
+                raise InputError(f"validate: unknown problem {name!r}; known are {', '.join(PROBLEMS)}")
+        problems = {name: PROBLEMS[name] for name in names}
     if repetitions < 2 or paths < 2:
         raise InputError(f"validate: expected at least 2 repetitions and paths, got {repetitions} and {paths}")
-    return [row for name in names for row in _validate_one(name, PROBLEMS[name](seed), seed, repetitions, paths)]
+    return [
+        row for name, build in problems.items() for row in _validate_one(name, build(seed), seed, repetitions, paths)
+    ]
+
+
+def check_problem(problem: Any, name: str) -> Problem:
+    """The problem, if every route can be tried on it: a tabular leader and an exact follower.
+
+    Args:
+        problem: what a user's function returned.
+        name: of that function, for the error.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(problem, Problem):
+        raise InputError(f"{name}: expected a function that returns an align_cbrl.Problem, got {problem!r}")
+    for role, part, expected in (
+        ("leader", problem.leader, TabularLeader),
+        ("follower", problem.follower, ExactFollower),
+    ):
+        if not isinstance(part, expected):
+            raise InputError(
+                f"{name}: expected a problem whose {role} is a toy_cmdp.{expected.__name__}, which the referee needs, "
+                f"got {type(part).__name__}"
+            )
+    return problem
 
 
 def _validate_one(name: str, problem: Problem, seed: int, repetitions: int, paths: int) -> list[ValidationRow]:

@@ -67,7 +67,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise InputError(f"to_dict: expected an instance of a dataclass, got {config!r}")
-    plain: dict[str, Any] = _plain(config, ())
+    plain: dict[str, Any] = to_plain(config, ())
     return plain
 
 
@@ -78,7 +78,7 @@ def fingerprint(config: Any) -> str:
         >>> fingerprint({"steps": 1, "lr": 0.1}) == fingerprint({"lr": 0.1, "steps": 1})
         True
     """
-    canonical = json.dumps(_plain(config, ()), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(to_plain(config, ()), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -120,13 +120,13 @@ class _Builder:
                 raise self._error((*at, str(key)), f"unknown key; {hint}")
         values: dict[str, Any] = {}
         for name, field in fields.items():
-            fallback = getattr(default, name) if default is not None else _default(field)
+            fallback = getattr(default, name) if default is not None else default_of(field)
             if name in tree:
                 values[name] = self.value(hints[name], tree[name], (*at, name), fallback)
             elif fallback is not dataclasses.MISSING:
                 values[name] = fallback
             else:
-                raise self._error((*at, name), f"is required: expected {_type_name(hints[name])}")
+                raise self._error((*at, name), f"is required: expected {type_name(hints[name])}")
         try:
             return cls(**values)
         except InputError as error:
@@ -146,7 +146,7 @@ class _Builder:
             advice = nearest(str(given), options)
             if isinstance(given, bool):  # YAML reads on, off, yes and no as these
                 advice = "put it in quotes to make it a string"
-            raise self._error(at, f"expected {_type_name(hint)}, got {_describe(given)}; {advice}")
+            raise self._error(at, f"expected {type_name(hint)}, got {_describe(given)}; {advice}")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             return self.dataclass(hint, given, at, default if isinstance(default, hint) else None)
         container = origin or hint
@@ -211,9 +211,9 @@ class _Builder:
 
     def _variant(self, classes: Sequence[Any], given: Mapping[Any, Any], at: Path_, default: Any) -> Any:
         """Which of several dataclasses a mapping stands for: by a tag, or by the key that only one of them needs."""
-        tags = {name: cls for cls in classes for name in _tag(cls)[1]}
+        tags = {name: cls for cls in classes for name in tag(cls)[1]}
         if tags:
-            field = _tag(classes[0])[0]
+            field = tag(classes[0])[0]
             name = given.get(field)
             if name is None:
                 return next((cls for cls in classes if isinstance(default, cls)), classes[0])
@@ -221,7 +221,7 @@ class _Builder:
                 raise self._error((*at, field), f"got {_describe(name)}; {nearest(str(name), tags)}")
             return tags[name]
         needed = {
-            cls: [f.name for f in dataclasses.fields(cls) if _default(f) is dataclasses.MISSING] for cls in classes
+            cls: [f.name for f in dataclasses.fields(cls) if default_of(f) is dataclasses.MISSING] for cls in classes
         }
         fitting = [cls for cls, names in needed.items() if all(given.get(name) is not None for name in names)]
         if not fitting and isinstance(default, tuple(classes)):
@@ -235,7 +235,7 @@ class _Builder:
         advice = ""
         if hint is str and isinstance(given, (bool, int, float)):
             advice = "; put it in quotes to make it a string"
-        return self._error(at, f"expected {_type_name(hint)}, got {_describe(given)}{advice}")
+        return self._error(at, f"expected {type_name(hint)}, got {_describe(given)}{advice}")
 
     def _error(self, at: Path_, message: str) -> InputError:
         return InputError(f"{self._where(at)}: {message}")
@@ -286,7 +286,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _tag(cls: Any) -> tuple[str, tuple[str, ...]]:
+def tag(cls: Any) -> tuple[str, tuple[str, ...]]:
     """The first field of a dataclass and its values, if that is a literal: what tells it from others in a union."""
     first = dataclasses.fields(cls)[0].name
     hint = get_type_hints(cls)[first]
@@ -337,19 +337,21 @@ def _apply(tree: dict[str, Any], override: str) -> Path_:
     return keys
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, made anew by its factory; `dataclasses.MISSING` where there is none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
-def _plain(value: Any, at: Path_) -> Any:
+def to_plain(value: Any, at: Path_ = ()) -> Any:
+    """A value as plain dictionaries, lists, numbers and strings; `at` is where it stands, for the error."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name), (*at, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name), (*at, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, (*at, str(k))) for k, v in value.items()}
+        return {str(k): to_plain(v, (*at, str(k))) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v, (*at, str(i))) for i, v in enumerate(value)]
+        return [to_plain(v, (*at, str(i))) for i, v in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, Path):
@@ -363,7 +365,7 @@ def _is_simple(hint: Any) -> bool:
     return hint in (int, float, str, bool, Path)
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """A type as a user would say it."""
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     if hint in words:
@@ -372,17 +374,17 @@ def _type_name(hint: Any) -> str:
         return "a path"
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
+        return " or ".join(type_name(a) for a in arguments)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if (origin or hint) in (list, Sequence, set, frozenset):
-        return f"a list, each item {_type_name(arguments[0])}" if arguments else "a list"
+        return f"a list, each item {type_name(arguments[0])}" if arguments else "a list"
     if (origin or hint) is tuple:
         if arguments and arguments[-1] is not Ellipsis:
-            return f"a list of {len(arguments)} items: {', '.join(_type_name(a) for a in arguments)}"
-        return f"a list, each item {_type_name(arguments[0])}" if arguments else "a list"
+            return f"a list of {len(arguments)} items: {', '.join(type_name(a) for a in arguments)}"
+        return f"a list, each item {type_name(arguments[0])}" if arguments else "a list"
     if (origin or hint) in (dict, Mapping):
-        return f"a mapping, each value {_type_name(arguments[1])}" if arguments else "a mapping"
+        return f"a mapping, each value {type_name(arguments[1])}" if arguments else "a mapping"
     if hint is Any:
         return "anything"
     name = getattr(hint, "__name__", str(hint))

@@ -114,10 +114,10 @@ def recipe_names() -> list[str]:
     return sorted(folder.name for folder in recipes_folder().iterdir() if (folder / "recipe.py").is_file())
 
 
-def recipe_of(function: Any) -> str | None:
-    """The folder that a function was loaded from by path; None where its module can be imported by name."""
-    module = sys.modules.get(function.__module__)
-    if module is None or not function.__module__.startswith(_BY_PATH):
+def recipe_of(definition: Any) -> str | None:
+    """The absolute folder from which a function or class was loaded by path; None where its module has a name."""
+    module = sys.modules.get(definition.__module__)
+    if module is None or not definition.__module__.startswith(_BY_PATH):
         return None
     return str(Path(str(module.__file__)).parent)
 

@@ -21,6 +21,7 @@ import yaml
 from align_cbrl.distributed import is_main
 from align_cbrl.errors import CheckpointError, InputError
 from align_cbrl.runs.config import to_dict
+from align_cbrl.runs.imports import recipe_of
 from align_cbrl.runs.metrics import finite
 
 ABOUT = "run.json"
@@ -41,7 +42,9 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
     Args:
         out: the run's folder; made if need be.
         config: an instance of a dataclass.
-        recipe: whose run it is: the name that `align-cbrl run` takes.
+        recipe: whose run it is: the name that `align-cbrl run` takes. Where the class of `config` was loaded from the
+            folder of a user's recipe, the absolute path of that folder is recorded instead, so that `report` and
+            `--resume` find it again from anywhere.
         free: keys (`steps`, `hpgd.steps`) that may differ when a run is resumed, because it may be longer, say.
 
     Raises:
@@ -60,6 +63,7 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
         align_cbrl.errors.CheckpointError: ...: holds a run of another configuration (different: seed); ...
     """
     out.mkdir(parents=True, exist_ok=True)
+    recipe = recipe_of(type(config)) or recipe
     ours = json.loads(json.dumps(to_dict(config)))
     sessions = []
     if (out / ABOUT).exists():
@@ -90,6 +94,12 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     """
     about = read_about(out)
     write_json(out / SUMMARY, {"recipe": about["recipe"], **summary, "config": about["config"]})
+    finish(out)
+
+
+def finish(out: Path) -> None:
+    """Note that the latest session of a claimed folder has ended."""
+    about = read_about(out)
     about["sessions"][-1]["ended"] = _now()
     write_json(out / ABOUT, about)
 
@@ -124,7 +134,7 @@ def read_summary(out: Path) -> dict[str, Any]:
     if not (out / SUMMARY).is_file():
         raise InputError(
             f"{out}: the run of {about['recipe']} has not ended, there are no rows yet; continue it with "
-            f"align-cbrl run {about['recipe']} --out {shlex.quote(str(out))} --resume"
+            f"align-cbrl run {shlex.quote(about['recipe'])} --out {shlex.quote(str(out))} --resume"
         )
     summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     return summary
