@@ -303,7 +303,11 @@ import toy_cmdp
 def seeded(seed): return toy_cmdp.random_cmdp(seed=seed, contexts=2, horizon=2)
 def plain(): return toy_cmdp.random_cmdp(horizon=2)
 def nothing(): return 3
-def other(): return dataclasses.replace(toy_cmdp.random_cmdp(), follower=object())
+def other():
+    problem = toy_cmdp.random_cmdp()
+    exact = problem.follower
+    follower = toy_cmdp.SoftValueIteration(exact.cmdp, exact.temperature, exact.discount, iterations=1)
+    return dataclasses.replace(problem, follower=follower)
 number = 3
 """
 
