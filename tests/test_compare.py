@@ -113,13 +113,14 @@ def test_the_page_holds_everything_and_the_curves(tmp_path: Path, monkeypatch: p
     assert "None: the same configuration." in again
 
 
-def test_seeds_of_a_run_are_averaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", [".", "hpgd"])
+def test_seeds_of_a_run_are_averaged(tmp_path: Path, below: str) -> None:
     folders = []
     for name in ("one", "two"):
         out = make(tmp_path / name, Config(), {"rows": [{"value": 1.0}]})
         (out / "metrics.jsonl").unlink(missing_ok=True)
         for seed, values in enumerate(((1.0, 2.0), (3.0, 4.0))):
-            with MetricsLog(out / f"seed-{seed}" / "metrics.jsonl") as log:
+            with MetricsLog(out / f"seed-{seed}" / below / "metrics.jsonl") as log:
                 for step, value in enumerate(values):
                     log.append({"step": step, "objective": value})
         folders.append(out)

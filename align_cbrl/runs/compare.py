@@ -33,7 +33,7 @@ class Run:
         about: run.json.
         rows: the figures of summary.json by row and figure, each (value, standard error or None); empty before the end.
         learned: the learned reward in words, or None.
-        logs: metrics.jsonl of the run, or of each of its seeds.
+        logs: metrics.jsonl of the run, or of the leader in each of its seeds.
     """
 
     name: str
@@ -134,7 +134,7 @@ def _read(folder: Path, name: str) -> Run:
     about = read_about(folder)
     logs = [folder / "metrics.jsonl"]
     if not logs[0].is_file():
-        logs = sorted(folder.glob("seed-*/metrics.jsonl"))
+        logs = sorted(folder.glob("seed-*/hpgd/metrics.jsonl")) or sorted(folder.glob("seed-*/metrics.jsonl"))
     rows = [log for log in map(MetricsLog.read, logs) if log]
     summary = read_summary(folder) if rows == [] or (folder / SUMMARY).is_file() else {}
     return Run(name, about, _rows(summary.get("rows", [])), (summary.get("leader") or {}).get("reward"), rows)
