@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import jinja2
 
 from align_cbrl.errors import InputError
 
@@ -129,13 +130,15 @@ def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitl
         InputError: a table or matrix row with another number of cells than columns, or an image that is not a readable
             PNG.
     """
-    body = "\n".join(_section(section) for section in sections)
-    lead = f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else ""
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{html.escape(title)}</h1>{lead}</header>\n{body}\n</main>\n</body>\n</html>\n"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    page = environment.get_template("report.html").render(
+        title=title, subtitle=subtitle, sections=[_section(section) for section in sections]
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,47 +262,40 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
     return [math.nan if v is None or not math.isfinite(v) else float(v) for v in values]
 
 
-def _section(section: Section) -> str:
-    paragraphs = [p.strip() for p in section.text.split("\n\n") if p.strip()]
-    parts = [f"<p>{html.escape(p)}</p>" for p in paragraphs]
-    for item in section.content:
-        if isinstance(item, Table):
-            parts.append(_table(item))
-        elif isinstance(item, Matrix):
-            parts.append(_matrix(item))
-        elif isinstance(item, Figure):
-            parts.append(_figure(item))
-        else:
-            parts.append(_sample(item))
-    return f"<section>\n<h2>{html.escape(section.title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+def _section(section: Section) -> dict[str, Any]:
+    """What the template needs of a section."""
+    paragraphs = [paragraph for part in section.text.split("\n\n") if (paragraph := part.strip())]
+    return {"title": section.title, "paragraphs": paragraphs, "content": [_item(item) for item in section.content]}
 
 
-def _table(table: Table) -> str:
+def _item(item: Item) -> tuple[str, dict[str, Any]]:
+    """The name of the template's macro for an item, and what that needs."""
+    fields = vars(item)
+    if isinstance(item, Table):
+        return "table", {**fields, "numeric": _numeric(item)}
+    if isinstance(item, Matrix):
+        return "matrix", {**fields, "cells": _cells(item)}
+    if isinstance(item, Figure):
+        return "figure", {**fields, **_image(item.png)}
+    return "sample", fields
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers only."""
     for row in table.rows:
         if len(row) != len(table.columns):
             raise InputError(
                 f"Table: expected {len(table.columns)} cells ({', '.join(table.columns)}), got {list(row)}"
             )
-    numeric = [
-        any(_is_numeric(row[i]) for row in table.rows)
-        and all(_is_numeric(row[i]) or row[i] in (None, "–") for row in table.rows)
-        for i in range(len(table.columns))
+    columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
+    return [
+        any(_is_numeric(v) for v in column) and all(_is_numeric(v) or v in (None, "–") for v in column)
+        for column in columns
     ]
-    classes = [' class="number"' if n else "" for n in numeric]
-    head = "".join(f"<th{c}>{html.escape(name)}</th>" for c, name in zip(classes, table.columns, strict=True))
-    lines = []
-    for row in table.rows:
-        mark = ' class="highlight"' if table.highlight is not None and row and row[0] == table.highlight else ""
-        cells = "".join(f"<td{c}>{html.escape(_cell(v))}</td>" for c, v in zip(classes, row, strict=True))
-        lines.append(f"<tr{mark}>{cells}</tr>")
-    caption = f"<figcaption>{html.escape(table.caption)}</figcaption>" if table.caption else ""
-    return (
-        f'<figure class="table"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>{caption}</figure>"
-    )
 
 
-def _matrix(matrix: Matrix) -> str:
+def _cells(matrix: Matrix) -> list[list[tuple[float, float | None, str | None, bool]]]:
+    """Of every cell: its value, its error or None, its colour or None, and whether it is its column's best."""
     width = len(matrix.columns)
     errors = matrix.errors if matrix.errors is not None else [[None] * width] * len(matrix.rows)
     for name, rows in (("values", matrix.values), ("errors", errors)):
@@ -311,30 +307,17 @@ def _matrix(matrix: Matrix) -> str:
     wanted = [matrix.best] * width if isinstance(matrix.best, str) else list(matrix.best)
     if len(wanted) != width or not {"largest", "smallest"}.issuperset(wanted):
         raise InputError(f"Matrix.best: expected 'largest' or 'smallest', or {width} of these, got {matrix.best!r}")
-    columns = [_gaps([row[j] for row in matrix.values]) for j in range(width)]
-    marked = [
-        (max if wish == "largest" else min)((v for v in column if math.isfinite(v)), default=math.nan)
-        for wish, column in zip(wanted, columns, strict=True)
-    ]
-    lines = []
-    for i, name in enumerate(matrix.rows):
-        cells = [f'<th scope="row">{html.escape(name)}</th>']
-        for j, column in enumerate(columns):
-            value, error = column[i], errors[i][j]
-            known = [v for v in column if math.isfinite(v)]
-            share = 0.5 if not known or max(known) == min(known) else (value - min(known)) / (max(known) - min(known))
-            share = share if wanted[j] == "largest" else 1 - share
-            style = f' style="background:{_shade(share)}"' if math.isfinite(value) else ""
-            best = ' class="best"' if value == marked[j] else ""
-            note = "" if error is None or not math.isfinite(value + error) else f"<small>± {error:.2g}</small>"
-            cells.append(f"<td{best}{style}>{_cell(value)}{note}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in matrix.columns)
-    caption = f"<figcaption>{html.escape(matrix.caption)}</figcaption>" if matrix.caption else ""
-    return (
-        f'<figure class="table"><div class="scroll"><table class="matrix"><thead><tr><th>{html.escape(matrix.corner)}'
-        f"</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{caption}</figure>"
-    )
+    cells: list[list[tuple[float, float | None, str | None, bool]]] = [[] for _ in matrix.rows]
+    for j, wish in enumerate(wanted):
+        column = _gaps([row[j] for row in matrix.values])
+        known = [v for v in column if math.isfinite(v)]
+        low, high = min(known, default=math.nan), max(known, default=math.nan)
+        for row, value, error in zip(cells, column, (row[j] for row in errors), strict=True):
+            share = 0.5 if low == high else (value - low) / (high - low)
+            shade = _shade(share if wish == "largest" else 1 - share) if math.isfinite(value) else None
+            spread = error if error is not None and math.isfinite(value + error) else None
+            row.append((value, spread, shade, value == (high if wish == "largest" else low)))
+    return cells
 
 
 def _shade(share: float) -> str:
@@ -357,21 +340,15 @@ def _cell(value: Cell) -> str:
     return str(value)
 
 
-def _figure(figure: Figure) -> str:
+def _image(png: Path) -> dict[str, Any]:
+    """The bytes of an image in base64, and its width on the page or None."""
     try:
-        content = Path(figure.png).read_bytes()
+        content = Path(png).read_bytes()
     except OSError as error:
-        raise InputError(f"Figure: cannot read {figure.png}: {error.strerror}") from error
+        raise InputError(f"Figure: cannot read {png}: {error.strerror}") from error
     if not content.startswith(b"\x89PNG"):
-        raise InputError(f"Figure: {figure.png} is not a PNG file")
-    data = base64.b64encode(content).decode()
-    caption = html.escape(figure.caption)
-    width = _printed_width(content)
-    style = "" if width is None else f' style="width:{width}px"'
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"{style}><figcaption>{caption}</figcaption>'
-        "</figure>"
-    )
+        raise InputError(f"Figure: {png} is not a PNG file")
+    return {"data": base64.b64encode(content).decode(), "width": _printed_width(content)}
 
 
 def _printed_width(png: bytes) -> int | None:
@@ -380,65 +357,3 @@ def _printed_width(png: bytes) -> int | None:
     if at < 0 or png[at + 12 : at + 13] != b"\x01":  # pixels a metre
         return None
     return round(int.from_bytes(png[16:20], "big") / int.from_bytes(png[at + 4 : at + 8], "big") / 0.0254 * 96)
-
-
-def _sample(sample: Sample) -> str:
-    cards = []
-    for name, completion in sample.completions.items():
-        note = sample.notes.get(name, "")
-        text = html.escape(completion) if completion.strip() else '<span class="empty">(empty)</span>'
-        foot = f'<div class="note">{html.escape(note)}</div>' if note else ""
-        cards.append(f'<div class="card"><h3>{html.escape(name)}</h3><pre>{text}</pre>{foot}</div>')
-    return (
-        f'<article class="sample"><pre class="prompt">{html.escape(sample.prompt)}</pre>'
-        f'<div class="cards">{"".join(cards)}</div></article>'
-    )
-
-
-_STYLE = """
-:root { --ink: #22272e; --soft: #57606a; --line: #e3e6ea; --paper: #fff; --wash: #f6f7f9; --accent: #2f5d8a; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--wash); color: var(--ink);
-  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 56px 24px 96px; }
-header { margin-bottom: 40px; padding-bottom: 24px; border-bottom: 3px solid var(--accent); }
-h1 { margin: 0; font-size: 2.1rem; line-height: 1.2; letter-spacing: -0.015em; }
-.subtitle { margin: 10px 0 0; color: var(--soft); font-size: 1.1rem; max-width: 46em; }
-section { margin: 28px 0; padding: 28px 32px 32px; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 12px; }
-h2 { margin: 0 0 12px; font-size: 1.3rem; letter-spacing: -0.01em; }
-p { margin: 0 0 14px; max-width: 46em; }
-figure { margin: 20px 0 8px; }
-figcaption { margin-top: 10px; color: var(--soft); font-size: 0.9rem; max-width: 52em; }
-img { display: block; max-width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 0.95rem; font-variant-numeric: tabular-nums; }
-th { padding: 8px 16px 8px 12px; color: var(--soft); font-weight: 600; text-align: left; white-space: nowrap;
-  border-bottom: 2px solid var(--line); }
-td { padding: 9px 16px 9px 12px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-tbody tr:last-child td { border-bottom: 0; }
-.number { text-align: right; white-space: nowrap; }
-.highlight td { background: #edf3f9; font-weight: 600; }
-.highlight td:first-child { box-shadow: inset 3px 0 0 var(--accent); }
-.matrix { table-layout: fixed; min-width: 640px; }
-.matrix th:first-child { width: 22%; white-space: normal; }
-.matrix th[scope="row"] { color: var(--ink); border-bottom: 1px solid var(--line); }
-.matrix th[scope="col"] { padding: 8px; text-align: center; white-space: normal; vertical-align: bottom; }
-.matrix td { text-align: center; white-space: nowrap; padding: 8px 10px; border: 1px solid #fff; }
-.matrix small { display: block; color: var(--soft); font-size: 0.78rem; line-height: 1.2; }
-.matrix .best { font-weight: 700; box-shadow: inset 0 0 0 2px var(--accent); }
-.sample { margin: 22px 0 0; padding-top: 20px; border-top: 1px solid var(--line); }
-h2 + .sample { margin-top: 4px; padding-top: 0; border-top: 0; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 0.86rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.prompt { padding: 10px 14px; background: var(--wash); border-left: 3px solid #c4cad1; border-radius: 0 6px 6px 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 12px; margin-top: 12px; }
-.card { display: flex; flex-direction: column; padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; }
-.card h3 { margin: 0 0 6px; font-size: 0.8rem; color: var(--accent); letter-spacing: 0.01em; }
-.card .note { margin-top: auto; padding-top: 10px; color: var(--soft); font-size: 0.8rem;
-  font-variant-numeric: tabular-nums; }
-.empty { color: var(--soft); font-style: italic; }
-@media (max-width: 640px) { main { padding: 28px 12px 56px; } section { padding: 20px 16px; }
-  h1 { font-size: 1.6rem; } }
-@media print { body { background: #fff; font-size: 12px; } section { break-inside: avoid; border: 0; padding: 8px 0; } }
-"""
