@@ -15,6 +15,7 @@ from typing import Any
 import enumerable_lm as lm
 import peft
 import pytest
+import safetensors.torch
 import tiny_reward_models
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -159,6 +160,30 @@ def test_an_adapter_lies_beside_its_base_and_peft_reads_it(classifiers: dict[str
     torch.testing.assert_close(merged.score(PROMPTS, TEXTS), want, rtol=1e-9, atol=1e-9)
     # A peft adapter's folder is a reward model too, merged into its base.
     torch.testing.assert_close(RewardModel(tmp_path / "adapter").score(PROMPTS, TEXTS), want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapters_file_holds_the_adapter_alone_and_has_to_be_whole(
+    classifiers: dict[str, Path], tmp_path: Path
+) -> None:
+    leader = RewardModelLeader(RewardModel(classifiers["gpt2"]), "lora", lora=LoRA(2, 3.0))
+    move(leader)
+    leader.save_pretrained(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    factors = {n: p for n, p in leader.network.named_parameters() if p.requires_grad}
+    assert {name.removeprefix("base_model.model.").replace("weight", "default.weight") for name in tensors} == set(
+        factors
+    )
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in factors.values())
+    name = next(iter(tensors))
+    for changed in (
+        {key: value for key, value in tensors.items() if key != name},
+        {**tensors, name: tensors[name][:, :1].contiguous()},
+        {**tensors, "base_model.model.score.weight": torch.zeros(1, 1)},
+    ):
+        safetensors.torch.save_file(changed, file)
+        with pytest.raises(InputError, match="does not fit the reward model beside it; save the leader again"):
+            load_leader(tmp_path)
 
 
 def test_files_and_folders_are_named_safely(tmp_path: Path, classifiers: dict[str, Path]) -> None:

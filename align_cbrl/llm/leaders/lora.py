@@ -16,6 +16,7 @@ from align_cbrl.llm.reward_models import HEADS, RewardModel, import_peft
 from align_cbrl.runs.config import nearest
 
 _ADAPTER = "default"
+_PREFIX = "base_model.model."  # what PeftModel puts before the names of an adapter's tensors in a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Adapter:
     """
 
     def __init__(self, model: RewardModel, lora: LoRA) -> None:
-        peft = import_peft()
+        self._peft = peft = import_peft()
         network, self._model = model.model, model
         if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in network.modules()):
             raise InputError(f"reward model {model.path!r}: holds an adapter already; load it anew from its folder")
@@ -117,33 +118,31 @@ class Adapter:
         return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
     def save(self, path: Path) -> None:
-        """Write the adapter as peft does, for the base in `../model`."""
-        # Not as a classifier's: peft would then look for a trained head in the file.
+        """Write the adapter to a folder that `peft.PeftModel.from_pretrained` loads onto the base in `../model`."""
+        # Without the task type: peft would look for a trained head in the file of a classifier.
         dataclasses.replace(self.config, task_type=None).save_pretrained(path)
-        safetensors.torch.save_file(
-            {name: value.detach().contiguous().cpu() for name, value in self._tensors().items()},
-            path / "adapter_model.safetensors",
-        )
+        tensors = {f"{_PREFIX}{name}": value.contiguous().cpu() for name, value in self._state().items()}
+        safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
 
-    @torch.no_grad()
     def load(self, path: Path) -> None:
         """Read what `save` wrote. Raises InputError when it is missing or does not fit."""
         file = path / "adapter_model.safetensors"
         if not file.is_file():
             raise InputError(f"load_leader: the adapter's weights are missing, expected {file}")
-        saved, own = safetensors.torch.load_file(file), self._tensors()
+        saved = {name.removeprefix(_PREFIX): value for name, value in safetensors.torch.load_file(file).items()}
+        own = self._state()
+        # Checked here, since peft leaves a tensor that the file lacks at its random start.
         if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
             raise InputError(f"load_leader: {file} does not fit the reward model beside it; save the leader again")
-        for name, value in own.items():
-            value.copy_(saved[name])
+        self._peft.set_peft_model_state_dict(self._model.model, saved, adapter_name=_ADAPTER)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """A and B under peft's own names in a file."""
-        named: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            down, up = self._factors(layer)
-            named |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
-        return named
+    def _state(self) -> dict[str, Tensor]:
+        """A and B, by the names that peft gives them; nothing of the base."""
+        # "auto" in place of False would look for the base's configuration on the hub.
+        state: dict[str, Tensor] = self._peft.get_peft_model_state_dict(
+            self._model.model, adapter_name=_ADAPTER, save_embedding_layers=False
+        )
+        return state
 
     @staticmethod
     def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
