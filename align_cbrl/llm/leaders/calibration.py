@@ -1,4 +1,4 @@
-"""What a reward is measured on before its leader moves: completions of the reference, several a prompt."""
+"""Spreads of rewards among completions of the same prompt, by which leaders standardise rewards and keep budgets."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from align_cbrl.rollouts import Rollouts
 
 
 def within_prompts(scores: Tensor, rollouts: Rollouts) -> tuple[Tensor, int]:
-    """Scores less the mean of their prompt's group, and the degrees of freedom that this leaves.
+    """The scores minus the mean of their prompt's group, and the remaining degrees of freedom.
 
     Only differences between completions of one prompt move a policy, so spreads are measured within groups.
 
     Args:
         scores: [B, K], or [B].
-        rollouts: whose `group` says which completions answer the same prompt.
+        rollouts: the completions; their `group` numbers the prompts.
 
     Returns:
-        The centred scores, and B less the number of groups: squares summed over B, divided by it, are variances.
+        The centred scores, in the shape of `scores`, and B minus the number of groups. The sum of the squared centred
+        scores divided by that number is the mean variance within a prompt.
 
     Raises:
         InputError: no prompt has two completions.
 
     Example:
+        >>> import torch
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0, 1, 1]), steps={})
         >>> within_prompts(torch.tensor([1.0, 3.0, 5.0, 5.0]), rollouts)
         (tensor([-1.,  1.,  0.,  0.]), 2)

@@ -17,13 +17,16 @@ from align_cbrl.llm.leaders.frozen import FrozenPlus
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments
 from align_cbrl.rollouts import Rollouts
 
+_MOST_SHRINKS = 1000  # a few suffice where the spread is nearly proportional; a user's own correction may not shrink
+
 
 class Shaped(FrozenPlus):
     """A frozen reward plus a small learned correction: r_x = strength * (f - shift) / scale + correction_x.
 
-    The correction is a leader itself. For a `RewardMixture` it is the weighted sum of the standardised terms. For a
-    `RewardModelLeader` it is the change of that model's score since the start, so that it begins at zero whatever the
-    model says. Only a head or an adapter may be trained: with all parameters the correction would not be small.
+    The correction is a leader itself, of a subclass of `Correction`. For a `RewardMixture` it is the weighted sum of
+    the standardised terms. For a `RewardModelLeader` it is the change of that model's score since the start, so that it
+    begins at zero whatever the model says. Only a head or an adapter may be trained: with all parameters the correction
+    would not be small.
 
     The budget bounds the standard deviation of the correction within a prompt of the calibrating rollouts, on which
     the frozen reward has the standard deviation `strength`. A mixture's spread follows from the correlations of its
@@ -60,7 +63,8 @@ class Shaped(FrozenPlus):
             raise InputError(f"Shaped.budget: expected a positive number, got {budget}")
         if not isinstance(correction, Correction):
             raise InputError(
-                f"Shaped.correction: expected a RewardMixture or a RewardModelLeader, got {type(correction).__name__}"
+                "Shaped.correction: expected a RewardMixture, a RewardModelLeader, or another subclass of Correction, "
+                f"got {type(correction).__name__}"
             )
         correction.check_correction_of(frozen)
         self.correction, self.budget = correction, budget
@@ -94,7 +98,7 @@ class Shaped(FrozenPlus):
         """Standard deviation of the correction within a prompt of the calibrating rollouts.
 
         Raises:
-            InputError: the correction is a reward model and `calibrate` has not been called.
+            InputError: the spread is measured on completions, and `calibrate` has not been called.
         """
         return self.correction.spread_on(self._reference)
 
@@ -103,10 +107,20 @@ class Shaped(FrozenPlus):
         """Shrink the correction to its budgets.
 
         The spread of an adapter's correction is not quite proportional to B, so it is measured again until it fits.
+
+        Raises:
+            InputError: the correction's `shrink` does not bring its spread down.
         """
         self.correction.project()
-        while (spread := self.spread()) > self.budget * (1 + 1e-6):
+        for _ in range(_MOST_SHRINKS):
+            if not (spread := self.spread()) > self.budget * (1 + 1e-6):
+                return
             self.correction.shrink(self.budget / spread)
+        raise InputError(
+            f"Shaped.correction: after {_MOST_SHRINKS} calls of {type(self.correction).__name__}.shrink its spread is "
+            f"still {self.spread():.4g}, above the budget {self.budget:.4g}; shrink(factor) has to scale the learned "
+            "change of the reward by about the factor"
+        )
 
     def describe(self) -> dict[str, Any]:
         """The strength of the frozen reward, and what the correction describes."""
