@@ -85,7 +85,7 @@ def test_a_cache_on_disk_is_shared_and_knows_the_judge(tmp_path: Path) -> None:
     assert other(None, rollouts(["a"])).item() == 9.0
     assert (other.spent, second.spent) == (1, 3)
     assert second(None, rollouts(["a"])).item() == 1.0
-    with pytest.raises(InputError, match=r"cannot tell who the scores .* give identity="):
+    with pytest.raises(InputError, match=r"cannot name the judge whose scores go to .* give identity="):
         Judge(lambda completions: [0.0], cache=JudgeCache(path))
     (tmp_path / "bad.sqlite").write_bytes(b"not a database, but long enough to be looked at" * 20)
     with pytest.raises(InputError, match="expected a cache that align-cbrl wrote"):
@@ -259,7 +259,7 @@ def test_a_server_that_recovers_is_asked_again_when_it_says(monkeypatch: pytest.
     [
         ((200, {"scores": [float("nan")]}, {}), InputError, "got nan for completion 0"),
         ((200, {"scores": ["high"]}, {}), InputError, "got 'high' for completion 0"),
-        ((200, {"scores": []}, {}), InputError, "expected 1 scores, one a completion, got 0"),
+        ((200, {"scores": []}, {}), InputError, "expected 1 scores, one per completion, got 0"),
         ((200, {"score": [1.0]}, {}), InputError, "an object with one under 'scores'"),
         ((401, b"who are you", {}), InputError, "status 401 .*who are you; repair"),
         ((302, b"", {"Location": "http://127.0.0.1:9/"}), InputError, "status 302"),

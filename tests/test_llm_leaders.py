@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ from align_cbrl import (
     RunStopped,
 )
 from align_cbrl.llm import (
+    Correction,
     Judge,
     LanguageLeader,
     LearnedBeta,
@@ -131,6 +133,42 @@ def test_what_is_known_of_a_batch_is_not_asked_again_and_the_weights_still_move(
     assert RewardMixture({"counted": counted}, budget=2.0).reward(batch).tolist() == [[2.0], [6.0]]
     assert mixture.reward(rollouts(["x", "xxx"], 1)).tolist() == [[2.5], [7.5]]
     assert counted.calls == 3
+
+
+def test_functions_that_change_their_arguments_change_nothing_else() -> None:
+    seen: list[Any] = []
+
+    def careless(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        seen.append(copy.deepcopy([prompts, completions, columns]))
+        scores = [float(len(c[-1]["content"])) for c in completions]
+        for completion in completions:
+            completion[-1]["content"] = "x" * 9
+        columns["completion_ids"][0].clear()
+        columns["scale"][0].zero_()
+        prompts.clear()
+        return scores
+
+    def failing(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        scores = careless(prompts, completions, **columns)
+        if len(seen) % 2:
+            raise OSError("try again")
+        return scores
+
+    steps = {
+        "prompt": [[{"role": "user", "content": "q"}]] * 2,
+        "completion": [[{"role": "assistant", "content": text}] for text in ("yes", "no")],
+        "completion_ids": [[1, 2], [3]],
+        "scale": torch.ones(2),
+    }
+    batch = Rollouts.bandit(contexts=torch.tensor([0, 0]), steps=steps)
+    before = copy.deepcopy(steps)
+    mixture = RewardMixture({"one": careless, "two": careless}, {"one": 0.5, "two": 0.5})
+    assert mixture.reward(mixture.prepare(batch)).tolist() == [[3.0], [2.0]]
+    assert Judge(failing, wait=0.0)(None, batch).tolist() == [[3.0], [2.0]]
+    assert len(seen) == 4
+    assert all(str(arguments) == str(seen[0]) for arguments in seen[:2])
+    assert all(arguments[:2] == seen[0][:2] for arguments in seen)
+    assert str(steps) == str(before)
 
 
 def leader_of_counted(name: str, one: Counted, other: Counted) -> LanguageLeader:
@@ -250,7 +288,7 @@ def test_mixtures_refused(arguments: tuple[Any, ...], message: str) -> None:
     ("returned", "message"),
     [
         (None, "bad: expected 2 scores, got None"),
-        ([1.0], "bad: expected 2 scores, one a completion, got 1"),
+        ([1.0], "bad: expected 2 scores, one per completion, got 1"),
         ([1.0, None], "bad: expected a finite number for each completion, got None for completion 1"),
         ([1.0, "high"], "got 'high' for completion 1"),
         ([float("nan"), 1.0], "got nan for completion 0"),
@@ -609,10 +647,57 @@ def test_corrections_refused(classifiers: dict[str, Path]) -> None:
         Shaped(model, RewardModelLeader(model, "head"))
     with pytest.raises(InputError, match="all of whose parameters move is no small correction"):
         Shaped(words, RewardModelLeader(model, "all"))
-    with pytest.raises(InputError, match="expected a RewardMixture or a RewardModelLeader, got function"):
+    with pytest.raises(InputError, match="a RewardModelLeader, or another subclass of Correction, got function"):
         Shaped(words, letters)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"call calibrate\(rollouts\) first"):
         Shaped(words, RewardModelLeader(RewardModel(classifiers["llama"]), "head")).project()
+
+
+class Offset(Correction):
+    """A user's own correction: the number of letters a, times a learned weight."""
+
+    def __init__(self, weight: float, shrinks: bool = True) -> None:
+        super().__init__()
+        self.weight, self.shrinks = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float64)), shrinks
+
+    def score(self, prompts: Any, completions: Any, **columns: Any) -> Tensor:
+        return self.weight * torch.tensor([float(text.count("a")) for text in completions], dtype=torch.float64)
+
+    deviation = score
+
+    def shrink(self, factor: float) -> None:
+        if self.shrinks:
+            self.weight.mul_(factor)
+
+    def check_correction_of(self, frozen: Any) -> None:
+        pass
+
+    def record(self, path: Path) -> dict[str, float]:
+        return {"weight": self.weight.item()}
+
+    @classmethod
+    def from_record(cls, path: Path, record: Any) -> Offset:
+        return cls(record["weight"])
+
+
+def test_a_users_own_correction_keeps_the_budget_and_is_saved(tmp_path: Path) -> None:
+    batch = rollouts(TEXTS, 2)
+    shaped = Shaped(words, Offset(0.25), budget=0.3)
+    shaped.calibrate(batch)
+    assert not torch.equal(shaped.reward(batch)[:, 0], shaped.frozen_score(batch.steps["prompt"], TEXTS))
+    with torch.no_grad():
+        next(shaped.correction.parameters()).fill_(50.0)
+    shaped.project()
+    assert shaped.spread() == pytest.approx(0.3)
+    shaped.save_pretrained(tmp_path)
+    again = Shaped.from_pretrained(tmp_path)
+    assert isinstance(again.correction, Offset)
+    assert again.reward(batch).tolist() == shaped.reward(batch).tolist()
+    assert again.spread() == pytest.approx(0.3)
+    stubborn = Shaped(words, Offset(50.0, shrinks=False), budget=0.3)
+    stubborn.calibrate(batch)
+    with pytest.raises(InputError, match=r"calls of Offset.shrink its spread is still .* above the budget 0.3; shrink"):
+        stubborn.project()
 
 
 def token_rollouts() -> Rollouts:
@@ -770,7 +855,7 @@ def test_a_reward_that_fails_in_training_is_named(folder: Path) -> None:
         return [0.0]
 
     follower = RLOOFollower(folder, lm.prompt_dataset(), 1.0, prompts_per_step=2, group_size=2, max_completion_length=2)
-    with pytest.raises(InputError, match="broken: expected 4 scores, one a completion, got 1"):
+    with pytest.raises(InputError, match="broken: expected 4 scores, one per completion, got 1"):
         follower.train(RewardMixture({"broken": broken}), 1)
 
 

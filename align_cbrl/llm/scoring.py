@@ -14,9 +14,8 @@ from align_cbrl.errors import InputError
 from align_cbrl.rollouts import Rollouts
 
 ScoreFunction = Callable[..., Sequence[float]]
-"""f(prompts=..., completions=..., **columns) -> one number a completion: trl's signature of a reward function.
-
-A function without **columns gets only the arguments that it names."""
+"""f(prompts=..., completions=..., **columns), which returns one number per completion: trl's signature of a reward
+function. A function without **columns is called with the arguments that it names only."""
 
 
 def score_arguments(rollouts: Rollouts) -> dict[str, list[Any]]:
@@ -26,13 +25,23 @@ def score_arguments(rollouts: Rollouts) -> dict[str, list[Any]]:
 
 
 def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -> Any:
-    """Call with the arguments that the function takes: all of them if it has **columns, else those it names.
+    """What a function returns for the arguments that it takes: all of them if it has **columns, else those it names.
+
+    Every function of rewards, costs or judgements is called here. It gets copies of lists, dictionaries and tensors,
+    so that one that changes its arguments in place changes neither the batch nor what the next function is asked.
 
     Args:
-        function: a scoring function.
-        arguments: `prompts`, `completions`, and every column by its name.
+        function: a scoring function, or one that compares pairs.
+        arguments: by name, such as `prompts`, `completions`, and every column of the data.
+
+    Example:
+        >>> def careless(prompts, completions):
+        ...     return [len(completions.pop()) for _ in prompts]
+        >>> batch = {"prompts": ["a", "b"], "completions": ["yes", "no"]}
+        >>> call_score_function(careless, batch), batch["completions"]
+        ([2, 3], ['yes', 'no'])
     """
-    return function(**arguments_taken(function, arguments))
+    return function(**{name: _copied(value) for name, value in arguments_taken(function, arguments).items()})
 
 
 def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) -> Tensor:
@@ -57,16 +66,17 @@ def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) 
 
 
 def check_scores(name: str, scores: Any, count: int) -> Tensor:
-    """`scores` as float64 [count].
+    """What a scoring function returned for `count` completions, as float64 [count].
 
     Raises:
-        InputError: None, another length, something that is not a number, or NaN or infinity (which completion).
+        InputError: it returned None, another number of scores, something that is not a number, NaN or infinity. The
+            message names the function and the completion.
     """
     if scores is None:
-        raise InputError(f"{name}: expected {count} scores, got None; return a list with one number a completion")
+        raise InputError(f"{name}: expected {count} scores, got None; return a list with one number per completion")
     scores = listed(name, scores)
     if len(scores) != count:
-        raise InputError(f"{name}: expected {count} scores, one a completion, got {len(scores)}")
+        raise InputError(f"{name}: expected {count} scores, one per completion, got {len(scores)}")
     for i, score in enumerate(scores):
         if not is_number(score):
             raise InputError(f"{name}: expected a finite number for each completion, got {score!r} for completion {i}")
@@ -74,7 +84,7 @@ def check_scores(name: str, scores: Any, count: int) -> Tensor:
 
 
 def arguments_taken(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the function takes: all with **columns, else the ones it names."""
+    """The arguments that the function takes: all of them if it has **columns, else those it names."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C, say: it has no signature to read
@@ -86,11 +96,11 @@ def arguments_taken(function: Callable[..., Any], arguments: Mapping[str, Any]) 
 
 
 def listed(name: str, scores: Any) -> list[Any]:
-    """`scores` as a list. Raises InputError unless it is a tensor or a sequence of numbers."""
+    """`scores` as a list. Raises InputError unless they are a tensor or a sequence."""
     if isinstance(scores, Tensor):
         return list(scores.detach().flatten().tolist())
     if isinstance(scores, (str, bytes, Mapping)) or not hasattr(scores, "__iter__"):
-        raise InputError(f"{name}: expected a list with one number a completion, got {scores!r:.80}")
+        raise InputError(f"{name}: expected a list with one number per completion, got {scores!r:.80}")
     return list(scores)
 
 
@@ -100,3 +110,12 @@ def is_number(score: Any) -> bool:
         return not isinstance(score, (str, bytes)) and math.isfinite(score)
     except TypeError:
         return False
+
+
+def _copied(value: Any) -> Any:
+    # Not copy.deepcopy: trl passes its own state among the columns, which is to stay the same object.
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What a judge has said, on disk: nothing is paid for twice, and what was spent is known after a kill."""
+"""`JudgeCache`: stored scores of judges, so that nothing is paid for twice, also after a process was killed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ _AT_ONCE = 500  # keys in one query
 
 
 class JudgeCache:
-    """Scores by the key of what was judged, and how many were paid for, by judge.
+    """Scores by a key of what was scored, and the number of scores paid for, by judge.
 
-    On disk it is an SQLite database. `add` returns when the scores are on the disk itself (fsync), and a score is used
-    only after that. What a kill can lose is the answer to a question that was under way. Stages and
-    processes may share one file. It holds keys and scores, no texts.
+    On disk it is an SQLite database, which several stages of a run and several processes may share. `add` returns once
+    the scores are physically on the disk (fsync), and a score is used only after that, so that a kill can lose no more
+    than the call that was running. The database holds keys and scores, no texts.
 
     Args:
-        path: of the database, made when it is missing; None keeps everything in memory, about 200 bytes a score.
+        path: of the database, which is created if it does not exist; None: everything is kept in memory, at about 200
+            bytes per score.
 
     Raises:
-        InputError: the file is there, but is no such database.
-        RunStopped: it cannot be written, because the disk is full, say.
+        InputError: the file exists, but is not such a database.
+        RunStopped: the database cannot be written, for example because the disk is full.
 
     Example:
         >>> cache = JudgeCache()
@@ -45,7 +46,7 @@ class JudgeCache:
                 database.execute("CREATE TABLE IF NOT EXISTS spent (judge TEXT PRIMARY KEY, completions INTEGER)")
 
     def get(self, keys: Sequence[str]) -> dict[str, float]:
-        """The scores of those `keys` that are known."""
+        """The stored scores among `keys`, by key."""
         if self.path is None:
             return {key: self._scores[key] for key in keys if key in self._scores}
         found: dict[str, float] = {}
@@ -57,7 +58,7 @@ class JudgeCache:
         return found
 
     def add(self, judge: str, scores: Mapping[str, float]) -> None:
-        """Keep scores that `judge` has just been paid for, all of them or none."""
+        """Store scores by key and count them as paid for to `judge`, in one transaction."""
         if self.path is None:
             self._scores.update(scores)
             self._spent[judge] += len(scores)
@@ -71,7 +72,7 @@ class JudgeCache:
             )
 
     def spent(self, judge: str) -> int:
-        """How many scores `judge` was paid for, in all runs that shared this cache."""
+        """Number of scores paid for to `judge`, in all runs that share this cache."""
         if self.path is None:
             return self._spent[judge]
         with self._database() as database:
@@ -80,7 +81,7 @@ class JudgeCache:
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        """One transaction. A connection of its own, so that nothing stays open across forks and kills."""
+        """One transaction on a connection of its own, so that no connection is open when a process forks or dies."""
         assert self.path is not None
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as database, database:

@@ -1,4 +1,4 @@
-"""Judges: what a leader can be told to want, asked once about every distinct completion, within a budget."""
+"""`Judge`: scores that express what the leader wants, computed once per distinct completion and within a budget."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.scoring import (
     arguments_taken,
+    call_score_function,
     check_scores,
     is_number,
     listed,
@@ -28,14 +29,14 @@ from align_cbrl.llm.scoring import (
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 
-_LONGEST_WAIT = 600.0  # seconds that a judge may ask a run to wait before it is stopped instead
+_LONGEST_WAIT = 600.0  # seconds; where a judge asks the run to wait longer, the run is stopped instead
 
 
 def judge_identity(function: Callable[..., Any]) -> str | None:
-    """Who a cached score is from: it changes when the judge does. None when that cannot be told.
+    """The name under which a judge's scores are cached, which changes when the judge does; None if there is none.
 
-    A function's is its name and a digest of the file that it is in, a reward model's a digest of its weights; any other
-    object may have an attribute `identity`.
+    For a function it is the function's name with a digest of its source file, for a reward model a digest of the
+    weights. Any object may set its own in an attribute `identity`.
 
     Example:
         >>> judge_identity(lambda prompts, completions: [0.0]) is None
@@ -60,7 +61,7 @@ def judge_identity(function: Callable[..., Any]) -> str | None:
 
 
 class Asked:
-    """A function that costs something: asked once about every distinct row, in batches, within a budget."""
+    """A scoring function whose calls are expensive: called once per distinct row, in batches, and within a budget."""
 
     unit = "completions"
     bounds = (-math.inf, math.inf)
@@ -91,8 +92,8 @@ class Asked:
         known = judge_identity(function) if identity is None else identity
         if known is None and self.cache.path is not None:
             raise InputError(
-                f"{name}: cannot tell who the scores in {self.cache.path} will be from, since {function!r} is no "
-                "function in a file; give identity='a name that changes when the judge does'"
+                f"{name}: cannot name the judge whose scores go to {self.cache.path}, since {function!r} is not "
+                "defined in a source file; give identity='a name that changes when the judge does'"
             )
         self.identity = name if known is None else known
         self.budget = budget
@@ -100,22 +101,26 @@ class Asked:
         self.columns = getattr(function, "columns", None) if columns is None else columns
         self.calls = 0
         self.cached = 0
-        self._random = random.Random(0)  # of the waits alone: the run's own numbers are left as they are
+        self._random = random.Random(
+            0
+        )  # for the waiting times only, so that the run's own random numbers stay the same
 
     @property
     def spent(self) -> int:
-        """What was paid for, in all runs that share the cache."""
+        """Number of rows that were scored, hence paid for, in all runs that share the cache."""
         return self.cache.spent(self.identity)
 
     def scores(self, arguments: Mapping[str, Sequence[Any]]) -> Tensor:
-        """One score a row of `arguments`, float64 [N]: from the cache where it is known, asked for where it is not.
+        """One score per row of `arguments`, float64 [N]: from the cache if it is there, from the function otherwise.
 
         Args:
             arguments: by name, N values each.
 
         Raises:
-            RunStopped: the budget does not reach for what is not known, or the function raised on every attempt.
-            InputError: it returned something other than one finite number a row, or a row cannot be told from others.
+            RunStopped: scoring the rows that are not cached would exceed the budget, or the function raised on every
+                attempt.
+            InputError: the function did not return one finite number per row, or a row holds values from which no key
+                can be made.
         """
         always = {name for name in arguments if name.startswith(("prompts", "completions"))}
         taken = arguments_taken(self.function, arguments)
@@ -133,14 +138,14 @@ class Asked:
         if self.budget is not None and first and (spent := self.spent) + len(first) > self.budget:
             raise RunStopped(
                 f"{self.name}: {spent} of the budget of {self.budget} {self.unit} are spent, and {len(first)} more are "
-                "needed now; the run is saved up to its last leader step: resume with a larger budget"
+                "needed now; the run is saved up to its last leader step; resume with a larger budget"
             )
         unknown = list(first.items())
         size = len(unknown) if self.batch_size is None else self.batch_size
         for start in range(0, len(unknown), max(size, 1)):
             piece = unknown[start : start + size]
-            said = self._ask({name: [value[i] for _, i in piece] for name, value in taken.items()})
-            known.update(self._keep([key for key, _ in piece], said))
+            returned = self._call({name: [value[i] for _, i in piece] for name, value in taken.items()})
+            known.update(self._keep([key for key, _ in piece], returned))
         self.cached += count - len(first)
         return torch.tensor([known[key] for key in keys], dtype=torch.float64)
 
@@ -149,19 +154,19 @@ class Asked:
             text = json.dumps([self.identity, row], sort_keys=True, default=_plain)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"{self.name}: cannot tell its rows apart ({error}); name the columns that it needs, as arguments of "
-                "the function instead of **columns, or by columns=[...]"
+                f"{self.name}: cannot tell its rows apart ({error}); name the columns that the judge needs, as "
+                "arguments of the function instead of **columns, or by columns=[...]"
             ) from error
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _ask(self, arguments: Mapping[str, Any]) -> Any:
-        """What the function says, after as many attempts as it takes."""
+    def _call(self, arguments: Mapping[str, Any]) -> Any:
+        """What the function returns, after at most 1 + `retries` attempts."""
         for attempt in range(self.retries + 1):
             try:
-                return self.function(**arguments)
-            except (InputError, RunStopped):  # asking again would not help
+                return call_score_function(self.function, arguments)
+            except (InputError, RunStopped):  # another attempt would not help
                 raise
-            except Exception as error:  # whatever somebody's judge raises, the run must survive it
+            except Exception as error:  # a judge is user code and may raise anything; the run must survive it
                 after = float(getattr(error, "retry_after", None) or 0.0)
                 if attempt == self.retries or after > _LONGEST_WAIT:
                     how = (
@@ -169,22 +174,22 @@ class Asked:
                     )
                     raise RunStopped(
                         f"{self.name}: raised {type(error).__name__} {how} ({error}); the run is saved up to its last "
-                        "leader step: repair the judge and resume"
+                        "leader step; repair the judge and resume"
                     ) from error
-                # Spread out, so that several runs do not come back at once.
+                # With jitter, so that several runs do not retry at the same time.
                 time.sleep(max(after, min(60.0, self.wait * 2**attempt * self._random.uniform(0.5, 1.5))))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _keep(self, keys: Sequence[str], said: Any) -> dict[str, float]:
-        """Put what was said in the cache, sound scores also where others are not, and check it."""
+    def _keep(self, keys: Sequence[str], returned: Any) -> dict[str, float]:
+        """Cache and check what the function returned; valid scores are cached even where others are refused."""
         low, high = self.bounds
-        given = [] if said is None else listed(self.name, said)
-        if len(given) == len(keys):
-            pairs = zip(keys, given, strict=True)
-            sound = {key: float(score) for key, score in pairs if is_number(score) and low <= score <= high}
-            self.cache.add(self.identity, sound)
-            self.calls += len(sound)
-        checked = check_scores(self.name, said, len(keys)).tolist()
+        scores = [] if returned is None else listed(self.name, returned)
+        if len(scores) == len(keys):
+            pairs = zip(keys, scores, strict=True)
+            valid = {key: float(score) for key, score in pairs if is_number(score) and low <= score <= high}
+            self.cache.add(self.identity, valid)
+            self.calls += len(valid)
+        checked = check_scores(self.name, returned, len(keys)).tolist()
         for i, score in enumerate(checked):
             if not low <= score <= high:
                 raise InputError(f"{self.name}: expected numbers in [{low:g}, {high:g}], got {score:g} for pair {i}")
@@ -192,30 +197,33 @@ class Asked:
 
 
 class Judge(Asked):
-    """The utility of a completion is what a judge says of it; a function for `ExpectedUtility`.
+    """A judge's score of each completion, as the leader's utility: a function for `ExpectedUtility`.
 
-    A judge is taken to say the same whenever it sees the same: a completion that occurs twice is judged once, and one
-    that was judged before is not judged again.
+    The judge is assumed to be deterministic. A completion that occurs twice in a batch is scored once, and one that is
+    in the cache is not scored again.
 
     Args:
-        function: a trl-style scoring function; it may be slow, remote and unreliable.
-        name: for messages.
-        retries: further attempts after an exception before the run is stopped.
-        wait: seconds before the first further attempt, doubled each time up to a minute and spread by a half; an
-            exception's `retry_after`, in seconds, is honoured.
-        cache: where scores are kept and counted; in memory by default. One with a path lasts, and may be shared.
-        identity: of whom the scores are, in the cache; by default `judge_identity`.
-        budget: the most completions that may be paid for, in all runs that share the cache. Several processes that
-            judge at once may each exceed it by one batch.
-        batch_size: completions of one call; each batch is kept before the next one is asked for. None for all at once.
-        columns: of the data, passed on besides prompts and completions; None for all that the function takes.
+        function: a scoring function in trl's signature; it may be slow, remote and unreliable.
+        name: of the judge, for messages.
+        retries: how often a call that raised an exception is repeated before the run is stopped.
+        wait: seconds before the first retry, doubled for each further one up to a minute and varied at random by up to
+            a half. If the exception has an attribute `retry_after`, in seconds, the wait is at least that long.
+        cache: where scores are stored and counted; by default in memory. A cache with a path outlives the process and
+            may be shared.
+        identity: the name of the judge in the cache; by default `judge_identity(function)`.
+        budget: largest number of completions that may be paid for, in all runs that share the cache. Processes that
+            judge at the same time may each exceed it by one batch.
+        batch_size: completions per call; the scores of a batch are stored before the next call. None: all in one call.
+        columns: columns of the data that are passed on besides prompts and completions; None: all that the function
+            takes.
 
     Attributes:
-        calls: completions judged, hence paid for, by this object.
-        cached: completions that were answered without a call.
+        calls: number of completions that this object has scored, hence paid for.
+        cached: number of completions that were answered without a call.
 
     Raises:
-        InputError: numbers that are too small, or a cache on disk with a function that has no identity.
+        InputError: a budget or batch size below 1, negative retries or wait, or a cache on disk for a function whose
+            identity cannot be determined.
 
     Example:
         >>> judge = Judge(lambda prompts, completions, **columns: [float(len(c)) for c in completions])
@@ -226,12 +234,12 @@ class Judge(Asked):
     """
 
     def __call__(self, leader: Leader | None, rollouts: Rollouts) -> Tensor:
-        """Scores [B, 1], float64. Raises as `scores` does."""
+        """Scores [B, 1], float64; raises what `scores` raises."""
         return self.scores(score_arguments(rollouts))[:, None]  # [B] -> [B, 1]
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, as something that it does."""
+    """Converts tensors, arrays and dates to values that JSON can represent."""
     if hasattr(value, "tolist"):  # tensors and arrays
         return value.tolist()
     if hasattr(value, "isoformat"):  # dates

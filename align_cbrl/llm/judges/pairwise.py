@@ -1,4 +1,4 @@
-"""A judge that compares two completions."""
+"""`PairwiseJudge`: a judge that compares two completions of the same prompt."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import torch
 from torch import Tensor
 
 from align_cbrl.llm.judges.judge import Asked
-from align_cbrl.llm.scoring import (
-    score_arguments,
-)
+from align_cbrl.llm.scoring import score_arguments
 from align_cbrl.rollouts import Rollouts
 
 
 class PairwiseJudge(Asked):
-    """A judge that compares two completions; the `preference` of a `PreferenceLikelihood`.
-
-    Called as f(prompts=..., completions_a=..., completions_b=..., **columns), it returns for each pair the
-    probability that a is preferred, in [0, 1]; 0, 0.5 and 1 for a judge that only decides. Two equal completions are
-    worth 1/2 without a call.
+    """A judge that compares two completions of the same prompt: the `preference` of a `PreferenceLikelihood`.
 
     Args:
-        function: compares pairs.
-        both_orders: ask about (a, b) and (b, a) and take the mean, since many judges like what they read first.
-        **options: as for `Judge`, a pair in one order counting as a completion.
+        function: called as f(prompts=..., completions_a=..., completions_b=..., **columns). For each pair it returns
+            the probability in [0, 1] that a is preferred; a judge that only decides returns 0, 0.5 or 1. It is not
+            called for two equal completions, whose probability is 1/2.
+        both_orders: whether each pair is judged as (a, b) and as (b, a) and the two answers are averaged. This removes
+            the position bias that many judges have.
+        **options: those of `Judge`; a pair in one order counts as one completion.
 
     Example:
         >>> def longer(prompts, completions_a, completions_b):
@@ -53,14 +50,14 @@ class PairwiseJudge(Asked):
             (i, j) for i, j in zip(first.tolist(), second.tolist(), strict=True) if completions[i] != completions[j]
         ]
         asked = pairs + [(j, i) for i, j in pairs] if self.both_orders else pairs
-        said: dict[tuple[int, int], float] = {}
+        judged: dict[tuple[int, int], float] = {}
         if asked:
             columns = {name: [values[i] for i, _ in asked] for name, values in arguments.items()}
             a, b = [completions[i] for i, _ in asked], [completions[j] for _, j in asked]
             scores = self.scores({**columns, "completions_a": a, "completions_b": b})
-            said = dict(zip(asked, scores.tolist(), strict=True))
+            judged = dict(zip(asked, scores.tolist(), strict=True))
         preferred = []
         for i, j in zip(first.tolist(), second.tolist(), strict=True):
-            p = said.get((i, j), 0.5)
-            preferred.append((p + 1 - said.get((j, i), 0.5)) / 2 if self.both_orders else p)
+            p = judged.get((i, j), 0.5)
+            preferred.append((p + 1 - judged.get((j, i), 0.5)) / 2 if self.both_orders else p)
         return torch.tensor(preferred, dtype=torch.float64)

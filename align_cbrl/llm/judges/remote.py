@@ -1,4 +1,4 @@
-"""A judge behind a URL: one POST of JSON a batch, at a bounded rate, with a token from the environment."""
+"""`RemoteJudge`: a judge on a server, which gets one POST of JSON per batch, at a limited rate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class JudgeUnavailable(RuntimeError):
-    """A remote judge did not answer this time; asking again may help.
+    """A remote judge did not answer; another attempt may succeed.
 
     Attributes:
-        retry_after: seconds that it asked to wait, or None.
+        retry_after: seconds that the server asks to wait, or None.
     """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
@@ -39,23 +39,24 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class RemoteJudge:
-    """A scoring function that asks a server; `Judge` adds cache, budget, batches and further attempts.
+    """A scoring function that sends completions to a server. `Judge` adds cache, budget, batches and retries.
 
     The body of a request is a JSON object of lists of equal length: "prompts", "completions" ("completions_a" and
-    "completions_b" for a `PairwiseJudge`) and the columns asked for. The answer is a list of numbers, or an object
-    with one under "scores".
+    "completions_b" for a `PairwiseJudge`) and the requested columns. The server answers with a list of numbers, or with
+    an object that has one under "scores".
 
     Args:
-        url: https, or http on this very machine or without a token.
-        columns: of the data, sent along.
-        rate: most requests a second; None for no limit.
-        timeout: seconds without a byte after which a request has failed.
-        token_variable: environment variable with a bearer token. It is read at every request and kept nowhere.
-        version: of the judge behind the URL, part of its identity in a cache: change it when the judge changes.
+        url: https; http is allowed without a token, or to this machine.
+        columns: columns of the data that are sent along.
+        rate: largest number of requests per second; None: no limit.
+        timeout: seconds without a byte received after which a request fails.
+        token_variable: name of the environment variable that holds a bearer token. It is read anew for every request
+            and not stored.
+        version: of the judge on the server, which is part of its identity in a cache. Change it when the judge changes.
 
     Raises:
-        InputError: a URL that is neither http nor https, a token that would travel unencrypted, a rate or timeout that
-            is not positive.
+        InputError: a URL that is neither http nor https or that holds a password, a token that would be sent
+            unencrypted, or a rate or timeout that is not positive.
 
     Example:
         >>> RemoteJudge("https://judge.example/score", rate=2.0).identity
@@ -90,17 +91,17 @@ class RemoteJudge:
         self.timeout = timeout
         self.token_variable = token_variable
         self.identity = f"{url} version {version}"
-        self._next = 0.0  # the time before which the rate allows no further request
+        self._next = 0.0  # earliest time of the next request that the rate allows
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def __call__(self, **arguments: Sequence[Any]) -> list[Any]:
-        """What the server says of one batch.
+        """The server's scores of one batch, as it sent them; `Judge` checks them.
 
         Raises:
             JudgeUnavailable: no connection, no answer in time, an answer that is not JSON, or a status of 408, 425, 429
-                or 5xx: worth another attempt.
-            InputError: another status (the request or the token is wrong), no scores in the answer, or an environment
-                variable that is not set.
+                or 5xx, after which another attempt may succeed.
+            InputError: another status, since the request or the token is wrong; an answer without scores; or an
+                environment variable that is not set.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token_variable is not None:
@@ -118,12 +119,12 @@ class RemoteJudge:
                 text = response.read(_LARGEST_ANSWER + 1)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(200).decode(errors="replace").strip()
-            message = f"judge {self.url}: status {error.code} {error.reason}: {said}"
+                detail = error.read(200).decode(errors="replace").strip()
+            message = f"judge {self.url}: status {error.code} {error.reason}: {detail}"
             if error.code in (408, 425, 429) or error.code >= 500:
                 raise JudgeUnavailable(message, _seconds(error.headers.get("Retry-After"))) from error
             raise InputError(f"{message}; repair the request, the URL or the token") from error
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out or incomplete
             raise JudgeUnavailable(f"judge {self.url}: no answer: {error}") from error
         if len(text) > _LARGEST_ANSWER:
             raise InputError(f"judge {self.url}: its answer is longer than {_LARGEST_ANSWER} bytes")
@@ -148,7 +149,7 @@ class RemoteJudge:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """A Retry-After header, seconds or a date, as seconds from now.
+    """The seconds from now that a Retry-After header asks for, which it gives as a number or as a date.
 
     Example:
         >>> _seconds("3"), _seconds("soon")
