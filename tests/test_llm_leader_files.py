@@ -310,7 +310,7 @@ def test_folders_of_version_0_1_load(name: str, classifiers: dict[str, Path], tm
 LEADER = '''
 import torch
 from torch import nn
-from align_cbrl.llm import LanguageLeader
+from align_cbrl.llm import Correction, LanguageLeader
 
 
 class WordLimit(LanguageLeader):
@@ -339,6 +339,16 @@ class WordLimit(LanguageLeader):
 class Family:
     class Inner(WordLimit):
         pass
+
+
+class Charge(WordLimit, Correction):
+    deviation = WordLimit.score
+
+    def shrink(self, factor):
+        pass
+
+    def check_correction_of(self, frozen):
+        pass
 '''
 
 
@@ -362,12 +372,14 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["own_leader"]
 
 
-@pytest.mark.parametrize("wrapped", ["alone", "inner", "beta"])
+@pytest.mark.parametrize("wrapped", ["alone", "inner", "beta", "correction"])
 def test_a_users_leader_is_loaded_in_another_process(wrapped: str, own: Any, tmp_path: Path) -> None:
     leader: Any = own.Family.Inner(2.5) if wrapped == "inner" else own.WordLimit(2.5)
     move(leader)
     if wrapped == "beta":
         leader = LearnedBeta(leader, 0.5, low=0.1, high=1.0)
+    if wrapped == "correction":
+        leader = Shaped(WORDS, own.Charge(2.5))
     leader.save_pretrained(tmp_path / "reward")
     code = (
         "import json\nfrom align_cbrl.llm import load_leader\n"
@@ -375,7 +387,9 @@ def test_a_users_leader_is_loaded_in_another_process(wrapped: str, own: Any, tmp
         f"scores = leader.score({PROMPTS!r}, {TEXTS!r}).tolist()\n"
         "print(json.dumps([type(leader).__qualname__, [p.tolist() for p in leader.parameters()], scores]))"
     )
-    name, parameters, scores = json.loads(in_a_fresh_process(code, tmp_path / "code").splitlines()[-1])
+    name, parameters, scores = json.loads(
+        in_a_fresh_process(code, tmp_path / "code", Path(__file__).parent).splitlines()[-1]
+    )
     assert name == type(leader).__qualname__
     assert parameters == [p.tolist() for p in leader.parameters()]
     assert scores == leader.score(PROMPTS, TEXTS).tolist()
