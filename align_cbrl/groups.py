@@ -61,6 +61,7 @@ class Groups:
     def logsumexp(self, value: Tensor) -> Tensor:
         """log sum exp over groups of value [B]: [K]."""
         top = self.max(value)
+        top = torch.where(top.isfinite(), top, 0.0)  # inf - inf is NaN, where a group is all -inf
         return self.sum(torch.exp(value - top[self.place])).log() + top
 
     def share(self, weight: Tensor) -> Tensor:

@@ -38,3 +38,9 @@ def test_columns_are_grouped_as_rows_are() -> None:
     value = torch.tensor([[1.0, 2.0], [5.0, 6.0], [3.0, 6.0]])
     assert groups.mean(value).tolist() == [[5.0, 6.0], [2.0, 4.0]]
     assert groups.centred(value).tolist() == [[-1.0, -2.0], [0.0, 0.0], [1.0, 2.0]]
+
+
+def test_a_group_whose_logarithms_are_all_minus_infinity_is_minus_infinity() -> None:
+    value = torch.tensor([-torch.inf, 1.0, -torch.inf], dtype=torch.float64, requires_grad=True)
+    found = Groups.of(torch.tensor([0, 1, 0])).logsumexp(value)
+    assert found.tolist() == [-torch.inf, 1.0]

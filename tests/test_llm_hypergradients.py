@@ -36,6 +36,7 @@ from align_cbrl import (
     WorstGroup,
 )
 from align_cbrl.llm import LearnedBeta, LengthShaping, LoRA, RewardMixture, RewardModel, RewardModelLeader, Shaped
+from align_cbrl.problem import Observed
 
 TEMPERATURE = 0.7
 TOPICS = ["law", "art", "law", "art"]  # of the four prompts
@@ -287,8 +288,8 @@ def test_an_answer_may_have_any_number_of_partners_but_not_the_wrong_factor(worl
     wanted, leader = OBJECTIVES["preference of pairs"], calibrated(world, "linear")
 
     class Unscaled(PreferenceLikelihood):
-        def summarize(self, utility: Tensor, rollouts: Rollouts) -> Any:
-            evaluation = super().summarize(utility, rollouts)
+        def summarize(self, observed: Observed) -> Any:
+            evaluation = super().summarize(observed)
             return dataclasses.replace(evaluation, credit=evaluation.credit / 2)  # G = 3: (G - 2) / (G - 1)
 
     for partners, group in ((2, 3), (2, 5)):

@@ -48,6 +48,7 @@ def accumulate(problem: Problem, gradients: Sequence[Tensor | None]) -> float:
     """Add gradients to `.grad`, one for each of `problem.parameters`, and return their norm; None stands for zero.
 
     Example:
+        >>> import torch
         >>> from toy_cmdp import random_cmdp
         >>> problem = random_cmdp()
         >>> accumulate(problem, [3 * torch.ones(5, dtype=torch.float64)]) == 45**0.5, problem.leader.x.grad.tolist()

@@ -48,7 +48,7 @@ class CrossFitted(Wrapping, Risk):
             group whose paths all have weight zero.
 
     Example:
-        >>> from align_cbrl import ExpectedUtility, MeanVariance
+        >>> from align_cbrl import ExpectedUtility, MeanVariance, Rollouts
         >>> steps = {"score": torch.tensor([1.0, 3.0, 2.0, 6.0, 6.0, 6.0]).double()}
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0, 0, 1, 1, 1]), steps=steps)
         >>> score = ExpectedUtility(lambda leader, rollouts: rollouts.steps["score"][:, None])

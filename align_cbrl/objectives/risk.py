@@ -86,6 +86,7 @@ class MeanVariance(OverContexts):
         aversion: kappa >= 0, per unit of utility.
 
     Example:
+        >>> from align_cbrl import ExpectedUtility
         >>> objective = MeanVariance(ExpectedUtility(lambda leader, rollouts: None), aversion=0.5)
         >>> objective.aggregate(torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])).item()
         1.5
@@ -113,6 +114,7 @@ class CVaR(OverContexts):
         share: alpha in (0, 1]; 1 is the mean, and towards 0 it becomes the worst context.
 
     Example:
+        >>> from align_cbrl import ExpectedUtility
         >>> objective = CVaR(ExpectedUtility(lambda leader, rollouts: None), share=0.5)
         >>> objective.aggregate(torch.tensor([4.0, 1.0, 3.0, 2.0]), torch.full((4,), 0.25)).item()
         1.5
@@ -143,6 +145,7 @@ class EntropicRisk(OverContexts):
         aversion: theta > 0, per unit of utility: towards 0 the mean, towards infinity the worst context.
 
     Example:
+        >>> from align_cbrl import ExpectedUtility
         >>> objective = EntropicRisk(ExpectedUtility(lambda leader, rollouts: None), aversion=2.0)
         >>> round(objective.aggregate(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])).item(), 4)
         0.2831
@@ -172,6 +175,7 @@ class WorstContext(OverContexts):
             are worst; above 0 it is -tau log mean_c exp(-f_c / tau), every context counted once.
 
     Example:
+        >>> from align_cbrl import ExpectedUtility
         >>> objective = WorstContext(ExpectedUtility(lambda leader, rollouts: None))
         >>> objective.aggregate(torch.tensor([4.0, 1.0]), torch.tensor([0.9, 0.1])).item()
         1.0

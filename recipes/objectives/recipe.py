@@ -60,7 +60,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
 
     def tuned(name: str, objective: ObjectiveSettings) -> dict[str, Any]:
         leader = bench.leader()
-        finished = bench.tune(name, leader, objective.build(bench.judge, bench.costs()))
+        finished = bench.tune(name, leader, objective)
         fresh = bench.train(f"{name}-fresh", bench.learned(name), seed + FRESH_SEED)
         return {**reached(fresh), "reward": leader.describe(), "last": finished.history[-1]}
 

@@ -230,7 +230,7 @@ class Bench:
         self,
         name: str,
         leader: LanguageLeader,
-        objective: Objective | None = None,
+        objective: ObjectiveSettings | Objective | None = None,
         follower: TrainedFollower | Population | None = None,
         hpgd: HPGDSettings | None = None,
     ) -> HPGD:
@@ -241,7 +241,8 @@ class Bench:
         Args:
             name: of the folder under the seed's.
             leader: moved.
-            objective: what it wants; None for the configuration's.
+            objective: what it wants; None for the configuration's. Tracked samples show the judge's scores of one that
+                comes as settings.
             follower: one of its own, such as a population; None for the configuration's.
             hpgd: settings other than the configuration's.
         """
@@ -250,8 +251,9 @@ class Bench:
         watched = self.follower(self.seed) if follower is None else follower
         members: Sequence[Any] = watched.members if isinstance(watched, Population) else [watched]
         tracker = self.settings.tracking.build(out, to_dict(self.settings), leader)
-        if objective is None:
-            objective = self.settings.objective.build(tracker.watch(self.judge), self.costs())
+        objective = objective or self.settings.objective
+        if not isinstance(objective, Objective):
+            objective = objective.build(tracker.watch(self.judge), self.costs())
         curve, every = MetricsLog(out / "curve.jsonl"), self.settings.measure.every
 
         def observe(row: dict[str, float], rollouts: Rollouts) -> None:
