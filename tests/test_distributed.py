@@ -192,8 +192,8 @@ def test_a_recipe_in_several_processes_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("align_cbrl.cli.world_size", lambda: 2)
-    assert main(["run", "docstrings"]) == 2
-    assert "recipe 'docstrings': expected one process, got 2" in capsys.readouterr().err
+    assert main(["run", "tune_weights"]) == 2
+    assert "recipe 'tune_weights': expected one process, got 2" in capsys.readouterr().err
 
 
 def test_a_command_that_would_start_one_process_is_refused(tmp_path: Path) -> None:
