@@ -11,6 +11,7 @@ import torch
 
 from align_cbrl import ExpectedUtility, InputError, Objective, Rollouts
 from align_cbrl.llm.settings.objective import ConstrainedSettings, ObjectiveSettings, WorstGroupSettings
+from align_cbrl.objectives import LogRatio
 from align_cbrl.runs.report import Matrix, Section, Table
 
 from ..statistics import mean_and_error, shown
@@ -91,9 +92,7 @@ def measure(
     prompts = Rollouts.bandit(
         contexts=torch.arange(len(means["judge"])),
         steps={"judge": means["judge"], **groups},
-        log_policy=means["kl"],
-        log_prior=torch.zeros_like(means["kl"]),
-    )
+    ).knowing({LogRatio(): means["kl"][:, None]})
 
     def mean_of(name: str) -> Objective:
         return ExpectedUtility(lambda leader, rollouts: means[name][:, None])

@@ -93,6 +93,8 @@ class LanguageLeader(Leader):
 
     def fixed_features(self, rollouts: Rollouts) -> Tensor | None:
         """See `Leader.fixed_features`: the `fixed_scores` of the rollouts' completions."""
+        if type(self).fixed_scores is LanguageLeader.fixed_scores:  # rollouts may then lack what it would be asked of
+            return None
         return self.fixed_scores(**score_arguments(rollouts))
 
     def reward(self, rollouts: Rollouts) -> Tensor:
