@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +49,7 @@ def report(out: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A recipe `toy` beside the installed ones, and a working directory of its own."""
     folder = tmp_path / "recipes" / "toy"
     folder.mkdir(parents=True)
@@ -61,7 +62,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [n for n in sys.modules if n.startswith("align_cbrl.recipes.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
-    return folder
+    yield folder
+    for name in [n for n in sys.modules if n.startswith("align_cbrl.recipes.")]:
+        del sys.modules[name]  # those of this folder; monkeypatch brings back what was there before
 
 
 @pytest.mark.parametrize(

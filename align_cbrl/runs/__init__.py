@@ -2,6 +2,7 @@
 
 Modules:
     config: YAML and overrides to typed dataclasses
+    config_help: what every key of a configuration means
     imports: objects and recipes by name or path
     run_folder: what a run's folder records about itself
     checkpoints: safetensors and JSON, complete or absent
