@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help rlhf study laboratory test lint clean
+.PHONY: help rlhf study laboratory test lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /#/' | awk -F'#' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ laboratory: $(READY)  ## every tabular table and figure, the slow tests and benc
 
 test: lint  ## linter, type checker, and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow"
+
+docs: $(READY)  ## the site with its API pages, in site/
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build
 
 lint: $(READY)  ## linter, format and type checker
 	$(BIN)/ruff check .

@@ -309,20 +309,41 @@ class Follower(abc.ABC):
     ) -> None:
         """Best-respond and hand out rollouts, once per leader step from `start` to `steps`.
 
-        This is the one place that decides who drives whom. The default alternates `respond` and `rollout`; a
-        follower whose trainer owns its loop overrides it and calls `on_rollouts` from inside that loop.
-
-        Every step draws from a generator seeded by (seed, step) alone, so that a resumed run repeats itself. In several
-        processes all draw the same contexts, and each rolls out its share of them, from a generator of its own.
+        This is the one place that decides who drives whom: it alternates `turn`, which the leader's step waits for, and
+        `leader_stepped`. A follower whose trainer owns its loop overrides it and calls `on_rollouts` from inside that
+        loop.
         """
         for step in range(start, steps):
-            generator = torch.Generator().manual_seed(step_seed(seed, step))
-            contexts = self.sample_contexts(contexts_per_step, generator)
-            metrics = self.respond(leader, contexts)
-            if rank() > 0:
-                generator.manual_seed(step_seed(step_seed(seed, step), rank()))
-            if not on_rollouts(self.rollout(contexts[share(len(contexts))], group_size, generator), metrics):
+            rollouts, metrics = self.turn(
+                leader, step, contexts_per_step=contexts_per_step, group_size=group_size, seed=seed
+            )
+            go_on = on_rollouts(rollouts, metrics)
+            self.leader_stepped()
+            if not go_on:
                 return
+
+    def turn(
+        self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """The follower's part of leader step `step`: a response, and the rollouts that the leader then sees.
+
+        Every step draws from a generator seeded by (seed, step) alone, so that a resumed run repeats itself. In several
+        processes all draw the same contexts, and each rolls out its share of them: rank 0 goes on with that generator,
+        every other rank has one of its own, seeded by (seed, step, rank). The arguments are those of `follow`.
+        """
+        generator = torch.Generator().manual_seed(step_seed(seed, step))
+        contexts = self.sample_contexts(contexts_per_step, generator)
+        metrics = self.respond_for(leader, step, contexts)
+        if rank() > 0:
+            generator.manual_seed(step_seed(step_seed(seed, step), rank()))
+        return self.rollout(contexts[share(len(contexts))], group_size, generator), metrics
+
+    def respond_for(self, leader: Leader, step: int, contexts: Tensor) -> dict[str, float]:
+        """`respond`, of a follower that also has to know for which leader step. Default: `respond`."""
+        return self.respond(leader, contexts)
+
+    def leader_stepped(self) -> None:
+        """Called after the leader's step on the rollouts of the last `turn`. Default: nothing to do."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: nested dictionaries and lists of tensors, numbers, strings, booleans and None."""

@@ -11,13 +11,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cbrl.distributed import initialize, share, world_size
+from align_cbrl.distributed import initialize
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.sampling import add_position_ids, check_chat_template, check_prompts
-from align_cbrl.problem import Follower, Leader, OnRollouts, check_temperature, step_seed
-from align_cbrl.rollouts import Rollouts
+from align_cbrl.problem import Follower, Leader, check_temperature
 
 
 class LanguageFollower(Follower):
@@ -80,49 +79,6 @@ class LanguageFollower(Follower):
         """`count` distinct rows of the prompts, uniformly. Raises InputError when there are fewer."""
         check_prompts(self.prompts, count)
         return torch.randperm(len(self.prompts), generator=generator)[:count]
-
-    def turn(
-        self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
-    ) -> tuple[Rollouts, dict[str, float]]:
-        """The follower's part of leader step `step`: a response, and the rollouts that the leader then sees.
-
-        In a run of several processes each gets its own part of them. The arguments are those of `follow`.
-        """
-        generator = torch.Generator().manual_seed(step_seed(seed, step))
-        contexts = self.sample_contexts(contexts_per_step, generator)
-        metrics = self._respond_for(leader, step, contexts)
-        if world_size() > 1:
-            mine = share(contexts_per_step)
-            contexts = contexts[mine]
-            generator = torch.Generator().manual_seed(step_seed(step_seed(seed, step), 1 + mine.start))
-        return self.rollout(contexts, group_size, generator), metrics
-
-    def follow(
-        self,
-        leader: Leader,
-        on_rollouts: OnRollouts,
-        *,
-        start: int,
-        steps: int,
-        contexts_per_step: int,
-        group_size: int,
-        seed: int,
-    ) -> None:
-        """See `Follower.follow`."""
-        for step in range(start, steps):
-            rollouts, metrics = self.turn(
-                leader, step, contexts_per_step=contexts_per_step, group_size=group_size, seed=seed
-            )
-            go_on = on_rollouts(rollouts, metrics)
-            self.leader_stepped()
-            if not go_on:
-                return
-
-    def leader_stepped(self) -> None:
-        """Called after the leader's step on the rollouts of the last `turn`. Default: nothing to do."""
-
-    def _respond_for(self, leader: Leader, step: int, contexts: Tensor) -> dict[str, float]:
-        return self.respond(leader, contexts)
 
     def _load(self) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32, **self._load_settings)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.llm.followers.base import LanguageFollower
-from align_cbrl.problem import Follower, Leader, OnRollouts
+from align_cbrl.problem import Follower, Leader
 from align_cbrl.rollouts import Rollouts
 
 FOLLOWER = "follower"
@@ -87,33 +87,22 @@ class Population(Follower):
                 order.append((rows[:, None] * group_size + torch.arange(group_size)).flatten())
         return self._join(parts).select(torch.argsort(torch.cat(order)).tolist())
 
-    def follow(
-        self,
-        leader: Leader,
-        on_rollouts: OnRollouts,
-        *,
-        start: int,
-        steps: int,
-        contexts_per_step: int,
-        group_size: int,
-        seed: int,
-    ) -> None:
-        """See `Follower.follow`: for each leader step every member takes its turn, and the leader sees all of them.
+    def turn(
+        self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """See `Follower.turn`: every member takes its own, with the seed plus its number, and the leader sees all."""
+        own = self._share(contexts_per_step)
+        turns = [
+            member.turn(leader, step, contexts_per_step=own, group_size=group_size, seed=seed + i)
+            for i, member in enumerate(self.members)
+        ]
+        joined = self._join([(i, rollouts) for i, (rollouts, _) in enumerate(turns)])
+        return joined, _joined_metrics([metrics for _, metrics in turns])
 
-        Member i runs with the seed of `follow` plus i.
-        """
-        share = self._share(contexts_per_step)
-        for step in range(start, steps):
-            turns = [
-                member.turn(leader, step, contexts_per_step=share, group_size=group_size, seed=seed + i)
-                for i, member in enumerate(self.members)
-            ]
-            metrics = _joined_metrics([of_member for _, of_member in turns])
-            go_on = on_rollouts(self._join([(i, rollouts) for i, (rollouts, _) in enumerate(turns)]), metrics)
-            for member in self.members:
-                member.leader_stepped()
-            if not go_on:
-                return
+    def leader_stepped(self) -> None:
+        """Every member hears of it."""
+        for member in self.members:
+            member.leader_stepped()
 
     def state_dict(self) -> dict[str, Any]:
         """The members' states."""

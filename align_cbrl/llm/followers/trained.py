@@ -296,7 +296,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
     def turn(
         self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
     ) -> tuple[Rollouts, dict[str, float]]:
-        """See `LanguageFollower.turn`; where the schedule is inside, the rollouts are those just trained on.
+        """See `Follower.turn`; where the schedule is inside, the rollouts are those just trained on.
 
         A response that was made before the run stopped is not made again.
         """
@@ -310,7 +310,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         return self._shown(contexts_per_step), self._metrics(0)
 
     def leader_stepped(self) -> None:
-        """See `LanguageFollower.leader_stepped`."""
+        """See `Follower.leader_stepped`."""
         self._ready, self._handed_out = None, None
         if self._trainer is not None:
             self._trainer.forget_buffer()  # the leader's step has changed what those completions are worth
@@ -455,7 +455,8 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 "show the whole batch"
             )
 
-    def _respond_for(self, leader: Leader, step: int, contexts: Tensor) -> dict[str, float]:
+    def respond_for(self, leader: Leader, step: int, contexts: Tensor) -> dict[str, float]:
+        """See `Follower.respond_for`; a response that was made before the run stopped is not made again."""
         if self._ready == step:
             return self._metrics(0)
         metrics = self.respond(leader, contexts)
