@@ -18,13 +18,35 @@ HEAVY = {"accelerate", "datasets", "peft", "tokenizers", "transformers", "trl"}
 CORE = Path(align_cbrl.__file__).parent
 TOYS = Path(toy_cmdp.__file__).parent
 LAYERS = (
-    "align_cbrl.errors", "align_cbrl.moved", "align_cbrl.distributed", "align_cbrl.groups", "align_cbrl.functional",
-    "align_cbrl.rollouts", "align_cbrl.problem", "align_cbrl.objectives", "align_cbrl.estimators", "align_cbrl.runs",
-    "align_cbrl.hpgd", "align_cbrl", "align_cbrl.llm.*", "align_cbrl.llm.leaders", "align_cbrl.llm.judges",
-    "align_cbrl.llm.trackers", "align_cbrl.llm.followers", "align_cbrl.llm", "align_cbrl.llm.settings", "toy_cmdp.tables", "toy_cmdp.followers",
-    "toy_cmdp.problems", "toy_cmdp.referee", "toy_cmdp.estimators", "toy_cmdp", "toy_cmdp.validate",
-    "align_cbrl.recipes", "align_cbrl.cli",
-)  # fmt: skip
+    "align_cbrl.errors",
+    "align_cbrl.moved",
+    "align_cbrl.distributed",
+    "align_cbrl.groups",
+    "align_cbrl.functional",
+    "align_cbrl.rollouts",
+    "align_cbrl.problem",
+    "align_cbrl.objectives",
+    "align_cbrl.estimators",
+    "align_cbrl.runs",
+    "align_cbrl.hpgd",
+    "align_cbrl",
+    "align_cbrl.llm.*",
+    "align_cbrl.llm.leaders",
+    "align_cbrl.llm.judges",
+    "align_cbrl.llm.trackers",
+    "align_cbrl.llm.followers",
+    "align_cbrl.llm",
+    "align_cbrl.llm.settings",
+    "toy_cmdp.tables",
+    "toy_cmdp.followers",
+    "toy_cmdp.problems",
+    "toy_cmdp.referee",
+    "toy_cmdp.estimators",
+    "toy_cmdp",
+    "toy_cmdp.validate",
+    "align_cbrl.recipes",
+    "align_cbrl.cli",
+)
 """The rooms, from the ground up: each may import itself and those before it. A package's own __init__.py is a room too,
 which shows what lies below. `align_cbrl.llm.*` are the files beside it, but for the trackers of leaders and judges."""
 
