@@ -9,10 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, together, world_size
 from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
@@ -31,6 +33,7 @@ Observer = Callable[[dict[str, float], Rollouts], None]
 """Called after each leader step with its row of metrics and the rollouts it was taken on; changes neither."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class HPGDConfig:
     """Settings of the outer loop.
@@ -51,26 +54,18 @@ class HPGDConfig:
         progress: show a progress bar.
     """
 
-    steps: int = 100
-    contexts_per_step: int = 8
-    group_size: int = 8
-    max_gradient_norm: float | None = 1.0
-    correction: str = "auto"
-    replays: int = 0
-    seed: int = 0
-    checkpoint_every: int = 10
+    steps: Count = 100
+    contexts_per_step: Count = 8
+    group_size: Count = 8
+    max_gradient_norm: Positive | None = 1.0
+    correction: Literal["auto", "on", "off"] = "auto"
+    replays: Whole = 0
+    seed: Whole = 0
+    checkpoint_every: Count = 10
     progress: bool = True
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "contexts_per_step", "group_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"HPGDConfig.{name}: expected a positive number, got {getattr(self, name)}")
-        if self.replays < 0:
-            raise InputError(f"HPGDConfig.replays: expected at least 0, got {self.replays}")
-        if self.correction not in ("auto", "on", "off"):
-            raise InputError(f"HPGDConfig.correction: expected 'auto', 'on' or 'off', got {self.correction!r}")
 
-
+@checked
 class HPGD:
     """Hyper policy gradient descent (Thoma et al. 2024), here an ascent of the leader's objective.
 

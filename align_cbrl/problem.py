@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import checked
 from align_cbrl.distributed import rank, share
 from align_cbrl.errors import InputError
 from align_cbrl.rollouts import Rollouts
@@ -89,6 +90,7 @@ class Observation(abc.ABC):
         """The observation of every step [B, T], with its graph to the leader's parameters where it `moves`."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Observed:
     """An objective's observations: on samples, or as tables over all states and actions.
@@ -119,6 +121,7 @@ class Observed:
         return self.rollouts
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """An objective, or a term of one, on a batch of rollouts.
@@ -148,6 +151,7 @@ class Risk(abc.ABC):
         """The risk of a term on samples, and the credit that goes with it."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Term:
     """A part of an objective: `risk` of what the policy is worth in each context.
@@ -236,6 +240,7 @@ class Objective(abc.ABC):
         """Restore what `state_dict` returned."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Critique:
     """What a critic says of the leader's credit along the paths.
@@ -353,6 +358,7 @@ class Follower(abc.ABC):
         """Restore what `state_dict` returned."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A contextual bilevel problem: the leader ascends `objective`, knowing that `follower` best-responds.

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.distributed import any_rank, gather_rows, world_size
 from align_cbrl.errors import InputError
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
     """A frozen batch of B paths of at most T steps, sampled from the follower.

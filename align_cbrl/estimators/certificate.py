@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import gather_rows, own_rows, together
 from align_cbrl.estimators.hypergradient import check_reward
 from align_cbrl.functional import best_response_gap, debiased_gap, effective_sample_size, tilt_weights
@@ -25,6 +26,7 @@ _FIRST = 6  # leader steps before the follower is judged: it starts at the refer
 _SIGNAL = 0.015  # squared correlation of what is averaged with rho, at which the rule was measured to err least
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Certificate:
     """The distance of a sampled policy pi from the best response pi* to the present leader, T = 1.
@@ -88,12 +90,13 @@ class Certificate:
         return gap > max(2 * error, _NEAR) and bias > math.expm1(min(2 * gap, 700.0))
 
 
+@checked
 def certify(
     problem: Problem,
     rollouts: Rollouts,
     history: Sequence[Mapping[str, float]] = (),
     *,
-    chunks: int = 1,
+    chunks: Count = 1,
     correctable: bool = True,
 ) -> Certificate | None:
     """Measure the follower's distance from its best response on its own samples; nothing is enumerated.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.functional import group_advantage, returns_to_go
 from align_cbrl.problem import Critic, Critique, Problem, per_path
@@ -32,6 +33,7 @@ class GroupCritic(Critic):
         return Critique(group_advantage(credit[:, 0], rollouts.group[:, 0], weight)[:, None])
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class FittedCritic(Critic):
     """For T > 1 and finitely many actions: averages of returns by (state cell, action), fitted on *other* paths.

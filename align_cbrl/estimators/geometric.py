@@ -8,6 +8,7 @@ import struct
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.critics import GroupCritic
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
@@ -18,6 +19,7 @@ from align_cbrl.problem import Critic, Problem, check_discount, per_path, step_s
 from align_cbrl.rollouts import Rollouts, check_finite
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class GradientEstimator(Hypergradient):
     """HPGD's GradientEstimator (Thoma et al. 2024, Algorithm 2) on given paths, cut at geometric horizons.
@@ -57,7 +59,7 @@ class GradientEstimator(Hypergradient):
     """
 
     critic: Critic = dataclasses.field(default_factory=GroupCritic)
-    seed: int = 0
+    seed: Whole = 0
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """See `Hypergradient.backward`; `objective` is the sum up to the leader's horizons."""

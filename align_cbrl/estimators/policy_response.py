@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import own_rows, sum_gradients_, world_size
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.estimators.critics import GroupCritic
@@ -25,6 +26,7 @@ from align_cbrl.rollouts import Rollouts, check_finite
 _PIECE = 2**18  # entries of a gradient that are squared at once
 
 
+@checked
 @dataclasses.dataclass
 class PolicyResponse(Hypergradient):
     """HPGD: the gradient through the Boltzmann best response, by one backward pass whatever the size of x.
@@ -54,7 +56,7 @@ class PolicyResponse(Hypergradient):
     """
 
     critic: Critic = dataclasses.field(default_factory=GroupCritic)
-    chunks: int = 1
+    chunks: Count = 1
     over_ranks: ClassVar[bool] = True
     observes: ClassVar[bool] = True
 

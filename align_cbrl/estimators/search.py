@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Problem, step_seed
 
@@ -31,6 +32,7 @@ class Climb(abc.ABC):
         """Go on with these leaders only: long [m], places in the present order, ascending."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Halving:
     """When to look at the values, and how many leaders go on.
@@ -48,12 +50,10 @@ class Halving:
         1950
     """
 
-    steps: int = 300
+    steps: Count = 300
     cuts: tuple[tuple[int, int], ...] = ((25, 16), (50, 8), (100, 4), (150, 1))
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"Halving.steps: expected a positive number, got {self.steps}")
         at = [step for step, _ in self.cuts]
         left = [keep for _, keep in self.cuts]
         if any(keep < 1 for keep in left):
@@ -78,8 +78,9 @@ OnValues = Callable[[int, Tensor], None]
 """Called with the number of leader steps taken and the values [n] of those still climbing."""
 
 
+@checked
 def successive_halving(
-    climb: Climb, starts: int, halving: Halving, *, every: int = 10, on_values: OnValues | None = None
+    climb: Climb, starts: Count, halving: Halving, *, every: Count = 10, on_values: OnValues | None = None
 ) -> int:
     """Run the climb to its end and return the winner: its place among the `starts` leaders that began.
 
@@ -103,9 +104,6 @@ def successive_halving(
         >>> successive_halving(Fixed(), 3, Halving(steps=4, cuts=((2, 2),)))
         1
     """
-    for name, number in (("starts", starts), ("every", every)):
-        if number < 1:
-            raise InputError(f"successive_halving: expected {name} to be positive, got {number}")
     alive = torch.arange(starts)
     values = torch.zeros(starts)
     taken = 0

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.estimators.random_numbers import generator_for
@@ -38,6 +39,7 @@ class IterativeFollower(Follower):
         """
 
 
+@checked
 class Truncated(Hypergradient):
     """The hypergradient of another estimator after a fixed number of the follower's iterations.
 
@@ -67,10 +69,7 @@ class Truncated(Hypergradient):
         8.0
     """
 
-    def __init__(self, estimator: Hypergradient, iterations: int, seed: int = 0, group_size: int = 1) -> None:
-        for name, value in (("iterations", iterations), ("group_size", group_size)):
-            if value < 1:
-                raise InputError(f"{name}: expected at least 1, got {value}")
+    def __init__(self, estimator: Hypergradient, iterations: Count, seed: Whole = 0, group_size: Count = 1) -> None:
         self.estimator = estimator
         self.iterations = iterations
         self.seed = seed
@@ -87,6 +86,7 @@ class Truncated(Hypergradient):
         return {**metrics, "gradient_norm": norm, "lower_iterations": float(self.iterations)}
 
 
+@checked
 class RandomlyTruncated(Hypergradient):
     """RT-Q: the expectation of `Truncated` at 2^{K+1} iterations, for about 2 K iterations in the mean.
 
@@ -121,10 +121,7 @@ class RandomlyTruncated(Hypergradient):
         ([0.667, 0.333], 5.333)
     """
 
-    def __init__(self, estimator: Hypergradient, max_level: int, seed: int = 0, group_size: int = 1) -> None:
-        for name, value in (("max_level", max_level), ("group_size", group_size)):
-            if value < 1:
-                raise InputError(f"{name}: expected at least 1, got {value}")
+    def __init__(self, estimator: Hypergradient, max_level: Count, seed: Whole = 0, group_size: Count = 1) -> None:
         self.estimator = estimator
         self.max_level = max_level
         self.seed = seed

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.estimators.random_numbers import generator_for
@@ -18,6 +19,7 @@ from align_cbrl.rollouts import Rollouts
 _LARGEST_SEED = 2**62
 
 
+@checked
 class ZerothOrder(Hypergradient):
     """Perturb the leader along random directions, let the follower respond, and divide the change of J by the length.
 
@@ -55,17 +57,15 @@ class ZerothOrder(Hypergradient):
 
     def __init__(
         self,
-        radius: float,
-        directions: int = 1,
+        radius: Positive,
+        directions: Count = 1,
         *,
         two_sided: bool = True,
         value: Callable[[Problem], Tensor] | None = None,
-        seed: int = 0,
+        seed: Whole = 0,
     ) -> None:
         if not 0 < radius < float("inf"):
             raise InputError(f"radius: expected a positive length, got {radius}")
-        if directions < 1:
-            raise InputError(f"directions: expected at least 1, got {directions}")
         self.radius = radius
         self.directions = directions
         self.two_sided = two_sided

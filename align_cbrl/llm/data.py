@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from align_cbrl.checks import Whole, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.sampling import check_prompts
 from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
@@ -25,7 +26,8 @@ _ALIASES = {
 }
 
 
-def load_prompts(source: str, *, test_share: float = 0.15, seed: int = 0) -> DatasetDict:
+@checked
+def load_prompts(source: str, *, test_share: float = 0.15, seed: Whole = 0) -> DatasetDict:
     """Train and test prompts, with the columns that come along.
 
     Args:
@@ -52,6 +54,7 @@ def load_prompts(source: str, *, test_share: float = 0.15, seed: int = 0) -> Dat
     return DatasetDict({"train": data["train"], "test": test})
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Preferences:
     """Labelled pairs, split by prompt.
@@ -77,8 +80,9 @@ class Preferences:
         return chosen, rejected
 
 
+@checked
 def load_preferences(
-    source: str, *, test_share: float = 0.15, seed: int = 0, scorer: ScoreFunction | None = None
+    source: str, *, test_share: float = 0.15, seed: Whole = 0, scorer: ScoreFunction | None = None
 ) -> Preferences:
     """Pairs of a preferred and another answer to the same prompt.
 

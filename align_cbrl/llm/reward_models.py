@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.sampling import batches
 
@@ -19,6 +20,7 @@ HEADS = ("score", "classifier", "v_head")
 """What classifiers call their last layer: Llama, GPT-2 and Qwen "score", BERT "classifier"."""
 
 
+@checked
 class RewardModel:
     """A scalar sequence classifier as a trl-style reward function.
 
@@ -40,7 +42,7 @@ class RewardModel:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
 
-    def __init__(self, path: str | Path, batch_size: int = 64, max_length: int = 1024) -> None:
+    def __init__(self, path: str | Path, batch_size: Count = 64, max_length: Count = 1024) -> None:
         self.path = str(path)
         self.batch_size = batch_size
         self.max_length = max_length

@@ -12,10 +12,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.rollouts import Rollouts
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Completions:
     """Completions of prompts, G in a row for each prompt: row i answers prompt i // G.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.rollouts import Rollouts
 
@@ -18,12 +19,14 @@ ScoreFunction = Callable[..., Sequence[float]]
 function. A function without **columns is called with the arguments that it names only."""
 
 
+@checked
 def score_arguments(rollouts: Rollouts) -> dict[str, list[Any]]:
     """The keyword arguments that a trl reward function expects: prompts, completions, and every other column."""
     columns = {name: list(value) for name, value in rollouts.steps.items() if name not in ("prompt", "completion")}
     return {"prompts": list(rollouts.steps["prompt"]), "completions": list(rollouts.steps["completion"]), **columns}
 
 
+@checked
 def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -> Any:
     """What a function returns for the arguments that it takes: all of them if it has **columns, else those it names.
 
@@ -65,7 +68,8 @@ def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) 
         return check_scores(name, call_score_function(function, arguments), len(arguments["completions"]))
 
 
-def check_scores(name: str, scores: Any, count: int) -> Tensor:
+@checked
+def check_scores(name: str, scores: Any, count: Count) -> Tensor:
     """What a scoring function returned for `count` completions, as float64 [count].
 
     Raises:

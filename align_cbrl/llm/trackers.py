@@ -13,6 +13,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import is_main
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.base import LanguageLeader
@@ -25,6 +26,7 @@ Utility = Callable[[Leader, Rollouts], Tensor]
 _COLUMNS = ["prompt", "completion", "judge", "reward"]
 
 
+@checked
 class Tracker:
     """Sends the metrics of leader steps, and sample completions as a table, to trackers known to accelerate.
 
@@ -56,13 +58,10 @@ class Tracker:
         *,
         config: Mapping[str, Any] | None = None,
         leader: LanguageLeader | None = None,
-        every: int = 10,
-        samples: int = 4,
+        every: Count = 10,
+        samples: Count = 4,
         project: str = "align-cbrl",
     ) -> None:
-        for name, value in (("every", every), ("samples", samples)):
-            if value < 1:
-                raise InputError(f"{name}: expected a positive number, got {value}")
         self.names = tracker_names(report_to)
         self.out, self.leader, self.every, self.samples, self.project = out, leader, every, samples, project
         self.config = {} if config is None else dict(config)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from align_cbrl.errors import InputError, check_number
+from align_cbrl.checks import NonNegative, Positive, checked
+from align_cbrl.errors import InputError
 from align_cbrl.objectives.expected import MEAN, mean_term
 from align_cbrl.objectives.wrapping import Wrapping
 from align_cbrl.problem import Objective, Observation, Observed, Term
 
 
+@checked
 @dataclasses.dataclass
 class Constrained(Wrapping):
     """Maximise an objective subject to E sum_t gammaF^t c(s_t, a_t) <= bound, by ascent in the dual.
@@ -50,13 +52,10 @@ class Constrained(Wrapping):
     objective: Objective
     cost: Objective
     bound: float
-    rate: float
-    multiplier: float = 0.0
+    rate: Positive
+    multiplier: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        check_number("Constrained.bound", self.bound)
-        check_number("Constrained.rate", self.rate, low=0)
-        check_number("Constrained.multiplier", self.multiplier, low=0, low_included=True)
         if not self.cost.is_mean:
             raise InputError(
                 f"Constrained.cost: expected a mean over contexts, whose expectation is bounded, got "

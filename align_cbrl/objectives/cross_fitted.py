@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.groups import Groups
 from align_cbrl.objectives.risk import OverContexts
@@ -18,6 +19,7 @@ from align_cbrl.problem import Evaluation, Objective, Observed, Risk, Term
 _ROWS = 4096  # slopes that are computed at once
 
 
+@checked
 class CrossFitted(Wrapping, Risk):
     """Cross-fitted risk over contexts: each sample's weight is computed without that sample.
 
@@ -56,7 +58,7 @@ class CrossFitted(Wrapping, Risk):
         3.6
     """
 
-    def __init__(self, objective: Objective, memory: int = 0) -> None:
+    def __init__(self, objective: Objective, memory: Whole = 0) -> None:
         risk: Objective = objective
         while isinstance(risk, Wrapping) and not isinstance(risk, (OverContexts, CrossFitted)):
             risk = risk.objective
@@ -70,8 +72,6 @@ class CrossFitted(Wrapping, Risk):
                 "CrossFitted.objective: expected a risk of a utility, got one of an objective that is made of pairs, "
                 "whose credit is not its utility"
             )
-        if memory < 0:
-            raise InputError(f"CrossFitted.memory: expected a number of contexts >= 0, got {memory}")
         self.objective = objective
         self.memory = memory
         self._fitted = risk

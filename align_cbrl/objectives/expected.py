@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.functional import discount_powers
 from align_cbrl.objectives.observations import Utility, UtilityFunction
 from align_cbrl.problem import Evaluation, Leader, Objective, Observation, Observed, Risk, Term, check_discount
@@ -31,6 +32,7 @@ class Mean(Risk):
 MEAN = Mean()
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class ExpectedUtility(Objective):
     """The expected discounted utility, J = E sum_t gammaF^t u(s_t, a_t) (Thoma et al. 2024).

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Leader, Observation
 from align_cbrl.rollouts import Rollouts
@@ -17,6 +18,7 @@ UtilityFunction = Callable[[Leader, Rollouts], Tensor]
 """Maps (leader, rollouts) to utilities [B, T]: a `Judge`, a `TabularUtility`, or a function of one's own."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class Utility(Observation):
     """What a utility function says of every step.
@@ -60,6 +62,7 @@ class Utility(Observation):
         return hash((id(self.function), self.moves))
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class LogRatio(Observation):
     """log pi(a|s) - log prior(a|s) in nats, zero where no step was taken; it moves where the leader moves the prior."""
@@ -76,6 +79,7 @@ class LogRatio(Observation):
         return torch.where(rollouts.mask.to(ratio.device), ratio, torch.zeros_like(ratio))
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Reward(Observation):
     """The follower's reward r_x [B, T], for objectives that are about the reward itself."""
@@ -88,6 +92,7 @@ class Reward(Observation):
         return leader.reward(rollouts)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class GroupLabel(Observation):
     """A number for the name that a column of the data gives to each path's context, long [B, T].

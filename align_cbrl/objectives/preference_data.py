@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives.expected import MEAN
 from align_cbrl.objectives.preferences import pair_likelihood
@@ -17,6 +18,7 @@ from align_cbrl.problem import Leader, Objective, Observation, Observed, Term, s
 from align_cbrl.rollouts import Rollouts
 
 
+@checked
 class PreferenceData(Objective):
     """How well the leader's reward explains labelled pairs: the mean of log sigma(r_x(chosen) - r_x(rejected)).
 
@@ -55,7 +57,9 @@ class PreferenceData(Objective):
     is_linear = False
     one_step = True
 
-    def __init__(self, chosen: Rollouts, rejected: Rollouts, pairs_per_step: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, chosen: Rollouts, rejected: Rollouts, pairs_per_step: Count | None = None, seed: Whole = 0
+    ) -> None:
         if chosen.size != rejected.size or chosen.horizon != 1 or rejected.horizon != 1:
             raise InputError(
                 "PreferenceData: expected as many rejected as chosen answers, of one step each, got "
@@ -120,6 +124,7 @@ class PairLikelihood(Observation):
         return self.data.likelihood(leader).expand(rollouts.size, rollouts.horizon)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Regularised(Wrapping):
     """An objective plus `weight` times the likelihood of labelled pairs: J(x) + weight * L(x).
@@ -135,11 +140,9 @@ class Regularised(Wrapping):
 
     objective: Objective
     pairs: PreferenceData
-    weight: float
+    weight: Positive
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise InputError(f"Regularised.weight: expected a positive number, got {self.weight}")
         if isinstance(self.objective, PreferenceData):
             raise InputError(
                 f"Regularised.objective: expected what is wanted of the follower, got {type(self.objective).__name__}"

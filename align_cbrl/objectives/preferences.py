@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from align_cbrl.errors import InputError, check_number
+from align_cbrl.checks import Count, Positive, checked
+from align_cbrl.errors import InputError
 from align_cbrl.groups import Groups
 from align_cbrl.objectives.expected import MEAN
 from align_cbrl.objectives.observations import Reward, Utility, UtilityFunction
@@ -18,6 +19,7 @@ from align_cbrl.rollouts import Rollouts
 _REWARD = Reward()
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class PreferenceLikelihood(Objective):
     """How well the leader's reward explains preferences on pairs of the follower's own answers (PARL's objective).
@@ -52,15 +54,14 @@ class PreferenceLikelihood(Objective):
     """
 
     score: UtilityFunction | None = None
-    scale: float = 1.0
+    scale: Positive = 1.0
     preference: Callable[[Rollouts, Tensor, Tensor], Tensor] | None = None
-    partners: int | None = None
+    partners: Count | None = None
 
     is_linear = False
     one_step = True
 
     def __post_init__(self) -> None:
-        check_number("PreferenceLikelihood.scale", self.scale, low=0)
         if (self.score is None) == (self.preference is None):
             raise InputError("PreferenceLikelihood: expected either score or preference, one of the two")
         if self.partners is not None and (self.partners < 2 or self.partners % 2):
@@ -168,6 +169,7 @@ class PreferenceLikelihood(Objective):
         return preferred
 
 
+@checked
 def pair_likelihood(reward_difference: Tensor, preferred: Tensor | float) -> Tensor:
     """p log sigma(d) + (1 - p) log sigma(-d), the expected log-likelihood of a pair (Bradley and Terry).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from align_cbrl.errors import check_number
+from align_cbrl.checks import NonNegative, checked
 from align_cbrl.objectives.observations import LogRatio
 from align_cbrl.objectives.wrapping import Wrapping
 from align_cbrl.problem import Objective, Observation, Observed, Term
@@ -12,6 +12,7 @@ from align_cbrl.problem import Objective, Observation, Observed, Term
 _LOG_RATIO = LogRatio()
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class KLPriced(Wrapping):
     """Another objective less a price for leaving the prior: u - kappa log(pi / prior), per step.
@@ -29,10 +30,7 @@ class KLPriced(Wrapping):
     """
 
     objective: Objective
-    price: float
-
-    def __post_init__(self) -> None:
-        check_number("KLPriced.price", self.price, low=0, low_included=True)
+    price: NonNegative
 
     def observations(self) -> tuple[Observation, ...]:
         """Those of the priced objective, and the log-ratio to the prior."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from align_cbrl.errors import InputError, check_number
+from align_cbrl.checks import NonNegative, Positive, Range, checked
+from align_cbrl.errors import InputError
 from align_cbrl.groups import Groups
 from align_cbrl.objectives.expected import mean_term, path_totals
 from align_cbrl.objectives.wrapping import Wrapping
@@ -77,6 +79,7 @@ class OverContexts(Wrapping, Risk):
         return self.aggregate(values, probabilities)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class MeanVariance(OverContexts):
     """The mean over contexts less `aversion` times their variance: E f - kappa Var f, f_c the value in context c.
@@ -93,11 +96,7 @@ class MeanVariance(OverContexts):
     """
 
     objective: Objective
-    aversion: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("MeanVariance.aversion", self.aversion, low=0, low_included=True)
+    aversion: NonNegative
 
     def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """E f - kappa Var f."""
@@ -105,6 +104,7 @@ class MeanVariance(OverContexts):
         return mean - self.aversion * (probabilities * (values - mean) ** 2).sum()
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class CVaR(OverContexts):
     """The mean over the worst `share` of nature's draw: the conditional value at risk of f_c (Rockafellar and Uryasev).
@@ -121,12 +121,7 @@ class CVaR(OverContexts):
     """
 
     objective: Objective
-    share: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (0 < self.share <= 1):
-            raise InputError(f"CVaR.share: expected a share in (0, 1], got {self.share}")
+    share: Annotated[float, Range(0, 1, open="low")]
 
     def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """The mean of the worst contexts, the last of them counted as far as it reaches into the share."""
@@ -136,6 +131,7 @@ class CVaR(OverContexts):
         return (weight * values[order]).sum()
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class EntropicRisk(OverContexts):
     """The entropic certainty equivalent over nature's draw, -(1 / theta) log E exp(-theta f).
@@ -152,11 +148,7 @@ class EntropicRisk(OverContexts):
     """
 
     objective: Objective
-    aversion: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("EntropicRisk.aversion", self.aversion, low=0)
+    aversion: Positive
 
     def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """-(1 / theta) log E exp(-theta f)."""
@@ -165,6 +157,7 @@ class EntropicRisk(OverContexts):
         return -torch.logsumexp(log_law - self.aversion * values, 0) / self.aversion
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class WorstContext(OverContexts):
     """The worst context's value, however rare it is; or a soft minimum.
@@ -182,11 +175,7 @@ class WorstContext(OverContexts):
     """
 
     objective: Objective
-    temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("WorstContext.temperature", self.temperature, low=0, low_included=True)
+    temperature: NonNegative = 0.0
 
     def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """The minimum, or the soft one, over contexts that nature may draw."""

@@ -6,12 +6,14 @@ import dataclasses
 
 from torch import Tensor
 
+from align_cbrl.checks import NonNegative, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives.observations import GroupLabel
 from align_cbrl.objectives.risk import OverContexts, WorstContext
 from align_cbrl.problem import Objective, Observation, Observed
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class WorstGroup(OverContexts):
     """The value of the worst group of contexts, such as the topic on which the answers are worst; or a soft minimum.
@@ -40,7 +42,7 @@ class WorstGroup(OverContexts):
 
     objective: Objective
     column: str
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

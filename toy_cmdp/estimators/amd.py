@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
@@ -17,6 +18,7 @@ from toy_cmdp.referee.exact import exact_world
 from toy_cmdp.tables.transition import Transition, expected_next, pushed
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class AMD(Hypergradient):
     """Deterministic Bellman propagation of dV (Chen et al. 2022, "Adaptive Model Design for Markov Decision Process").
@@ -48,7 +50,7 @@ class AMD(Hypergradient):
         True
     """
 
-    sweeps: int = 100
+    sweeps: Count = 100
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:

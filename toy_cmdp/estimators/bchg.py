@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.problem import Critic, Critique, Problem
@@ -52,6 +53,7 @@ class TemporalDifferenceCritic(Critic):
         return Critique(_centred(q, seen, rollouts))
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class SarsaCritic(Critic):
     """Q_F by tabular SARSA from zero: one pass over the batch's transitions in random order, as BC-HG's code does it.
@@ -82,9 +84,9 @@ class SarsaCritic(Critic):
     """
 
     cell: Callable[[Rollouts], Tensor]
-    rate: float = 0.1
-    passes: int = 1
-    seed: int = 0
+    rate: Positive = 0.1
+    passes: Count = 1
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.rate <= 1):
@@ -125,6 +127,7 @@ def _centred(q: Tensor, seen: Visits, rollouts: Rollouts) -> Tensor:
     return advantage.view(rollouts.mask.shape)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class BCHG(Hypergradient):
     """Boltzmann-covariance hypergradient (Kudo et al. 2026, arXiv 2603.14867; code: akimotolab/BC-HG).

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.search import Climb
 from align_cbrl.problem import Problem, step_seed
@@ -97,6 +98,7 @@ class ExactClimb(ParallelClimb):
         leader_value(self._joint).backward()
 
 
+@checked
 class SampledClimb(ParallelClimb):
     """Follows `PlugIn`, and compares leaders by their values in the model that it fits.
 
@@ -134,11 +136,11 @@ class SampledClimb(ParallelClimb):
         self,
         problems: Sequence[Problem],
         *,
-        steps: int,
-        learning_rate: float,
+        steps: Count,
+        learning_rate: Positive,
         estimator: Callable[[Problem], PlugIn],
-        environment_steps: int,
-        seed: int,
+        environment_steps: Count,
+        seed: Whole,
     ) -> None:
         super().__init__(problems, steps=steps, learning_rate=learning_rate)
         if environment_steps < len(self.problems):

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem
@@ -16,6 +17,7 @@ from toy_cmdp.referee.frozen_policy import FrozenPolicy
 from toy_cmdp.tables.cmdp import ContextualMDP
 
 
+@checked
 class ObservedPolicyResponse(Hypergradient):
     """The expectation of `PolicyResponse` over all paths of the observed policy, for a leader who knows r, u, P, rho.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import NonNegative, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem, Term, require_fixed_temperature
@@ -104,6 +105,7 @@ class FittedModel:
     nature: Tensor
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class PlugIn(Hypergradient):
     """The hypergradient of a model fitted on the paths' transitions, exact in that model.
@@ -146,9 +148,9 @@ class PlugIn(Hypergradient):
     """
 
     cmdp: ContextualMDP
-    strength: float = 1.0
-    shrinkage: float = 1.0
-    damping: float = 0.5
+    strength: NonNegative = 1.0
+    shrinkage: NonNegative = 1.0
+    damping: NonNegative = 0.5
     memory: TransitionMemory | None = None
 
     def __post_init__(self) -> None:

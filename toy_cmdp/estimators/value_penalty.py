@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem, require_fixed_temperature
@@ -19,6 +20,7 @@ from toy_cmdp.tables.cmdp import Tables
 from toy_cmdp.tables.transition import expected_next, policy_system
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class ValuePenalty(Hypergradient):
     """First-order value penalty on exact tables (PBRL: Shen, Yang, Chen 2024, arXiv 2402.06886).
@@ -52,7 +54,7 @@ class ValuePenalty(Hypergradient):
         True
     """
 
-    penalty: float = 1e4
+    penalty: Positive = 1e4
 
     def __post_init__(self) -> None:
         if not (0 < self.penalty < math.inf):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.functional import returns_to_go
@@ -16,6 +17,7 @@ from align_cbrl.rollouts import Rollouts
 from toy_cmdp.estimators.visits import add_gradient, discounted, expected_utility, visits
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class VisitAveraged(Hypergradient):
     """HPGD's estimator as published in code (lasgroup/HPGD, train_stochastic_bilevel_opt.py).
@@ -54,7 +56,7 @@ class VisitAveraged(Hypergradient):
     """
 
     cell: Callable[[Rollouts], Tensor]
-    horizon: int = 200
+    horizon: Count = 200
 
     def __post_init__(self) -> None:
         if self.horizon < 1:

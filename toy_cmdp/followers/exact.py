@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Follower, Leader, check_discount, check_temperature, temperature_of
 from align_cbrl.rollouts import Rollouts
@@ -50,8 +51,6 @@ class TabularFollower(Follower):
         check_temperature("temperature", temperature, cmdp.contexts)
         check_discount("discount", discount, cmdp.contexts)
         check_discount("leader_discount", leader_discount)
-        if horizon is not None and horizon < 1:
-            raise InputError(f"horizon: expected at least one step, got {horizon}")
         self.cmdp = cmdp
         self.temperature = temperature
         self.discount = discount
@@ -92,6 +91,7 @@ class TabularFollower(Follower):
         self._shown = self._sampler = None
 
 
+@checked
 class ExactFollower(TabularFollower):
     """Best-responds exactly, in all contexts, and warm-starts from its last response.
 
@@ -112,7 +112,7 @@ class ExactFollower(TabularFollower):
         temperature: float | Tensor,
         discount: float | Tensor,
         *,
-        horizon: int | None = None,
+        horizon: Count | None = None,
         leader_discount: float = 0.0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)

@@ -7,11 +7,12 @@ the iteration is one on Q. Start: X = 0, the prior. Axes: C contexts, S states, 
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Range, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.truncated import IterativeFollower
 from align_cbrl.problem import Leader, step_seed, temperature_of
@@ -159,6 +160,7 @@ class SoftValueIteration(TabularIterativeFollower):
         return tables.reward + go_on * expected_next(tables.transition, self._soft_value(tables, table))
 
 
+@checked
 class NaturalPolicyGradient(TabularIterativeFollower):
     """Soft natural policy gradient with exact gradients: X <- (1 - a) X + a Q^pi, one policy evaluation an iteration.
 
@@ -194,11 +196,9 @@ class NaturalPolicyGradient(TabularIterativeFollower):
         temperature: float | Tensor,
         discount: float | Tensor,
         *,
-        step: float = 1.0,
+        step: Annotated[float, Range(0, 1, open="low")] = 1.0,
         **rest: Any,
     ) -> None:
-        if not 0 < step <= 1:
-            raise InputError(f"step: expected a number in (0, 1], 1 being soft policy iteration, got {step}")
         self.step = step
         super().__init__(cmdp, temperature, discount, **rest)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, Positive, Probability, Range, Whole, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.problem import Leader, step_seed, temperature_of
 from toy_cmdp.followers.exact import TabularFollower
@@ -16,6 +17,7 @@ from toy_cmdp.tables.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
 
 
+@checked
 class NeuralSoftQFollower(TabularFollower):
     """A stand-in for somebody else's deep RL: soft Q-learning with a target network, observed through its paths only.
 
@@ -75,42 +77,23 @@ class NeuralSoftQFollower(TabularFollower):
         features: Tensor | None = None,
         *,
         action_features: Tensor | None = None,
-        updates: int = 200,
-        first_updates: int | None = None,
-        environments: int = 256,
-        tries: int = 16,
-        draws: int = 8,
-        heat: float = 10.0,
-        exploration: float = 0.1,
-        hidden: int = 64,
-        learning_rate: float = 3e-3,
-        target_rate: float = 0.03,
-        horizon: int | None = None,
+        updates: Count = 200,
+        first_updates: Count | None = None,
+        environments: Count = 256,
+        tries: Count = 16,
+        draws: Count = 8,
+        heat: Annotated[float, Range(1)] = 10.0,
+        exploration: Probability = 0.1,
+        hidden: Count = 64,
+        learning_rate: Positive = 3e-3,
+        target_rate: Annotated[float, Range(0, 1, open="low")] = 0.03,
+        horizon: Count | None = None,
         leader_discount: float = 0.0,
-        seed: int = 0,
+        seed: Whole = 0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
         self._warmth = self.temperature  # or the leader's, where it sets one
         first_updates = updates if first_updates is None else first_updates
-        counts = {
-            "updates": updates,
-            "first_updates": first_updates,
-            "environments": environments,
-            "tries": tries,
-            "draws": draws,
-            "hidden": hidden,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise InputError(f"{name}: expected at least 1, got {count}")
-        if not 0 < learning_rate < float("inf"):
-            raise InputError(f"learning_rate: expected a positive number, got {learning_rate}")
-        if not 0 < target_rate <= 1:
-            raise InputError(f"target_rate: expected a share in (0, 1], got {target_rate}")
-        if not 1 <= heat < float("inf"):
-            raise InputError(f"heat: expected a multiple of the temperature, at least 1, got {heat}")
-        if not 0 <= exploration <= 1:
-            raise InputError(f"exploration: expected a share in [0, 1], got {exploration}")
         if features is not None and (features.ndim != 3 or tuple(features.shape[:2]) != (cmdp.contexts, cmdp.states)):
             raise InputError(
                 f"features: expected shape ({cmdp.contexts}, {cmdp.states}, F) (contexts, states, features), "

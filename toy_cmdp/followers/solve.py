@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, NonNegative, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import check_discount, check_temperature
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables
@@ -19,6 +20,7 @@ from toy_cmdp.tables.transition import expected_next, policy_system
 _FIRST_DIGITS = 0.1  # relative residual of a linear solve far from the fixed point
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class SoftSolution:
     """The best response in every context.
@@ -34,7 +36,7 @@ class SoftSolution:
     log_policy: Tensor
     q: Tensor
     value: Tensor
-    iterations: int
+    iterations: Count
     residual: float
 
 
@@ -59,6 +61,7 @@ def soft_logits(q: Tensor, log_prior: Tensor | None, temperature: float | Tensor
     return scaled if log_prior is None else log_prior + scaled
 
 
+@checked
 def soft_value_iteration(
     cmdp: ContextualMDP,
     tables: Tables,
@@ -66,8 +69,8 @@ def soft_value_iteration(
     temperature: float | Tensor,
     discount: float | Tensor,
     start: Tensor | None = None,
-    tolerance: float = 1e-10,
-    max_iterations: int = 100_000,
+    tolerance: NonNegative = 1e-10,
+    max_iterations: Count = 100_000,
 ) -> SoftSolution:
     """V <- T(V), a contraction with modulus gamma, until gamma / (1 - gamma) |T(V) - V| <= tolerance * scale.
 
@@ -109,6 +112,7 @@ def soft_value_iteration(
     raise _not_converged("soft_value_iteration", max_iterations, residual, tolerance)
 
 
+@checked
 def soft_policy_iteration(
     cmdp: ContextualMDP,
     tables: Tables,
@@ -116,8 +120,8 @@ def soft_policy_iteration(
     temperature: float | Tensor,
     discount: float | Tensor,
     start: Tensor | None = None,
-    tolerance: float = 1e-15,
-    max_iterations: int = 1_000,
+    tolerance: NonNegative = 1e-15,
+    max_iterations: Count = 1_000,
 ) -> SoftSolution:
     """V <- V + (I - gamma P_pi)^{-1} (T(V) - V) with pi the Boltzmann policy of V: Newton's method on T(V) = V.
 

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, NonNegative, Probability, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -72,8 +73,13 @@ class FourRoomsLeader(TabularLeader):
         return Tables(reward[..., None].expand(-1, -1, len(_MOVES)), self.transition, self.initial)
 
 
+@checked
 def four_rooms(
-    temperature: float = 0.001, price: float = 1.0, slip: float = 0.44, seed: int = 0, horizon: int | None = None
+    temperature: float = 0.001,
+    price: NonNegative = 1.0,
+    slip: Probability = 0.44,
+    seed: Whole = 0,
+    horizon: Count | None = None,
 ) -> Problem:
     """The published problem: lead the follower through cell (8, 4) by fines that cost the leader in the goal.
 

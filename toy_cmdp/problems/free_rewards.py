@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
@@ -46,14 +47,15 @@ class FreeRewardsLeader(TabularLeader):
         return Tables(self.rewards[:, None], self.transition, self.initial)
 
 
+@checked
 def free_rewards(
     *,
     utility: Any = None,
-    contexts: int = 3,
-    actions: int = 6,
+    contexts: Count = 3,
+    actions: Count = 6,
     bounds: tuple[float, float] = (0.0, 1.0),
     temperature: float | Tensor = 0.5,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Problem:
     """One decision per context, and a leader that sets each action's reward freely within `bounds`.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, NonNegative, Probability, Range, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
@@ -45,7 +47,7 @@ class GridworldLeader(TabularLeader):
         goal: Tensor,
         target: Tensor,
         initial: Tensor,
-        limit: float,
+        limit: NonNegative,
         price: float,
     ) -> None:
         super().__init__()
@@ -79,21 +81,22 @@ class GridworldLeader(TabularLeader):
         return (self.target - (1 - self.goal) * upkeep)[..., None].expand_as(self.log_uniform)
 
 
+@checked
 def gridworld(
-    height: int = 20,
-    width: int = 20,
+    height: Count = 20,
+    width: Count = 20,
     *,
     goals: Sequence[Sequence[Cell]] | None = None,
     targets: Sequence[Cell] | None = None,
     start: Cell | None = None,
-    walls: float = 0.1,
-    slip: float = 0.2,
+    walls: Annotated[float, Range(0, 1, open="high")] = 0.1,
+    slip: Probability = 0.2,
     limit: float = 0.02,
-    price: float = 0.05,
+    price: NonNegative = 0.05,
     temperature: float = 0.01,
     discount: float = 0.99,
-    seed: int = 0,
-    horizon: int | None = None,
+    seed: Whole = 0,
+    horizon: Count | None = None,
 ) -> Problem:
     """Lead a follower through target cells on its way to the nearest of its goals, on a map of any size.
 
@@ -134,17 +137,8 @@ def gridworld(
         >>> tuple(problem.leader.tables().transition.shape)
         (1, 12, 4, 12)
     """
-    for name, size in (("height", height), ("width", width)):
-        if size < 1:
-            raise InputError(f"{name}: expected at least 1, got {size}")
     if height * width < 2:
         raise InputError("height, width: expected at least two cells, got one")
-    for name, share, below in (("walls", walls, walls < 1), ("slip", slip, slip <= 1)):
-        if not (share >= 0 and below):
-            raise InputError(f"{name}: expected a share in [0, 1{']' if name == 'slip' else ')'}, got {share}")
-    for name, amount in (("limit", limit), ("price", price)):
-        if not 0 <= amount < math.inf:
-            raise InputError(f"{name}: expected a finite number, at least 0, got {amount}")
 
     generator = torch.Generator().manual_seed(seed)
     count = max(1, height * width // _CELLS_A_GOAL)

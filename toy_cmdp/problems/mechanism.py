@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -62,19 +63,20 @@ class MechanismLeader(TabularLeader):
         return Tables(self.value - self.revenue(), self.transition, self.initial, self.log_prior_table)
 
 
+@checked
 def mechanism(
     *,
     valuations: Any = (0.6, 1.0),
     type_probabilities: Any = None,
-    inventory: int = 2,
-    horizon: int = 3,
-    max_quantity: int = 1,
-    satiation: float = 1.0,
+    inventory: Count = 2,
+    horizon: Count = 3,
+    max_quantity: Count = 1,
+    satiation: NonNegative = 1.0,
     welfare_weight: float = 0.0,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.0,
     leader_discount: float = 0.95,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Problem:
     """The leader posts prices by (inventory, time); contexts are valuations, drawn once for a selling season.
 

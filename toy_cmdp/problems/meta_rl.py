@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, NonNegative, Probability, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
@@ -48,17 +49,18 @@ class MetaLeader(TabularLeader):
         return Tables(self.reward_table, self.transition, self.initial, log_prior)
 
 
+@checked
 def meta_rl(
     *,
-    length: int = 7,
+    length: Count = 7,
     goals: Sequence[int] = (0, 2, 6),
     task_probabilities: Any = None,
-    slip: float = 0.1,
-    price: float = 0.0,
+    slip: Probability = 0.1,
+    price: NonNegative = 0.0,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.9,
     leader_discount: float = 0.9,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Problem:
     """Tasks are goals in a corridor; the leader chooses the prior from which the follower adapts to each.
 

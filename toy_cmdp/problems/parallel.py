@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Leader, Problem, require_fixed_temperature
@@ -99,6 +100,7 @@ class ParallelFollower(ExactFollower):
         return torch.cat(drawn)
 
 
+@checked
 def parallel(problems: Sequence[Problem]) -> Problem:
     """One problem whose value is the mean of the given ones' values.
 

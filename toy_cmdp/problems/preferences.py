@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -46,15 +47,16 @@ class PreferencesLeader(TabularLeader):
         return Tables((self.features @ self.x)[:, None], self.transition, self.initial, self.log_prior_table)
 
 
+@checked
 def preferences(
     *,
-    prompts: int = 4,
-    responses: int = 6,
-    features: int = 3,
-    misspecification: float = 0.5,
+    prompts: Count = 4,
+    responses: Count = 6,
+    features: Count = 3,
+    misspecification: NonNegative = 0.5,
     objective: Callable[[TabularUtility], Objective] = ExpectedUtility,
     temperature: float | Tensor = 0.5,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Problem:
     """The leader tunes a reward model, the follower is the policy trained on it, contexts are prompts.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
@@ -65,18 +66,19 @@ class PrincipalAgentLeader(TabularLeader):
         return Tables(self.expected_payment() - self.costs[:, None], self.transition, self.initial)
 
 
+@checked
 def principal_agent(
     *,
     outcome_law: Any = ((0.8, 0.2), (0.2, 0.8)),
     output: Any = (0.0, 1.0),
     costs: Any = ((0.0, 0.1), (0.0, 0.2)),
     type_probabilities: Any = None,
-    periods: int = 1,
+    periods: Count = 1,
     max_payment: float | None = None,
     temperature: float | Tensor = 0.05,
     discount: float | Tensor = 0.95,
     leader_discount: float = 0.95,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Problem:
     """The leader is the principal, who writes the contract; contexts are cost types of the agent.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.errors import InputError
+from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -49,18 +49,19 @@ class RandomLeader(TabularLeader):
         )
 
 
+@checked
 def random_cmdp(
     *,
-    contexts: int = 2,
-    states: int = 4,
-    actions: int = 3,
-    parameters: int = 5,
+    contexts: Count = 2,
+    states: Count = 4,
+    actions: Count = 3,
+    parameters: Count = 5,
     temperature: float = 0.5,
     discount: float = 0.9,
     leader_discount: float = 0.8,
-    price: float = 0.0,
-    seed: int = 0,
-    horizon: int | None = None,
+    price: NonNegative = 0.0,
+    seed: Whole = 0,
+    horizon: Count | None = None,
 ) -> Problem:
     """A random problem in which x moves r, P, rho, the prior and u together.
 
@@ -84,10 +85,6 @@ def random_cmdp(
         >>> random_cmdp(seed=3).leader.x.shape
         torch.Size([5])
     """
-    sizes = {"contexts": contexts, "states": states, "actions": actions, "parameters": parameters}
-    for name, size in {**sizes, "horizon": 1 if horizon is None else horizon}.items():
-        if size < 1:
-            raise InputError(f"{name}: expected at least 1, got {size}")
     layers = 1 if horizon is None else horizon
     total = states * layers
     layer = torch.arange(total) // states

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
@@ -57,19 +58,20 @@ class StackelbergLeader(TabularLeader):
         return Tables(reward, transition[None], self.initial)
 
 
+@checked
 def stackelberg_game(
     *,
-    contexts: int = 2,
-    states: int = 4,
-    actions: int = 3,
-    leader_actions: int = 3,
-    successors: int = 2,
+    contexts: Count = 2,
+    states: Count = 4,
+    actions: Count = 3,
+    leader_actions: Count = 3,
+    successors: Count = 2,
     follower_payoff: Any = None,
     leader_payoff: Any = None,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.9,
     leader_discount: float = 0.9,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Problem:
     """A random Markov game, played without end from a uniform start; contexts are types of the follower.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem, check_temperature
@@ -125,13 +126,14 @@ def _asset_utility(assets: Tensor, factor: float) -> Tensor:
     return utility - jump * (assets[1] - assets[0]) / 12 * (assets == 0)
 
 
+@checked
 def tax_design(
     temperature: float = 0.1,
     *,
-    grid: int = 201,
+    grid: Count = 201,
     rates: Sequence[float] = (0.3, 0.3, 0.3, 0.3),
     joint: bool = False,
-    horizon: int | None = None,
+    horizon: Count | None = None,
 ) -> Problem:
     """The published problem on a grid of assets: social welfare under the taxes to which two households respond.
 

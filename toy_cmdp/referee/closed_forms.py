@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import check_discount, check_temperature
 from toy_cmdp.problems.free_rewards import check_bounds
 from toy_cmdp.tables.arguments import check_between, check_sizes, finite_tensor
 
 
+@checked
 def optimal_bonus(
-    success: tuple[float, float], cost: float, output: float = 1.0, temperature: float = 0.0
+    success: tuple[float, float], cost: float, output: float = 1.0, temperature: NonNegative = 0.0
 ) -> tuple[float, float]:
     """The best contract for one period, one type, two efforts and two outcomes: (bonus, profit).
 
@@ -82,6 +84,7 @@ def optimal_bonus(
     return max(profit_at(lower), profit_at(start), key=lambda found: found[1])
 
 
+@checked
 def threshold_rewards(utility: Any, bounds: tuple[float, float], temperature: float) -> tuple[Tensor, Tensor]:
     """The optimum of `free_rewards`, by enumeration: rewards [C, A] and the value of each context [C].
 
@@ -126,7 +129,8 @@ def wright_omega(y: float) -> float:
     return math.exp(log_w)
 
 
-def logit_price(valuation: float, temperature: float, opportunity_cost: float = 0.0) -> float:
+@checked
+def logit_price(valuation: float, temperature: Positive, opportunity_cost: float = 0.0) -> float:
     """The p that maximises sigma((valuation - p) / lambda) (p - opportunity_cost).
 
     The first-order condition is p - opportunity_cost = lambda / (1 - sigma), and with W Lambert's function
@@ -146,8 +150,9 @@ def logit_price(valuation: float, temperature: float, opportunity_cost: float = 
     return opportunity_cost + temperature * (1 + wright_omega((valuation - opportunity_cost) / temperature - 1))
 
 
+@checked
 def optimal_prices(
-    valuation: float, inventory: int, horizon: int, temperature: float, leader_discount: float
+    valuation: float, inventory: Count, horizon: Count, temperature: float, leader_discount: float
 ) -> tuple[Tensor, Tensor]:
     """The best prices [N, T] and the revenue to come [N, T], for single units, one type and buyers who do not wait.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Critic, Critique, Problem, Term
@@ -20,6 +21,7 @@ from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import PolicySystem, expected_next, policy_system, pushed
 
 
+@checked
 def leader_value(problem: Problem) -> Tensor:
     """J(x), exact, a scalar whose `backward` is the implicit hypergradient: sum_c Xi(c) sum_s rho_x(s) V_F(c, s) for an
     expectation, and what the objective makes of the contexts' values otherwise.
@@ -198,6 +200,7 @@ class ExactCritic(Critic):
             )
 
 
+@checked
 def expected_policy_response(problem: Problem, world: ExactWorld | None = None) -> list[Tensor]:
     """The exact expectation of `PolicyResponse` with an exact critic over all infinite paths, one tensor a parameter.
 
@@ -255,7 +258,8 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
     return [torch.zeros_like(p) if g is None else g for p, g in zip(problem.parameters, gradients, strict=True)]
 
 
-def enumerate_paths(problem: Problem, horizon: int, *, max_paths: int = 1_000_000) -> Rollouts:
+@checked
+def enumerate_paths(problem: Problem, horizon: Count, *, max_paths: Count = 1_000_000) -> Rollouts:
     """All paths of the best response with positive probability, weighted so that means are exact expectations.
 
     A path's weight is B times its probability (nature's draw included), which has mean one.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
@@ -21,6 +22,7 @@ from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import Transition, between
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """One MDP per context, at the leader's present parameters; each table is differentiable in them or constant.
@@ -108,6 +110,7 @@ class TabularLeader(Leader):
         return None if table is None or not table.requires_grad else gather_steps(table, rollouts)
 
 
+@checked
 class TabularUtility:
     """The leader's utility u_x(c, s, a) as a table; hand it to `ExpectedUtility`.
 
@@ -132,6 +135,7 @@ class TabularUtility:
         return gather_steps(self.table(require_tabular(leader)), rollouts)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class ContextualMDP:
     """What no leader moves: nature's law of the contexts and where episodes end.

@@ -19,6 +19,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 
 Array = npt.NDArray[np.float64]
@@ -31,6 +32,7 @@ _SINGLE_CYCLE = 1e-5  # reduction of the residual that single precision is trust
 _BLOCK = 16_384
 
 
+@checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseTransition:
     """P(s' | s, a) as a list of K successors, the same for all contexts, and their probabilities.

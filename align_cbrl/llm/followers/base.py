@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import initialize
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.followers.adapters import without_dropout
@@ -19,6 +20,7 @@ from align_cbrl.llm.sampling import add_position_ids, check_chat_template, check
 from align_cbrl.problem import Follower, Leader, check_temperature
 
 
+@checked
 class LanguageFollower(Follower):
     """A causal language model that answers prompts; contexts are rows of its prompt dataset.
 
@@ -46,14 +48,12 @@ class LanguageFollower(Follower):
         prompts: Dataset,
         temperature: float,
         *,
-        max_completion_length: int = 64,
+        max_completion_length: Count = 64,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         initialize()  # before anything of accelerate's, which would decide alone how many processes there are
         check_temperature("temperature", temperature)
         check_prompts(prompts, 1)
-        if max_completion_length < 1:
-            raise InputError(f"max_completion_length: expected at least 1 token, got {max_completion_length}")
         self.model_path = str(model)
         self.prompts = prompts
         self.temperature = temperature

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.followers.base import LanguageFollower
 from align_cbrl.problem import Follower, Leader
@@ -17,6 +18,7 @@ FOLLOWER = "follower"
 """Name of the column of the rollouts' steps that says which member made a completion."""
 
 
+@checked
 class Population(Follower):
     """Followers that best-respond to the same leader, each with its own policy; they do not interact.
 

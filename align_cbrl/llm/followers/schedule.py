@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.truncated import RandomlyTruncated
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """When the leader steps, counted in the follower's optimizer steps.
@@ -44,30 +46,25 @@ class Schedule:
         [False, True, True]
     """
 
-    interval: int = 5
-    warmup: int = 0
+    interval: Whole = 5
+    warmup: Whole = 0
     inside: bool = True
-    tolerance: float | None = None
-    limit: int | None = None
-    levels: int | None = None
+    tolerance: Positive | None = None
+    limit: Count | None = None
+    levels: Count | None = None
 
     def __post_init__(self) -> None:
         least = 1 if self.levels is None else 0
-        if self.interval < least or self.warmup < 0:
-            raise InputError(
-                f"Schedule: expected interval >= {least} and warmup >= 0, got interval={self.interval} and "
-                f"warmup={self.warmup}"
-            )
+        if self.interval < least:
+            raise InputError(f"Schedule.interval: expected at least {least}, got {self.interval}")
         if (self.tolerance is None) != (self.limit is None):
             raise InputError(
                 f"Schedule: tolerance={self.tolerance} and limit={self.limit} go together: train until the gap is "
                 "below the one, for at most the other's steps"
             )
-        if self.tolerance is not None and not (self.tolerance > 0):
-            raise InputError(f"Schedule.tolerance: expected a positive gap in nats, got {self.tolerance}")
         if self.limit is not None and self.limit < max(1, self.interval):
             raise InputError(f"Schedule.limit: expected at least interval={self.interval} steps, got {self.limit}")
-        if self.levels is not None and (self.levels < 1 or self.inside or self.tolerance is not None):
+        if self.levels is not None and (self.inside or self.tolerance is not None):
             raise InputError(
                 f"Schedule.levels: expected K >= 1 with inside=False and without tolerance, got levels={self.levels}, "
                 f"inside={self.inside}, tolerance={self.tolerance}; RT-Q trains the follower itself, which it cannot "

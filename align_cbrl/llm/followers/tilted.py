@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.functional import tilt_weights
 from align_cbrl.llm.followers.base import LanguageFollower, language_leader
@@ -21,6 +22,7 @@ from align_cbrl.problem import Leader, temperature_of
 from align_cbrl.rollouts import Rollouts
 
 
+@checked
 class TiltedFollower(LanguageFollower):
     """The best response without training: the reference's completions, reweighted by exp(r_x / lambda).
 
@@ -39,9 +41,9 @@ class TiltedFollower(LanguageFollower):
         prompts: Dataset,
         temperature: float,
         *,
-        max_completion_length: int = 64,
+        max_completion_length: Count = 64,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        batch_size: int = 256,
+        batch_size: Count = 256,
     ) -> None:
         super().__init__(
             model,

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
+from align_cbrl.checks import Count, Positive, Several, Whole, checked
 from align_cbrl.distributed import gather_lists, gather_rows, share, world_size
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.estimators.truncated import IterativeFollower
@@ -42,6 +43,7 @@ from align_cbrl.rollouts import Rollouts
 _LARGEST_SEED = 2**62
 
 
+@checked
 class TrainedFollower(LanguageFollower, IterativeFollower):
     """A policy trained by one of trl's trainers towards the Boltzmann response to the leader's reward.
 
@@ -74,15 +76,15 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         prompts: Dataset,
         temperature: float,
         *,
-        max_completion_length: int = 64,
-        prompts_per_step: int = 8,
-        group_size: int = 8,
-        learning_rate: float = 1e-4,
+        max_completion_length: Count = 64,
+        prompts_per_step: Count = 8,
+        group_size: Several = 8,
+        learning_rate: Positive = 1e-4,
         schedule: Schedule | None = None,
-        interval: int | None = None,
-        warmup: int | None = None,
+        interval: Count | None = None,
+        warmup: Whole | None = None,
         inside: bool | None = None,
-        seed: int = 0,
+        seed: Whole = 0,
         peft_config: Any = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -94,8 +96,6 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             max_completion_length=max_completion_length,
             chat_template_kwargs=settings.get("chat_template_kwargs"),
         )
-        if group_size < 2:
-            raise InputError(f"group_size: expected at least 2 completions a prompt, got {group_size}")
         check_prompts(prompts, prompts_per_step)
         if peft_config is not None:
             check_adapter(peft_config)

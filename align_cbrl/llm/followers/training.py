@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import broadcast_, gather_rows, is_main
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm.followers.trained import TrainedFollower
@@ -20,16 +21,17 @@ from align_cbrl.runs.metrics import MetricsLog
 Monitor = Callable[[Rollouts], dict[str, float]]
 
 
+@checked
 def train_follower(
     follower: TrainedFollower,
     leader: LanguageLeader,
-    steps: int,
+    steps: Count,
     *,
     out: Path,
     fingerprint: str,
     monitor: Monitor | None = None,
-    log_every: int = 5,
-    checkpoint_every: int = 25,
+    log_every: Count = 5,
+    checkpoint_every: Count = 25,
     progress: bool = True,
     name: str = "follower",
 ) -> None:

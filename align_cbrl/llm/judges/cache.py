@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError, RunStopped
 
 _AT_ONCE = 500  # keys in one query
 
 
+@checked
 class JudgeCache:
     """Scores by a key of what was scored, and the number of scores paid for, by judge.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.errors import InputError, RunStopped
 from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.reward_models import RewardModel
@@ -32,6 +33,7 @@ from align_cbrl.rollouts import Rollouts
 _LONGEST_WAIT = 600.0  # seconds; where a judge asks the run to wait longer, the run is stopped instead
 
 
+@checked
 def judge_identity(function: Callable[..., Any]) -> str | None:
     """The name under which a judge's scores are cached, which changes when the judge does; None if there is none.
 
@@ -60,6 +62,7 @@ def judge_identity(function: Callable[..., Any]) -> str | None:
     return f"{function.__module__}.{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
 
 
+@checked
 class Asked:
     """A scoring function whose calls are expensive: called once per distinct row, in batches, and within a budget."""
 
@@ -70,20 +73,15 @@ class Asked:
         self,
         function: Callable[..., Any],
         name: str = "judge",
-        retries: int = 3,
-        wait: float = 0.5,
+        retries: Whole = 3,
+        wait: NonNegative = 0.5,
         *,
         cache: JudgeCache | None = None,
         identity: str | None = None,
-        budget: int | None = None,
-        batch_size: int | None = None,
+        budget: Count | None = None,
+        batch_size: Count | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
-        for what, value in (("budget", budget), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}: {what}: expected a positive number or None, got {value}")
-        if retries < 0 or wait < 0:
-            raise InputError(f"{name}: expected retries and wait of at least 0, got {retries} and {wait}")
         self.function = function
         self.name = name
         self.retries = retries

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.llm.judges.judge import Asked
 from align_cbrl.llm.scoring import score_arguments
 from align_cbrl.rollouts import Rollouts
 
 
+@checked
 class PairwiseJudge(Asked):
     """A judge that compares two completions of the same prompt: the `preference` of a `PreferenceLikelihood`.
 

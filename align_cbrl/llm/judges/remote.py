@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 
 _LARGEST_ANSWER = 64 * 2**20  # bytes
@@ -38,6 +39,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+@checked
 class RemoteJudge:
     """A scoring function that sends completions to a server. `Judge` adds cache, budget, batches and retries.
 
@@ -68,8 +70,8 @@ class RemoteJudge:
         url: str,
         *,
         columns: Sequence[str] = (),
-        rate: float | None = None,
-        timeout: float = 60.0,
+        rate: Positive | None = None,
+        timeout: Positive = 60.0,
         token_variable: str | None = None,
         version: str = "1",
     ) -> None:

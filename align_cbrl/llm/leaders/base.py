@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.leaders.import_names import class_name, imported_class
 from align_cbrl.llm.leaders.saved import RECORD, read_record, write_card, write_record
@@ -163,6 +164,7 @@ class LanguageLeader(Leader):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 
+@checked
 def load_leader(path: str | Path) -> LanguageLeader:
     """The leader that `save_pretrained` wrote to `path`, a local folder. No network is needed.
 
@@ -185,6 +187,7 @@ def load_leader(path: str | Path) -> LanguageLeader:
         raise InputError(f"load_leader: {folder} holds a {leader.__name__} that does not load: {reason}") from error
 
 
+@checked
 def load_reward(path: str | Path) -> Callable[..., list[float]]:
     """The learned reward in the folder `path` as a trl reward function. Errors are those of `load_leader`.
 

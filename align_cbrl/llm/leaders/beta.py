@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.base import LanguageLeader, load_leader
 from align_cbrl.rollouts import Rollouts
 
 
+@checked
 class LearnedBeta(LanguageLeader):
     """Another leader's reward, and beta, the price of a nat of divergence from the reference, beside its parameters.
 
@@ -46,7 +48,7 @@ class LearnedBeta(LanguageLeader):
         [-3.0]
     """
 
-    def __init__(self, leader: LanguageLeader, beta: float, *, low: float, high: float) -> None:
+    def __init__(self, leader: LanguageLeader, beta: Positive, *, low: Positive, high: Positive) -> None:
         super().__init__()
         if not (0 < low < high < float("inf")):
             raise InputError(f"LearnedBeta: expected bounds 0 < low < high, got low={low}, high={high}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.calibration import deviation_within_prompts
 from align_cbrl.llm.leaders.frozen import FrozenPlus
@@ -16,6 +17,7 @@ from align_cbrl.llm.scoring import ScoreFunction, score_arguments
 from align_cbrl.rollouts import Rollouts
 
 
+@checked
 class LengthShaping(FrozenPlus):
     """A frozen reward, less a learned charge for length beyond a target.
 
@@ -65,9 +67,9 @@ class LengthShaping(FrozenPlus):
         target: float,
         weight: float = 0.0,
         learn_target: bool = False,
-        width: float = 0.25,
-        strength: float = 1.0,
-        budget: float = 1.0,
+        width: Positive = 0.25,
+        strength: Positive = 1.0,
+        budget: Positive = 1.0,
     ) -> None:
         super().__init__(frozen, strength)
         for name, value in (("target", target), ("width", width), ("budget", budget)):

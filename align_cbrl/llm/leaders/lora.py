@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from align_cbrl.checks import Count, Positive, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.reward_models import HEADS, RewardModel, import_peft
 from align_cbrl.runs.config import nearest
@@ -19,6 +20,7 @@ _ADAPTER = "default"
 _PREFIX = "base_model.model."  # what PeftModel puts before the names of an adapter's tensors in a file
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """The size and place of an adapter: W_0 becomes W_0 + (alpha / rank) B A, with B zero at the start.
@@ -33,15 +35,11 @@ class LoRA:
         InputError: a rank below 1, an alpha that is not positive, or a target that is the head or lm_head.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Count = 8
+    alpha: Positive = 16.0
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"lora.rank: expected at least 1, got {self.rank}")
-        if not (0 < self.alpha < float("inf")):
-            raise InputError(f"lora.alpha: expected a positive number, got {self.alpha}")
         if self.target_modules is not None and not self.target_modules:
             raise InputError("lora.target_modules: expected at least one name, or null for every linear layer")
         for target in self.target_modules or ():

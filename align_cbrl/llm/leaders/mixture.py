@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.calibration import within_prompts
 from align_cbrl.llm.leaders.correction import Correction
@@ -27,6 +28,7 @@ _LEAST_SHARE = (
 _LOWEST_LOGIT = math.log(_LEAST_SHARE)
 
 
+@checked
 class RewardMixture(Correction):
     """A weighted sum of reward functions, x being the weights: r_x = sum_k w_k (f_k - shift_k) / scale_k.
 
@@ -78,14 +80,12 @@ class RewardMixture(Correction):
         self,
         terms: Mapping[str, ScoreFunction],
         weights: Mapping[str, float] | None = None,
-        budget: float = 1.0,
+        budget: Positive = 1.0,
         constraint: Constraint = "free",
     ) -> None:
         super().__init__()
         if not terms:
             raise InputError("RewardMixture.terms: expected at least one reward function, got none")
-        if not (0 < budget < float("inf")):
-            raise InputError(f"RewardMixture.budget: expected a positive number, got {budget}")
         if constraint not in get_args(Constraint):
             raise InputError(
                 f"RewardMixture.constraint: got {constraint!r}; {nearest(str(constraint), get_args(Constraint))}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.leaders.calibration import deviation_within_prompts
 from align_cbrl.llm.leaders.correction import Correction
@@ -24,6 +25,7 @@ Trainable = Literal["head", "lora", "all"]
 """Which of a reward model's parameters are the leader's; see `RewardModelLeader`."""
 
 
+@checked
 class RewardModelLeader(Correction):
     """A reward model whose own parameters are x: r_x = strength * (RM_x(prompt, completion) - shift) / scale.
 
@@ -60,8 +62,8 @@ class RewardModelLeader(Correction):
         self,
         model: RewardModel,
         trainable: Trainable = "head",
-        strength: float = 1.0,
-        budget: float = 1.0,
+        strength: Positive = 1.0,
+        budget: Positive = 1.0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.base import load_leader
 from align_cbrl.llm.leaders.correction import Correction
@@ -20,6 +21,7 @@ from align_cbrl.rollouts import Rollouts
 _MOST_SHRINKS = 1000  # a few suffice where the spread is nearly proportional; a user's own correction may not shrink
 
 
+@checked
 class Shaped(FrozenPlus):
     """A frozen reward plus a small learned correction: r_x = strength * (f - shift) / scale + correction_x.
 
@@ -56,11 +58,9 @@ class Shaped(FrozenPlus):
     """
 
     def __init__(
-        self, frozen: ScoreFunction, correction: Correction, strength: float = 1.0, budget: float = 0.5
+        self, frozen: ScoreFunction, correction: Correction, strength: Positive = 1.0, budget: Positive = 0.5
     ) -> None:
         super().__init__(frozen, strength)
-        if not (0 < budget < float("inf")):
-            raise InputError(f"Shaped.budget: expected a positive number, got {budget}")
         if not isinstance(correction, Correction):
             raise InputError(
                 "Shaped.correction: expected a RewardMixture, a RewardModelLeader, or another subclass of Correction, "

@@ -10,22 +10,20 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from align_cbrl.errors import InputError, check_number
+from align_cbrl.checks import Count, Positive, Several, checked
+from align_cbrl.errors import InputError
 from align_cbrl.llm.followers.base import LanguageFollower
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.tilted import TiltedFollower
 from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower, TrainedFollower
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Follower(abc.ABC):
     trainer: str = ""
-    temperature: float = 1.0
-    max_completion_length: int = 64
-
-    def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, low=0)
-        _at_least("max_completion_length", self.max_completion_length, 1)
+    temperature: Positive = 1.0
+    max_completion_length: Count = 64
 
     @abc.abstractmethod
     def build(self, model: str | Path, prompts: Dataset, seed: int) -> LanguageFollower:
@@ -38,6 +36,7 @@ class _Follower(abc.ABC):
         """
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedSettings(_Follower):
     """A policy trained by trl; see `TrainedFollower`.
@@ -60,26 +59,18 @@ class TrainedSettings(_Follower):
         5
         >>> TrainedSettings(group_size=1)
         Traceback (most recent call last):
-        align_cbrl.errors.InputError: group_size: expected at least 2, got 1
+        align_cbrl.errors.InputError: TrainedSettings.group_size: expected a whole number >= 2, got 1
     """
 
     trainer: Literal["rloo", "grpo"] = "rloo"
-    steps: int = 200
-    prompts_per_step: int = 8
-    group_size: int = 8
-    learning_rate: float = 1e-4
+    steps: Count = 200
+    prompts_per_step: Count = 8
+    group_size: Several = 8
+    learning_rate: Positive = 1e-4
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    lora: int | None = None
+    lora: Count | None = None
     vllm: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("learning_rate", self.learning_rate, low=0)
-        for name, least in (("steps", 1), ("prompts_per_step", 1), ("group_size", 2)):
-            _at_least(name, getattr(self, name), least)
-        if self.lora is not None:
-            _at_least("lora", self.lora, 1)
 
     def build(self, model: str | Path, prompts: Dataset, seed: int) -> TrainedFollower:
         """A fresh follower; see `_Follower.build`."""
@@ -99,6 +90,7 @@ class TrainedSettings(_Follower):
         )
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TiltedSettings(_Follower):
     """The reference's completions, reweighted into the best response; see `TiltedFollower`."""
@@ -112,11 +104,6 @@ class TiltedSettings(_Follower):
 
 FollowerSettings = TrainedSettings | TiltedSettings
 """How the policy answers a reward, by `trainer`."""
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name}: expected at least {least}, got {value}")
 
 
 def _lora(rank: int) -> Any:

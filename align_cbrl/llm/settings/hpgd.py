@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 
 from align_cbrl import HPGDConfig
-from align_cbrl.errors import check_number
+from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.problem import Leader
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HPGDSettings:
     """The leader's steps; see `HPGDConfig`.
@@ -25,16 +26,12 @@ class HPGDSettings:
         checkpoint_every: leader steps between checkpoints.
     """
 
-    steps: int = 30
-    learning_rate: float = 0.1
-    replays: int = 0
+    steps: Count = 30
+    learning_rate: Positive = 0.1
+    replays: Whole = 0
     correction: Literal["auto", "on", "off"] = "auto"
-    max_gradient_norm: float | None = 1.0
-    checkpoint_every: int = 5
-
-    def __post_init__(self) -> None:
-        check_number("learning_rate", self.learning_rate, low=0)
-        self.build(1, 1, 0)
+    max_gradient_norm: Positive | None = 1.0
+    checkpoint_every: Count = 5
 
     def build(self, contexts_per_step: int, group_size: int, seed: int) -> HPGDConfig:
         """The configuration of the loop, on batches of this size."""

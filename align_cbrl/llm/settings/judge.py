@@ -8,24 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel
 from align_cbrl.runs.imports import load_object
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Judge(abc.ABC):
-    budget: int | None = None
+    budget: Count | None = None
     cache: str | None = None
-    batch_size: int | None = None
-    retries: int = 3
-    wait: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: expected a positive number or null, got {value}")
+    batch_size: Count | None = None
+    retries: Whole = 3
+    wait: NonNegative = 0.5
 
     @property
     @abc.abstractmethod
@@ -59,6 +55,7 @@ class _Judge(abc.ABC):
         }
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionSettings(_Judge):
     """A function in trl's signature of a reward function.
@@ -99,6 +96,7 @@ class FunctionSettings(_Judge):
         return Judge(self._source(), **options)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModelJudgeSettings(_Judge):
     """A reward model that nobody trains on.
@@ -118,6 +116,7 @@ class RewardModelJudgeSettings(_Judge):
         return RewardModel(self.reward_model)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RemoteSettings(_Judge):
     """A server that scores; see `RemoteJudge`.
@@ -139,11 +138,11 @@ class RemoteSettings(_Judge):
     pairwise: bool = False
     both_orders: bool = True
     columns: list[str] | None = None
-    rate: float | None = None
-    timeout: float = 60.0
+    rate: Positive | None = None
+    timeout: Positive = 60.0
     token_variable: str | None = None
     version: str = "1"
-    batch_size: int | None = 16
+    batch_size: Count | None = 16
 
     @property
     def _name(self) -> str:

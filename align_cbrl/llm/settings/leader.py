@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from align_cbrl.errors import InputError, check_number
+from align_cbrl.checks import Positive, checked
+from align_cbrl.errors import InputError
 from align_cbrl.llm import (
     LanguageLeader,
     LearnedBeta,
@@ -26,6 +27,7 @@ from align_cbrl.rollouts import Rollouts
 _WIDE = 1e6
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BetaSettings:
     """A temperature that is learned besides the reward; see `LearnedBeta`.
@@ -48,6 +50,7 @@ class BetaSettings:
             )
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Leader(abc.ABC):
     """What all leaders have in common.
@@ -59,13 +62,9 @@ class _Leader(abc.ABC):
     """
 
     kind: str = ""
-    strength: float = 1.0
-    budget: float = 1.0
+    strength: Positive = 1.0
+    budget: Positive = 1.0
     beta: BetaSettings | None = None
-
-    def __post_init__(self) -> None:
-        check_number("strength", self.strength, low=0)
-        check_number("budget", self.budget, low=0)
 
     @abc.abstractmethod
     def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader: ...
@@ -99,6 +98,7 @@ class _Leader(abc.ABC):
         return first
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureSettings(_Leader):
     """A weighted sum of all terms; see `RewardMixture`.
@@ -114,7 +114,6 @@ class MixtureSettings(_Leader):
     weights: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.weights is None and self.budget < self.strength:
             raise InputError(f"budget: expected at least strength={self.strength}, the start, got {self.budget}")
 
@@ -123,6 +122,7 @@ class MixtureSettings(_Leader):
         return RewardMixture(terms, start, self.budget, self.constraint)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModelSettings(_Leader):
     """The proxy's own parameters; see `RewardModelLeader`.
@@ -140,7 +140,6 @@ class RewardModelSettings(_Leader):
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.lora is not None and self.trainable != "lora":
             raise InputError(f"lora: belongs to trainable: lora, got trainable: {self.trainable}")
         if self.gradient_checkpointing and self.trainable == "head":
@@ -153,6 +152,7 @@ class RewardModelSettings(_Leader):
         )
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapedSettings(_Leader):
     """A frozen proxy and a small learned correction; see `Shaped`.
@@ -173,7 +173,6 @@ class ShapedSettings(_Leader):
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.lora is not None and self.correction != "lora":
             raise InputError(f"lora: belongs to correction: lora, got correction: {self.correction}")
         if self.model is not None and self.correction == "terms":
@@ -200,6 +199,7 @@ class ShapedSettings(_Leader):
         return Shaped(proxy, leader, self.strength, self.budget)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthSettings(_Leader):
     """A frozen proxy and a learned charge on length; see `LengthShaping`.
@@ -216,7 +216,7 @@ class LengthSettings(_Leader):
     target: float
     weight: float = 0.0
     learn_target: bool = False
-    width: float = 0.25
+    width: Positive = 0.25
 
     def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
         _, proxy = self._proxy_alone(terms)

@@ -22,6 +22,7 @@ from align_cbrl import (
     Rollouts,
     WorstGroup,
 )
+from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm import PairwiseJudge
 from align_cbrl.objectives.observations import UtilityFunction
@@ -30,6 +31,7 @@ from align_cbrl.runs.config import nearest
 _MEMORY = 64  # contexts: eight steps of eight prompts
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Objective(abc.ABC):
     kind: str = ""
@@ -67,22 +69,25 @@ class _Objective(abc.ABC):
         return ExpectedUtility(_nothing)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Priced(_Objective):
-    price: float | None = None
+    price: NonNegative | None = None
 
     def _priced(self, score: Objective) -> Objective:
         return score if self.price is None else KLPriced(score, self.price)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Risk(_Priced):
-    memory: int = _MEMORY
+    memory: Whole = _MEMORY
 
     def _fitted(self, objective: Objective) -> Objective:
         return CrossFitted(objective, self.memory)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedSettings(_Objective):
     """The judge's mean score."""
@@ -94,6 +99,7 @@ class ExpectedSettings(_Objective):
         return score
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLPricedSettings(_Objective):
     """The judge's mean score less a price on divergence from the reference; see `KLPriced`.
@@ -103,13 +109,14 @@ class KLPricedSettings(_Objective):
     """
 
     kind: Literal["kl_priced"] = "kl_priced"
-    price: float
+    price: NonNegative
 
     def of(self, score: Objective, cost: Objective) -> Objective:
         """The priced score."""
         return KLPriced(score, self.price)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceSettings(_Objective):
     """How well the leader's reward explains preferences on pairs of completions; see `PreferenceLikelihood`.
@@ -120,8 +127,8 @@ class PreferenceSettings(_Objective):
     """
 
     kind: Literal["preference"] = "preference"
-    scale: float | None = None
-    partners: int | None = None
+    scale: Positive | None = None
+    partners: Count | None = None
 
     def of(self, score: Objective, cost: Objective) -> Objective:
         """The likelihood of preferences by the score."""
@@ -140,6 +147,7 @@ class PreferenceSettings(_Objective):
         return PreferenceLikelihood(preference=judge, partners=self.partners)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CVaRSettings(_Risk):
     """The mean score over the worst share of prompts; see `CVaR`.
@@ -158,6 +166,7 @@ class CVaRSettings(_Risk):
         return CVaR(self._priced(score), self.share)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorstGroupSettings(_Risk):
     """The mean score of the worst group of prompts; see `WorstGroup`.
@@ -171,13 +180,14 @@ class WorstGroupSettings(_Risk):
 
     kind: Literal["worst_group"] = "worst_group"
     column: str
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
 
     def of(self, score: Objective, cost: Objective) -> Objective:
         """The risk."""
         return WorstGroup(self._priced(score), self.column, self.temperature)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanVarianceSettings(_Risk):
     """The mean score less `aversion` times its variance over prompts; see `MeanVariance`.
@@ -189,13 +199,14 @@ class MeanVarianceSettings(_Risk):
     """
 
     kind: Literal["mean_variance"] = "mean_variance"
-    aversion: float
+    aversion: NonNegative
 
     def of(self, score: Objective, cost: Objective) -> Objective:
         """The risk."""
         return MeanVariance(self._priced(score), self.aversion)
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConstrainedSettings(_Priced):
     """The mean score while the mean of a cost is at most a bound; see `Constrained`.
@@ -211,8 +222,8 @@ class ConstrainedSettings(_Priced):
     kind: Literal["constrained"] = "constrained"
     cost: str
     bound: float
-    rate: float
-    multiplier: float = 0.0
+    rate: Positive
+    multiplier: NonNegative = 0.0
 
     def of(self, score: Objective, cost: Objective) -> Objective:
         """The Lagrangian."""

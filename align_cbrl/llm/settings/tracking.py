@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align_cbrl.errors import InputError
+from align_cbrl.checks import Count, checked
 from align_cbrl.llm import LanguageLeader
 from align_cbrl.llm.trackers import Tracker, tracker_names
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class TrackingSettings:
     """Experiment trackers, by accelerate's names; see `Tracker`.
@@ -26,14 +27,11 @@ class TrackingSettings:
     """
 
     report_to: str | list[str] = "none"
-    every: int = 10
-    samples: int = 4
+    every: Count = 10
+    samples: Count = 4
 
     def __post_init__(self) -> None:
         tracker_names(self.report_to)
-        for name in ("every", "samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     def build(self, out: Path, config: Mapping[str, Any], leader: LanguageLeader) -> Tracker:
         """The tracker of a run in `out`, to be closed after it."""
