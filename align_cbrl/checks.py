@@ -11,6 +11,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import torch
@@ -59,6 +60,8 @@ Probability = Annotated[float, Range(0, 1)]
 
 Discount = Annotated[float, Range(0, 1, open="high")]
 """A number from 0 to below 1."""
+
+_DATA = (type(None), numbers.Number, str, bytes, Path, collections.abc.Collection, Tensor, type, types.FunctionType)
 
 # Beyond it, torch's integers and seeds end.
 _LARGEST = 2**63
@@ -207,18 +210,18 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, numbers.Real) and _is_finite(value)
     if kind is collections.abc.Callable:
         return callable(value)
-    if not isinstance(kind, type) or kind is object:  # Any, type variables, special forms
+    if not isinstance(kind, type) or kind in (Any, object):  # type variables and special forms, too
         return True
     if getattr(kind, "_is_protocol", False):
         return callable(value) if "__call__" in vars(kind) else True
-    return isinstance(value, kind)
+    # Who fulfils a contract need not inherit from it; plain data fulfils none.
+    return isinstance(value, kind) or (inspect.isabstract(kind) and not isinstance(value, _DATA))
 
 
 def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
-        return False
+    if isinstance(value, numbers.Integral):  # torch takes no larger whole number for a float either
+        return -_LARGEST <= int(value) < _LARGEST
+    return math.isfinite(value)
 
 
 def _bare(hint: Any) -> Any:

@@ -77,8 +77,9 @@ class Rollouts:
             if not torch.isfinite(self.weight).all() or (self.weight < 0).any():
                 raise InputError("Rollouts.weight: expected finite, non-negative importance weights")
         for name, value in self.steps.items():
-            if len(value) != size:
-                raise InputError(f"Rollouts.steps[{name!r}]: expected {size} paths, got {len(value)}")
+            came = len(value) if hasattr(value, "__len__") else value
+            if came != size:
+                raise InputError(f"Rollouts.steps[{name!r}]: expected {size} paths, got {came!r:.60}")
         for key, tensor in self.known.items():
             if len(tensor) != size:
                 raise InputError(f"Rollouts.known[{key!r}]: expected {size} paths, got {len(tensor)}")

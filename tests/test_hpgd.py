@@ -208,5 +208,5 @@ def test_a_descending_optimizer_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["steps", "contexts_per_step", "group_size", "checkpoint_every"])
 def test_settings_are_positive(name: str) -> None:
-    with pytest.raises(InputError, match=f"HPGDConfig.{name}: expected a positive number, got 0"):
+    with pytest.raises(InputError, match=f"HPGDConfig.{name}: expected a whole number >= 1, got 0"):
         HPGDConfig(**{name: 0})

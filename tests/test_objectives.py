@@ -317,7 +317,7 @@ def test_small_groups_and_long_paths_are_refused():
     [
         (lambda: MeanVariance(BARE, -1.0), "MeanVariance.aversion: expected a finite number >= 0, got -1.0"),
         (lambda: MeanVariance(BARE, float("nan")), "MeanVariance.aversion"),
-        (lambda: CVaR(BARE, 0.0), r"CVaR.share: expected a share in \(0, 1\], got 0.0"),
+        (lambda: CVaR(BARE, 0.0), r"CVaR.share: expected a finite number > 0 and <= 1, got 0.0"),
         (lambda: CVaR(BARE, 1.5), "CVaR.share"),
         (lambda: EntropicRisk(BARE, 0.0), "EntropicRisk.aversion: expected a finite number > 0, got 0.0"),
         (lambda: WorstContext(BARE, -0.1), "WorstContext.temperature"),

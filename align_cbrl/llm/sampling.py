@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from align_cbrl.checks import checked
+from align_cbrl.checks import Count, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.rollouts import Rollouts
 
@@ -167,6 +167,7 @@ def repeat_columns(prompts: Dataset, context: Sequence[int]) -> dict[str, list[A
     return {name: [values[place[row]] for row in context] for name, values in columns.items()}
 
 
+@checked
 @torch.no_grad()
 def sample_completions(
     policy: PreTrainedModel,
@@ -174,10 +175,10 @@ def sample_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
     context: Sequence[int],
-    group_size: int,
-    max_completion_length: int,
-    seed: int,
-    batch_size: int = 256,
+    group_size: Count,
+    max_completion_length: Count,
+    seed: Whole,
+    batch_size: Count = 256,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Completions:
     """`group_size` completions of each prompt, from the policy itself: temperature 1, no truncation of its support.

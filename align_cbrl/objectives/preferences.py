@@ -175,12 +175,24 @@ def pair_likelihood(reward_difference: Tensor, preferred: Tensor | float) -> Ten
 
     Args:
         reward_difference: d = r(first) - r(second), of any shape.
-        preferred: p, the probability that the first is preferred; 1 where that is known.
+        preferred: p, the probability that the first is preferred; 1 where that is known. Of a shape that goes with d.
+
+    Raises:
+        InputError: numbers that are no floats, or shapes that do not go together.
 
     Example:
         >>> pair_likelihood(torch.tensor(0.0), 1.0).item() == torch.tensor(0.5).log().item()
         True
     """
+    if not reward_difference.is_floating_point():
+        raise InputError(f"reward_difference: expected floating-point numbers, got {reward_difference.dtype}")
+    preferred = torch.as_tensor(preferred, dtype=reward_difference.dtype, device=reward_difference.device)
+    try:
+        torch.broadcast_shapes(preferred.shape, reward_difference.shape)
+    except RuntimeError as error:
+        raise InputError(
+            f"preferred: expected a number or shape {list(reward_difference.shape)}, got {list(preferred.shape)}"
+        ) from error
     forward = torch.nn.functional.logsigmoid(reward_difference)
     backward = torch.nn.functional.logsigmoid(-reward_difference)
     return preferred * forward + (1 - preferred) * backward

@@ -21,6 +21,7 @@ from toy_cmdp.referee.exact import context_values, leader_value
 _WINDOW = 3  # leader steps averaged: many would hide a leader that rises, one is unlucky at a cliff of the value
 
 
+@checked
 class ParallelClimb(Climb):
     """Leaders as one parallel problem, stepped by Adam: each moves as it would alone.
 
@@ -36,7 +37,7 @@ class ParallelClimb(Climb):
         step: leader steps taken.
     """
 
-    def __init__(self, problems: Sequence[Problem], *, steps: int, learning_rate: float) -> None:
+    def __init__(self, problems: Sequence[Problem], *, steps: Count, learning_rate: Positive) -> None:
         self.problems = list(problems)
         self.step = 0
         self._steps, self._learning_rate = steps, learning_rate

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, checked
+from align_cbrl.checks import Count, Discount, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Follower, Leader, check_discount, check_temperature, temperature_of
 from align_cbrl.rollouts import Rollouts
@@ -46,7 +46,7 @@ class TabularFollower(Follower):
         discount: float | Tensor,
         *,
         horizon: int | None = None,
-        leader_discount: float = 0.0,
+        leader_discount: Discount = 0.0,
     ) -> None:
         check_temperature("temperature", temperature, cmdp.contexts)
         check_discount("discount", discount, cmdp.contexts)
@@ -113,7 +113,7 @@ class ExactFollower(TabularFollower):
         discount: float | Tensor,
         *,
         horizon: Count | None = None,
-        leader_discount: float = 0.0,
+        leader_discount: Discount = 0.0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
         self._value: Tensor | None = None  # the last response's V, which the next one starts from

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Range, checked
+from align_cbrl.checks import Count, Discount, Range, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.truncated import IterativeFollower
 from align_cbrl.problem import Leader, step_seed, temperature_of
@@ -23,6 +23,7 @@ from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import expected_next, policy_system
 
 
+@checked
 class TabularIterativeFollower(TabularFollower, IterativeFollower):
     """What the iterative followers share; a subclass writes `_iteration`.
 
@@ -48,11 +49,11 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
         temperature: float | Tensor,
         discount: float | Tensor,
         *,
-        iterations: int,
+        iterations: Whole,
         warm: bool = False,
-        horizon: int | None = None,
-        leader_discount: float = 0.0,
-        seed: int = 0,
+        horizon: Count | None = None,
+        leader_discount: Discount = 0.0,
+        seed: Whole = 0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
         _check_count("iterations", iterations)

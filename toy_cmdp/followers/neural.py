@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Positive, Probability, Range, Whole, checked
+from align_cbrl.checks import Count, Discount, Positive, Probability, Range, Whole, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.problem import Leader, step_seed, temperature_of
 from toy_cmdp.followers.exact import TabularFollower
@@ -88,7 +88,7 @@ class NeuralSoftQFollower(TabularFollower):
         learning_rate: Positive = 3e-3,
         target_rate: Annotated[float, Range(0, 1, open="low")] = 0.03,
         horizon: Count | None = None,
-        leader_discount: float = 0.0,
+        leader_discount: Discount = 0.0,
         seed: Whole = 0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, NonNegative, Whole, checked
+from align_cbrl.checks import Count, Discount, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -75,7 +75,7 @@ def mechanism(
     welfare_weight: float = 0.0,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.0,
-    leader_discount: float = 0.95,
+    leader_discount: Discount = 0.95,
     seed: Whole = 0,
 ) -> Problem:
     """The leader posts prices by (inventory, time); contexts are valuations, drawn once for a selling season.

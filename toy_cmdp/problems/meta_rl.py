@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, NonNegative, Probability, Whole, checked
+from align_cbrl.checks import Count, Discount, NonNegative, Probability, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
@@ -59,7 +59,7 @@ def meta_rl(
     price: NonNegative = 0.0,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.9,
-    leader_discount: float = 0.9,
+    leader_discount: Discount = 0.9,
     seed: Whole = 0,
 ) -> Problem:
     """Tasks are goals in a corridor; the leader chooses the prior from which the follower adapts to each.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Whole, checked
+from align_cbrl.checks import Count, Discount, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
@@ -77,7 +77,7 @@ def principal_agent(
     max_payment: float | None = None,
     temperature: float | Tensor = 0.05,
     discount: float | Tensor = 0.95,
-    leader_discount: float = 0.95,
+    leader_discount: Discount = 0.95,
     seed: Whole = 0,
 ) -> Problem:
     """The leader is the principal, who writes the contract; contexts are cost types of the agent.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, NonNegative, Whole, checked
+from align_cbrl.checks import Count, Discount, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -58,7 +58,7 @@ def random_cmdp(
     parameters: Count = 5,
     temperature: float = 0.5,
     discount: float = 0.9,
-    leader_discount: float = 0.8,
+    leader_discount: Discount = 0.8,
     price: NonNegative = 0.0,
     seed: Whole = 0,
     horizon: Count | None = None,

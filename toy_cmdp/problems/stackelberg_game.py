@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Whole, checked
+from align_cbrl.checks import Count, Discount, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
@@ -70,7 +70,7 @@ def stackelberg_game(
     leader_payoff: Any = None,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.9,
-    leader_discount: float = 0.9,
+    leader_discount: Discount = 0.9,
     seed: Whole = 0,
 ) -> Problem:
     """A random Markov game, played without end from a uniform start; contexts are types of the follower.

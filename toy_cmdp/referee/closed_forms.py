@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, NonNegative, Positive, checked
+from align_cbrl.checks import Count, Discount, NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import check_discount, check_temperature
 from toy_cmdp.problems.free_rewards import check_bounds
@@ -152,7 +152,7 @@ def logit_price(valuation: float, temperature: Positive, opportunity_cost: float
 
 @checked
 def optimal_prices(
-    valuation: float, inventory: Count, horizon: Count, temperature: float, leader_discount: float
+    valuation: float, inventory: Count, horizon: Count, temperature: float, leader_discount: Discount
 ) -> tuple[Tensor, Tensor]:
     """The best prices [N, T] and the revenue to come [N, T], for single units, one type and buyers who do not wait.
 

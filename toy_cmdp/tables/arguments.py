@@ -57,7 +57,7 @@ def finite_tensor(name: str, value: Any, shape: Sequence[int | str]) -> Tensor:
     try:
         # A copy: what a leader keeps must not change when the caller changes the original.
         tensor = torch.as_tensor(value, dtype=torch.float64).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{name}: expected numbers of shape {wanted}, got {value!r}") from error
     fits = tensor.ndim == len(shape) and all(
         size > 0 if isinstance(axis, str) else size == axis for size, axis in zip(tensor.shape, shape, strict=True)
