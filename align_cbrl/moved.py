@@ -35,7 +35,7 @@ MODULES: dict[str, tuple[str, ...]] = {
             **{name: f"objectives.{name}" for name in ("cross_fitted", "worst_group", "preference_data")},
         },
         "align_cbrl.llm": {
-            "completions": "sampling + scoring",
+            "completions": "sampling + prompts + scoring",
             **{name: f"leaders.{name}" for name in ("beta", "calibration", "lora", "model_card", "terms")},
             "reward_mixture": "leaders.mixture",
             "reward_model_leader": "leaders.reward_model",

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from align_cbrl.checks import Whole, checked
 from align_cbrl.errors import InputError, first_line
-from align_cbrl.llm.sampling import check_prompts
+from align_cbrl.llm.prompts import check_prompts
 from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.imports import load_object
@@ -43,10 +43,11 @@ def load_prompts(source: str, *, test_share: float = 0.15, seed: Whole = 0) -> D
         InputError: nothing loads from `source`, it has no train split, or no prompt column.
     """
     data = _load(source)
-    check_prompts(data["train"], 2)
+    for split in ("train", "test"):
+        if split in data:
+            check_prompts(data[split], 2 if split == "train" else 1, completions=True)
     if "test" not in data:
         data = _split(data["train"], test_share, seed)
-    check_prompts(data["test"], 1)
     seen = {str(prompt) for prompt in data["train"]["prompt"]}
     test = data["test"].select([i for i, p in enumerate(data["test"]["prompt"]) if str(p) not in seen])
     if len(test) == 0:

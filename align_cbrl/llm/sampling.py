@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cbrl.checks import Count, Whole, checked
-from align_cbrl.errors import InputError
+from align_cbrl.llm.conversations import is_conversation
+from align_cbrl.llm.prompts import check_columns, positions_of, prompt_ids
 from align_cbrl.rollouts import Rollouts
 
 
@@ -50,68 +51,6 @@ class Completions:
             log_policy=self.log_policy,
             log_prior=self.log_prior,
             weight=weight,
-        )
-
-
-def check_prompts(prompts: Dataset, needed: int) -> None:
-    """Raise InputError unless `prompts` has a "prompt" column and at least `needed` rows.
-
-    Args:
-        prompts: the contexts of a language model.
-        needed: distinct prompts in one generation batch.
-    """
-    if "prompt" not in prompts.column_names:
-        raise InputError(
-            f"prompts: expected a dataset with a 'prompt' column, got columns {prompts.column_names}; rename one with "
-            "dataset.rename_column(old, 'prompt')"
-        )
-    if len(prompts) < needed:
-        raise InputError(
-            f"prompts: expected at least {needed} rows, the prompts of one generation batch, got {len(prompts)}; add "
-            "prompts or lower prompts_per_step"
-        )
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages with a role, to go through a chat template, rather than a text.
-
-    Example:
-        >>> is_conversation([{"role": "user", "content": "Hello"}]), is_conversation("Hello")
-        (True, False)
-    """
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
-
-
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], chat_template_kwargs: Mapping[str, Any] | None = None
-) -> list[list[int]]:
-    """Token ids of prompts, unpadded, as trl makes them: texts as they are, conversations up to the assistant's turn.
-
-    Args:
-        tokenizer: of the policy.
-        prompts: texts, or conversations.
-        chat_template_kwargs: further arguments of the template, such as `enable_thinking`.
-
-    Raises:
-        InputError: conversations, and a tokenizer without a chat template.
-    """
-    if not is_conversation(prompts[0]):
-        ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
-        return ids
-    check_chat_template(tokenizer, prompts[0])
-    encoded = tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-    )
-    ids = encoded["input_ids"]
-    return ids
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> None:
-    """Raise InputError for a conversation that the tokenizer has no template for."""
-    if is_conversation(prompt) and tokenizer.chat_template is None:
-        raise InputError(
-            f"prompts: expected texts, since the tokenizer {tokenizer.name_or_path!r} has no chat template, got a "
-            f"conversation, {prompt!r:.100}; set tokenizer.chat_template and save it, or make the prompts texts"
         )
 
 
@@ -199,8 +138,9 @@ def sample_completions(
         B = len(context) * group_size completions.
 
     Raises:
-        InputError: conversations, and a tokenizer without a chat template.
+        InputError: a prompt that `prompt_ids` refuses, or a column with a name that is reserved.
     """
+    check_columns(prompts.column_names)
     rows = [row for row in context for _ in range(group_size)]
     columns = repeat_columns(prompts, rows)
     token_ids: list[list[int]] = []
@@ -224,7 +164,12 @@ def sample_completions(
         with torch.random.fork_rng(devices=_cuda_devices(policy)):
             torch.manual_seed(seed)
             for start in range(0, len(rows), batch_size):
-                asked = prompt_ids(tokenizer, columns["prompt"][start : start + batch_size], chat_template_kwargs)
+                piece = slice(start, start + batch_size)
+                asked = prompt_ids(
+                    tokenizer, columns["prompt"][piece], chat_template_kwargs,
+                    positions=positions_of(policy.config), max_completion_length=max_completion_length,
+                    rows=rows[piece],
+                )  # fmt: skip
                 encoded = pad_left(asked, tokenizer.pad_token_id, policy.device)
                 output = policy.generate(**encoded, generation_config=config)
                 width = encoded["input_ids"].shape[1]

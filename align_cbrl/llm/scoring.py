@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
+from align_cbrl.llm.prompts import check_columns
 from align_cbrl.rollouts import Rollouts
 
 ScoreFunction = Callable[..., Sequence[float]]
@@ -21,17 +24,24 @@ function. A function without **columns is called with the arguments that it name
 
 @checked
 def score_arguments(rollouts: Rollouts) -> dict[str, list[Any]]:
-    """The keyword arguments that a trl reward function expects: prompts, completions, and every other column."""
-    columns = {name: list(value) for name, value in rollouts.steps.items() if name not in ("prompt", "completion")}
-    return {"prompts": list(rollouts.steps["prompt"]), "completions": list(rollouts.steps["completion"]), **columns}
+    """The keyword arguments that a trl reward function expects: prompts, completions, and every other column.
+
+    They are copies: whoever gets them, such as a leader of the user's own, cannot change the rollouts.
+
+    Raises:
+        InputError: a column with the name of an argument.
+    """
+    check_columns([name for name in rollouts.steps if name not in ("completion", "completion_ids")])
+    columns = {name: copied(list(value)) for name, value in rollouts.steps.items()}
+    return {"prompts": columns.pop("prompt"), "completions": columns.pop("completion"), **columns}
 
 
 @checked
 def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -> Any:
     """What a function returns for the arguments that it takes: all of them if it has **columns, else those it names.
 
-    Every function of rewards, costs or judgements is called here. It gets copies of lists, dictionaries and tensors,
-    so that one that changes its arguments in place changes neither the batch nor what the next function is asked.
+    Every function of rewards, costs or judgements is called here. It gets copies, so that one that changes its
+    arguments in place changes neither the batch nor what the next function is asked.
 
     Args:
         function: a scoring function, or one that compares pairs.
@@ -44,7 +54,8 @@ def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -
         >>> call_score_function(careless, batch), batch["completions"]
         ([2, 3], ['yes', 'no'])
     """
-    return function(**{name: _copied(value) for name, value in arguments_taken(function, arguments).items()})
+    taken = arguments_taken(function, arguments)
+    return function(**{name: value if name in _OF_TRL else copied(value) for name, value in taken.items()})
 
 
 def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) -> Tensor:
@@ -116,10 +127,32 @@ def is_number(score: Any) -> bool:
         return False
 
 
-def _copied(value: Any) -> Any:
-    # Not copy.deepcopy: trl passes its own state among the columns, which is to stay the same object.
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _copied(item) for name, item in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
+def copied(value: Any) -> Any:
+    """A copy that shares nothing which can be changed in place: of lists, dictionaries, tensors, arrays, images, ...
+
+    Example:
+        >>> batch = [[{"role": "assistant", "content": "yes"}]]
+        >>> copied(batch)[0][0].clear()
+        >>> batch
+        [[{'role': 'assistant', 'content': 'yes'}]]
+    """
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list:
+        return value.copy() if _ATOMS.issuperset(map(type, value)) else [copied(item) for item in value]
+    if kind is dict:
+        return {name: copied(item) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        return value.clone()
+    try:
+        return copy.deepcopy(value)
+    except (TypeError, NotImplementedError, pickle.PickleError):  # an open file, say, or a decoder: not plain data
+        return value
+
+
+_ATOMS = {str, int, float, bool, bytes, type(None)}
+"""What cannot be changed in place."""
+
+_OF_TRL = {"trainer_state", "log_extra", "log_metric", "environments"}
+"""What trl hands to reward functions beside data: its own objects, which are to stay the same."""

@@ -30,7 +30,7 @@ from align_cbrl.llm import (
     sample_completions,
     train_follower,
 )
-from align_cbrl.llm.sampling import check_prompts
+from align_cbrl.llm.prompts import check_count
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
@@ -127,8 +127,9 @@ class Bench:
             raise InputError("judge: expected one that scores completions, got one that compares pairs")
         self.judge = judge
         self.data: DatasetDict = load_prompts(world.data, seed=seed)
-        check_prompts(self.data["test"], 2)  # a standard error needs two
+        check_count(self.data["test"], 2)  # a standard error needs two
         self.model = world.model or world.make_policy(self.data, seed, cache)
+        self.follower(seed).check(self._prompts("test"))  # before a reward model is trained
         self.proxy = world.proxy or world.make_proxy(self.model, self.data, seed, cache)
         self._reference: Rollouts | None = None
         self._plain: LanguageLeader | None = None
@@ -163,9 +164,7 @@ class Bench:
 
     def follower(self, seed: int, model: str | None = None) -> TrainedFollower:
         """A fresh follower, of the world's policy or of another one."""
-        prompts = self.data["train"]
-        prompts = prompts.remove_columns([name for name in prompts.column_names if name == "completion"])
-        return self.settings.follower.build(model or self.model, prompts, seed)
+        return self.settings.follower.build(model or self.model, self._prompts("train"), seed)
 
     def reference(self) -> Rollouts:
         """Completions of the reference on training prompts, evenly spaced, on which rewards are standardised."""
@@ -180,7 +179,7 @@ class Bench:
 
     def test(self) -> Dataset:
         """The test prompts that policies are measured on, the same for all."""
-        shuffled = self.data["test"].shuffle(seed=0)
+        shuffled = self._prompts("test").shuffle(seed=0)
         return shuffled.select(range(min(self.settings.measure.prompts, len(shuffled))))
 
     # ------------------------------------------------------------------------------------------------ training
@@ -364,6 +363,11 @@ class Bench:
     def final(self, follower: TrainedFollower, leader: LanguageLeader | None = None) -> dict[str, Any]:
         """`measure` with many completions."""
         return self.measure(follower, leader, self.settings.measure.final_group_size)
+
+    def _prompts(self, split: str) -> Dataset:
+        """Prompts without what somebody once answered, of which only a world's own policy is made."""
+        data: Dataset = self.data[split]
+        return data.remove_columns([name for name in data.column_names if name == "completion"])
 
     def _judged(self, rollouts: Rollouts) -> dict[str, float]:
         return {"judge": self.judge(None, rollouts).mean().item()}

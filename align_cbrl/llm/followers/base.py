@@ -16,7 +16,8 @@ from align_cbrl.distributed import initialize
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
-from align_cbrl.llm.sampling import add_position_ids, check_chat_template, check_prompts
+from align_cbrl.llm.prompts import check_count, check_prompts, positions_of, prompt_ids
+from align_cbrl.llm.sampling import add_position_ids
 from align_cbrl.problem import Follower, Leader, check_temperature
 
 
@@ -35,7 +36,7 @@ class LanguageFollower(Follower):
 
     Raises:
         InputError: a model that does not load, a trainer's checkpoint or an adapter given as the model, a tokenizer
-            that has no end-of-sequence token or more tokens than the model, a dataset without a prompt column,
+            that has no end-of-sequence token or more tokens than the model, prompts that `check` refuses,
             conversations without a chat template, a temperature that is not positive.
     """
 
@@ -68,16 +69,31 @@ class LanguageFollower(Follower):
         except (OSError, ValueError) as error:
             raise _does_not_load(self.model_path, error) from error
         check_tokenizer(self.model_path, self.tokenizer, config)
-        check_chat_template(self.tokenizer, prompts[0]["prompt"])
+        self._positions = positions_of(config)
+        self.check(prompts)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # Dropout has no place in a policy whose log-probabilities are compared. float32 whatever the checkpoint's type:
         # a policy trained in lower precision would not settle.
         self._load_settings: dict[str, Any] = without_dropout(config)
 
+    def check(self, prompts: Dataset) -> None:
+        """Look at every row of prompts that the policy is to answer: its own, or others to be measured on.
+
+        Raises:
+            InputError: a row that is no prompt, that the chat template refuses, that makes no token, or that leaves too
+                few of the model's positions for a completion, named with the number of such rows; or a column whose
+                name is reserved, see `align_cbrl.llm.prompts`.
+        """
+        check_prompts(prompts, 1)
+        prompt_ids(
+            self.tokenizer, prompts["prompt"][:], self.chat_template_kwargs,
+            positions=self._positions, max_completion_length=self.max_completion_length,
+        )  # fmt: skip
+
     def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` distinct rows of the prompts, uniformly. Raises InputError when there are fewer."""
-        check_prompts(self.prompts, count)
+        check_count(self.prompts, count)
         return torch.randperm(len(self.prompts), generator=generator)[:count]
 
     def _load(self) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from align_cbrl.distributed import gather_lists, gather_rows, share, world_size
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.estimators.truncated import IterativeFollower
 from align_cbrl.functional import best_response_gap
+from align_cbrl.llm.conversations import answer_text, is_conversation
 from align_cbrl.llm.followers.adapters import WithoutAdapter, check_adapter
 from align_cbrl.llm.followers.base import LanguageFollower, language_leader
 from align_cbrl.llm.followers.prompt_order import PromptOrder
@@ -29,14 +30,9 @@ from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.trl import grpo, rloo
 from align_cbrl.llm.followers.trl.observed import CONTEXT, AfterEachStep, ObservedTrainer, prepare_observed
 from align_cbrl.llm.leaders.base import LanguageLeader
-from align_cbrl.llm.sampling import (
-    Completions,
-    check_prompts,
-    decode,
-    is_conversation,
-    repeat_columns,
-    sample_completions,
-)
+from align_cbrl.llm.prompts import check_count
+from align_cbrl.llm.sampling import Completions, decode, repeat_columns, sample_completions
+from align_cbrl.llm.scoring import copied
 from align_cbrl.problem import Leader, OnRollouts, step_seed, temperature_of
 from align_cbrl.rollouts import Rollouts
 
@@ -96,7 +92,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             max_completion_length=max_completion_length,
             chat_template_kwargs=settings.get("chat_template_kwargs"),
         )
-        check_prompts(prompts, prompts_per_step)
+        check_count(prompts, prompts_per_step)
         if peft_config is not None:
             check_adapter(peft_config)
         self.prompts_per_step, self.group_size, self.seed = prompts_per_step, group_size, seed
@@ -504,11 +500,13 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 )
             parameter.copy_(values[name])
 
-    def _reward(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    def _reward(
+        self, completions: list[Any], completion_ids: list[list[int]], context: list[int], **of_trl: Any
+    ) -> list[float]:
         assert self._leader is not None  # train() sets it before trl asks
-        for name in ("trainer_state", "log_extra", "log_metric", "environments", CONTEXT):
-            columns.pop(name, None)
-        if self._steps == 0 and not any(_text(completion).strip() for completion in completions):
+        columns = {**repeat_columns(self.prompts, context), "completion_ids": copied(completion_ids)}
+        prompts, completions = columns.pop("prompt"), copied(completions)  # nothing that the leader gets is trl's
+        if self._steps == 0 and not any(answer_text(completion).strip() for completion in completions):
             raise InputError(
                 f"model {self.model_path!r}: all {len(completions)} completions of the untrained policy are empty, so "
                 "that there is nothing to compare; usual causes are prompts that end in the end-of-sequence token, a "
@@ -537,8 +535,8 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         if self._trainer is None:
             this = weakref.proxy(self)  # the trainer must not keep the follower, and its folder, alive
 
-            def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-                scores: list[float] = this._reward(prompts, completions, **columns)
+            def reward(**arguments: Any) -> list[float]:
+                scores: list[float] = this._reward(**arguments)
                 return scores
 
             try:
@@ -548,7 +546,9 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                         model=self.model_path,
                         reward_funcs=reward,
                         args=self._config,
-                        train_dataset=self.prompts.add_column(CONTEXT, list(range(len(self.prompts)))),
+                        train_dataset=self.prompts.select_columns("prompt").add_column(
+                            CONTEXT, list(range(len(self.prompts)))
+                        ),
                         processing_class=self.tokenizer,
                         callbacks=[AfterEachStep(lambda step: this._on_step(step))],
                         peft_config=self.peft_config,
@@ -560,6 +560,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             # With trl's own bar switched off, transformers would print a dictionary after every train().
             trainer.remove_callback(PrinterCallback)
             trainer.kl_price = lambda: this._kl_price()
+            trainer.columns_of = lambda rows: repeat_columns(this.prompts, rows)
             prepare_observed(trainer)
             self._trainer = trainer
             self._initial = (
@@ -626,7 +627,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(item) for item in value]
     return value
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -24,13 +24,18 @@ from transformers.trainer_utils import set_seed
 
 from align_cbrl.errors import InputError
 from align_cbrl.llm.sampling import Completions, add_position_ids
+from align_cbrl.llm.scoring import copied
 from align_cbrl.problem import step_seed
 
 # trl 1.16 reads an attribute by its old name at every start of training, which nobody here can mend; it goes with 1.17.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 CONTEXT = "context"
-"""Name of the dataset column that carries each prompt's row number through trl."""
+"""Name of the column that carries each prompt's row number through trl.
+
+trl is given prompts and row numbers only. It has a use of its own for some names, such as image; the user's columns
+are looked up by the row number instead.
+"""
 
 TESTED = (Version("1.16"), Version("1.17"))
 """The versions of trl that this was tested with: from the first, up to but without the second."""
@@ -45,6 +50,7 @@ class ObservedTrainer(Trainer):
         rows: the prompts' rows of an optimizer step, by its number.
         seed_of: the seed of an optimizer step, by its number.
         kl_price: lambda, asked for anew at every step.
+        columns_of: the user's columns at rows of the prompts.
         first_step: optimizer steps before this train() call.
     """
 
@@ -52,6 +58,7 @@ class ObservedTrainer(Trainer):
     rows: Callable[[int], Sequence[int]]
     seed_of: Callable[[int], int]
     kl_price: Callable[[], float]
+    columns_of: Callable[[Sequence[int]], dict[str, list[Any]]]
     first_step: int = 0
 
     _log_probs_seen: list[Tensor]
@@ -93,10 +100,10 @@ class ObservedTrainer(Trainer):
         completions, token_ids = self._scored
         mask = output["completion_mask"].to(torch.float64)
         policy, prior = ((seen.double() * mask).sum(1).cpu() for seen in self._log_probs_seen[:2])  # [B, L] -> [B]
-        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name != CONTEXT}
+        context = [row[CONTEXT] for row in inputs]
         self.observed = Completions(
-            context=torch.tensor([row[CONTEXT] for row in inputs]),
-            columns=columns,
+            context=torch.tensor(context),
+            columns=self.columns_of(context),
             token_ids=token_ids,
             text=completions,
             log_policy=policy,
@@ -145,7 +152,7 @@ class ObservedTrainer(Trainer):
         return super()._compute_loss(model, inputs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        self._scored = (list(completions), [list(ids) for ids in completion_ids_list])
+        self._scored = (copied(completions), copied(completion_ids_list))
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return rewards
 
