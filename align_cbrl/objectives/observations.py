@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Leader, Observation
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.plain import plain
 
 UtilityFunction = Callable[[Leader, Rollouts], Tensor]
 """Maps (leader, rollouts) to utilities [B, T]: a `Judge`, a `TabularUtility`, or a function of one's own."""
@@ -98,10 +101,14 @@ class GroupLabel(Observation):
     """A number for the name that a column of the data gives to each path's context, long [B, T].
 
     Numbers are 63 bits of a cryptographic hash of the name: the same in all processes and after a restart, and never
-    equal for different names in practice.
+    equal for different names in practice. Names may be of any type, and are equal as Python's values are: "1" is not 1,
+    1.0 is, and rows without a name, None or NaN, are groups of their own.
 
     Attributes:
         column: of `Rollouts.steps`, one name a path.
+
+    Raises:
+        InputError: names of a type of which nothing but the type is known.
 
     Example:
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 1, 2]), steps={"topic": ["law", "art", "law"]})
@@ -123,9 +130,18 @@ class GroupLabel(Observation):
             )
         names = rollouts.steps[self.column]
         names = names.tolist() if isinstance(names, Tensor) else names
-        numbers = [_number(str(name)) for name in names]
+        numbers = [_number(name) for name in names]
         return torch.tensor(numbers)[:, None].expand(-1, rollouts.horizon)  # [B] -> [B, T]
 
 
-def _number(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+def _number(name: Any) -> int:
+    value = plain(name, _nameless)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    kind = "text" if isinstance(name, str) else "value"  # a date is not the text that it is written as
+    text = json.dumps([kind, value], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _nameless(value: Any) -> Any:
+    raise InputError(f"WorstGroup.column: expected names of groups, got a {type(value).__name__}: {value!r:.60}")

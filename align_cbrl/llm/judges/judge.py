@@ -29,6 +29,7 @@ from align_cbrl.llm.scoring import (
 )
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.plain import plain
 
 _LONGEST_WAIT = 600.0  # seconds; where a judge asks the run to wait longer, the run is stopped instead
 
@@ -120,7 +121,7 @@ class Asked:
             InputError: the function did not return one finite number per row, or a row holds values from which no key
                 can be made.
         """
-        always = {name for name in arguments if name.startswith(("prompts", "completions"))}
+        always = {"prompts", "completions", "completions_a", "completions_b"}
         taken = arguments_taken(self.function, arguments)
         if self.columns is not None:
             if missing := sorted(set(self.columns) - set(arguments)):
@@ -149,7 +150,7 @@ class Asked:
 
     def _key(self, row: Mapping[str, Any]) -> str:
         try:
-            text = json.dumps([self.identity, row], sort_keys=True, default=_plain)
+            text = json.dumps([self.identity, row], sort_keys=True, default=lambda value: plain(value, _unknown))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{self.name}: cannot tell its rows apart ({error}); name the columns that the judge needs, as "
@@ -236,10 +237,5 @@ class Judge(Asked):
         return self.scores(score_arguments(rollouts))[:, None]  # [B] -> [B, 1]
 
 
-def _plain(value: Any) -> Any:
-    """Converts tensors, arrays and dates to values that JSON can represent."""
-    if hasattr(value, "tolist"):  # tensors and arrays
-        return value.tolist()
-    if hasattr(value, "isoformat"):  # dates
-        return value.isoformat()
+def _unknown(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no plain form")
