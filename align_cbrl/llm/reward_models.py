@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cbrl.checks import Count, checked
-from align_cbrl.errors import InputError, first_line
+from align_cbrl.errors import InputError
+from align_cbrl.llm.loading import loading
 from align_cbrl.llm.sampling import batches
 
 HEADS = ("score", "classifier", "v_head")
@@ -46,19 +47,13 @@ class RewardModel:
         self.path = str(path)
         self.batch_size = batch_size
         self.max_length = max_length
-        try:
+        with loading("reward model", self.path):
             if (Path(path) / "adapter_config.json").is_file():
                 self.tokenizer, self.model = _load_adapted(Path(path))
             else:
                 self.tokenizer = AutoTokenizer.from_pretrained(self.path)
                 self.model, missing = _load_classifier(self.path)
                 _check_missing(self.path, missing)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"reward model {self.path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
-            ) from error
         if self.model.config.num_labels != 1:
             raise InputError(
                 f"reward model {self.path!r}: expected one label, the score, got {self.model.config.num_labels}"

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import initialize
-from align_cbrl.errors import InputError, first_line
+from align_cbrl.errors import InputError
 from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
+from align_cbrl.llm.loading import loading
 from align_cbrl.llm.prompts import check_count, check_prompts, positions_of, prompt_ids
 from align_cbrl.llm.sampling import add_position_ids
 from align_cbrl.problem import Follower, Leader, check_temperature
@@ -61,13 +62,11 @@ class LanguageFollower(Follower):
         self.max_completion_length = max_completion_length
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         check_base_model(self.model_path)
-        try:
+        with loading("model", self.model_path):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.model_path, padding_side="left"
             )
             config = AutoConfig.from_pretrained(self.model_path)
-        except (OSError, ValueError) as error:
-            raise _does_not_load(self.model_path, error) from error
         check_tokenizer(self.model_path, self.tokenizer, config)
         self._positions = positions_of(config)
         self.check(prompts)
@@ -97,7 +96,8 @@ class LanguageFollower(Follower):
         return torch.randperm(len(self.prompts), generator=generator)[:count]
 
     def _load(self) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32, **self._load_settings)
+        with loading("model", self.model_path):
+            model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32, **self._load_settings)
         add_position_ids(model)
         return model
 
@@ -146,7 +146,3 @@ def language_leader(leader: Leader) -> LanguageLeader:
             f"leader: expected a LanguageLeader, which scores prompts and completions, got {type(leader).__name__}"
         )
     return leader
-
-
-def _does_not_load(path: str, error: Exception) -> InputError:
-    return InputError(f"model {path!r}: neither a hub id nor a folder that loads ({first_line(error)})")

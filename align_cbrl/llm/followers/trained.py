@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from align_cbrl.checks import Count, Positive, Several, Whole, checked
 from align_cbrl.distributed import gather_lists, gather_rows, share, world_size
-from align_cbrl.errors import InputError, first_line
+from align_cbrl.errors import InputError
 from align_cbrl.estimators.truncated import IterativeFollower
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm.conversations import answer_text, is_conversation
@@ -30,6 +30,7 @@ from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.trl import grpo, rloo
 from align_cbrl.llm.followers.trl.observed import CONTEXT, AfterEachStep, ObservedTrainer, prepare_observed
 from align_cbrl.llm.leaders.base import LanguageLeader
+from align_cbrl.llm.loading import loading
 from align_cbrl.llm.prompts import check_count
 from align_cbrl.llm.sampling import Completions, decode, repeat_columns, sample_completions
 from align_cbrl.llm.scoring import copied
@@ -539,24 +540,19 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 scores: list[float] = this._reward(**arguments)
                 return scores
 
-            try:
-                with warnings.catch_warnings():  # peft sees that GPT-2's layers are transposed, and says that it does
-                    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-                    trainer = self._make_trainer(
-                        model=self.model_path,
-                        reward_funcs=reward,
-                        args=self._config,
-                        train_dataset=self.prompts.select_columns("prompt").add_column(
-                            CONTEXT, list(range(len(self.prompts)))
-                        ),
-                        processing_class=self.tokenizer,
-                        callbacks=[AfterEachStep(lambda step: this._on_step(step))],
-                        peft_config=self.peft_config,
-                    )
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"model {self.model_path!r}: neither a hub id nor a folder that loads ({first_line(error)})"
-                ) from error
+            rows = self.prompts.select_columns("prompt").add_column(CONTEXT, list(range(len(self.prompts))))
+            with loading("model", self.model_path), warnings.catch_warnings():
+                # peft sees that GPT-2's layers are transposed, and says that it does
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+                trainer = self._make_trainer(
+                    model=self.model_path,
+                    reward_funcs=reward,
+                    args=self._config,
+                    train_dataset=rows,
+                    processing_class=self.tokenizer,
+                    callbacks=[AfterEachStep(lambda step: this._on_step(step))],
+                    peft_config=self.peft_config,
+                )
             # With trl's own bar switched off, transformers would print a dictionary after every train().
             trainer.remove_callback(PrinterCallback)
             trainer.kl_price = lambda: this._kl_price()
