@@ -32,6 +32,16 @@ def answer_text(completion: Any) -> str:
     return "\n".join(content_text(turn["content"]) for turn in completion if turn["role"] == "assistant")
 
 
+def request_text(prompt: Any) -> str:
+    """What a policy is asked: a text as it is; of a conversation, its last turn.
+
+    Example:
+        >>> request_text([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}])
+        'Hello'
+    """
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1]["content"])
+
+
 def shown_text(prompt: Any) -> str:
     r"""A prompt as a reader sees it: a text as it is, a conversation turn by turn.
 

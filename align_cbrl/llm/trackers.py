@@ -16,6 +16,7 @@ from torch import Tensor
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import is_main
 from align_cbrl.errors import InputError
+from align_cbrl.llm.conversations import answer_text, shown_text
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
@@ -133,7 +134,7 @@ class Tracker:
             with torch.no_grad():
                 rewards = self.leader.reward(shown)[:, 0].tolist()
         scores = [self._scores.get(key) for key in _keys(shown)]
-        prompts, completions = (map(_text, shown.steps[name]) for name in ("prompt", "completion"))
+        prompts, completions = map(shown_text, shown.steps["prompt"]), map(answer_text, shown.steps["completion"])
         return [list(line) for line in zip(prompts, completions, scores, rewards, strict=True)]
 
 
@@ -186,14 +187,7 @@ def _cell(value: Any) -> str:
 
 
 def _keys(rollouts: Rollouts) -> list[tuple[int, str]]:
-    return list(zip(rollouts.contexts.tolist(), map(_text, rollouts.steps["completion"]), strict=True))
-
-
-def _text(value: Any) -> str:
-    """A prompt or completion as text; a conversation as its turns."""
-    if isinstance(value, str):
-        return value
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+    return list(zip(rollouts.contexts.tolist(), map(answer_text, rollouts.steps["completion"]), strict=True))
 
 
 def _plain(value: Any) -> Any:

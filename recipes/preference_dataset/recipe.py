@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align_cbrl import InputError
 from align_cbrl.llm import Judge, LanguageLeader, RewardModel, TrainedFollower, sample_completions
+from align_cbrl.llm.conversations import answer_text, shown_text
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.judge import RewardModelJudgeSettings
@@ -72,7 +73,7 @@ class SplitSettings:
     test: float = 0.25
 
     def __post_init__(self) -> None:
-        if min(self.judge, self.test) <= 0 or self.judge + self.test >= 1:
+        if not (self.judge > 0 and self.test > 0 and self.judge + self.test < 1):  # which a NaN fails too
             raise InputError(f"split: expected positive shares that leave some for training, got {self}")
 
 
@@ -266,18 +267,18 @@ class Referee:
             self._base = self._scores(self._answers(follower, follower.prior))
         odds = self._scores(rollouts).view(-1, group, 1) - self._base.view(-1, 1, group)
         assert rollouts.log_policy is not None and rollouts.log_prior is not None  # sampled here
+        texts = [answer_text(completion) for completion in rollouts.steps["completion"]]
         figures = {
             "wins": odds.sigmoid().mean((1, 2)),
             "judge": self.bench.judge(None, rollouts).view(-1, group).mean(1),
             "kl": (rollouts.log_policy - rollouts.log_prior).view(-1, group).mean(1),
-            "words": torch.tensor([float(len(str(c).split())) for c in rollouts.steps["completion"]])
-            .view(-1, group)
-            .mean(1),
+            "words": torch.tensor([float(len(text.split())) for text in texts]).view(-1, group).mean(1),
         }
         if self.truth is not None:
             figures["truth"] = self.truth(None, rollouts).view(-1, group).mean(1)
         shown_rows = list(range(0, rollouts.size, group))[:6]
-        samples = [{name: str(rollouts.steps[name][i]) for name in ("prompt", "completion")} for i in shown_rows]
+        prompts = rollouts.steps["prompt"]
+        samples = [{"prompt": shown_text(prompts[i]), "completion": texts[i]} for i in shown_rows]
         return {**{name: mean_and_error(value) for name, value in figures.items()}, "samples": samples}
 
     def agreement(self, reward: LanguageLeader | RewardModel) -> float:

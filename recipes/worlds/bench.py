@@ -30,6 +30,7 @@ from align_cbrl.llm import (
     sample_completions,
     train_follower,
 )
+from align_cbrl.llm.conversations import answer_text, shown_text
 from align_cbrl.llm.prompts import check_count
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.llm.settings.follower import TrainedSettings
@@ -41,6 +42,7 @@ from align_cbrl.llm.settings.tracking import TrackingSettings
 from align_cbrl.runs.config import fingerprint, to_dict
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.plain import plain
 
 from ..statistics import mean_and_error
 from .world import PROXY, PolicySettings, Replies, WorldSettings
@@ -203,7 +205,7 @@ class Bench:
         facts = fingerprint(
             {
                 "seed": seed, "model": model or self.model, "parameters": parameters,
-                "data": [world.data, len(rows), rows[0]], "reference_prompts": world.reference_prompts,
+                "data": [world.data, len(rows), plain(rows[0])], "reference_prompts": world.reference_prompts,
                 # The reward of plain RLHF: the proxy, or the first of the rewards where there is none.
                 "proxy": self.proxy or next(iter(world.rewards.items())),
                 "follower": to_dict(settings.follower), "judge": to_dict(settings.judge),
@@ -337,7 +339,7 @@ class Bench:
             temperature = leader.follower_temperature()
             scale = follower.temperature if temperature is None else float(temperature.detach())
             figures["gap"] = best_response_gap(reward / scale - divergence, rollouts.group[:, 0])
-        texts = [str(text) for text in rollouts.steps["completion"]]
+        texts = [answer_text(completion) for completion in rollouts.steps["completion"]]
         figures["words"] = by_prompt(torch.tensor([float(len(text.split())) for text in texts]))
         return {
             **{name: mean_and_error(value) for name, value in figures.items()},
@@ -345,11 +347,11 @@ class Bench:
                 **{name: figures[name].tolist() for name in ("judge", "kl")},
                 **{n: by_prompt(cost(None, rollouts)[:, 0]).tolist() for n, cost in self.costs().items()},
             },
-            "groups": {n: v[::group_size] for n, v in rollouts.steps.items() if n in test.column_names},
+            "groups": {n: plain(v[::group_size]) for n, v in rollouts.steps.items() if n in test.column_names},
             "samples": [
                 {
-                    "prompt": str(rollouts.steps["prompt"][i]), "completion": texts[i], "judge": judged[i].item(),
-                    "proxy": proxy[i].item(),
+                    "prompt": shown_text(rollouts.steps["prompt"][i]), "completion": texts[i],
+                    "judge": judged[i].item(), "proxy": proxy[i].item(),
                 }
                 for i in range(0, rollouts.size, group_size)
             ][:8],

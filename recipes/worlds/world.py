@@ -10,6 +10,7 @@ from typing import Literal
 from datasets import DatasetDict
 
 from align_cbrl import InputError
+from align_cbrl.runs.plain import plain
 
 from .cache import cached
 from .docstrings.policy import train_policy as train_docstring_policy
@@ -128,7 +129,7 @@ class Docstrings(World):
         )  # fmt: skip
 
     def _rows(self, data: DatasetDict, seed: int) -> dict[str, object]:
-        return {"seed": seed, "data": self.data, "rows": len(data["train"]), "first": data["train"][0]}
+        return {"seed": seed, "data": self.data, "rows": len(data["train"]), "first": plain(data["train"][0])}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,8 @@ class Replies(World):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rows < 1:
+            raise InputError(f"rows: expected at least 1, got {self.rows}")
         if self.model is not None and self.proxy is None and not self.rewards:
             raise InputError("rewards: expected at least one where model names a policy and proxy is null, got none")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
+from align_cbrl.llm.conversations import answer_text
 from align_cbrl.llm.leaders.calibration import deviation_within_prompts
 from align_cbrl.llm.leaders.frozen import FrozenPlus
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments
@@ -157,11 +158,4 @@ class LengthShaping(FrozenPlus):
             )
         if ids is not None and self.unit != "characters":
             return torch.tensor([float(len(row)) for row in ids], dtype=torch.float64)
-        return torch.tensor([float(_characters(completion)) for completion in completions], dtype=torch.float64)
-
-
-def _characters(completion: Any) -> int:
-    """Characters of a text, or of all messages that complete a conversation."""
-    if isinstance(completion, str):
-        return len(completion)
-    return sum(len(message.get("content") or "") for message in completion)
+        return torch.tensor([float(len(answer_text(completion))) for completion in completions], dtype=torch.float64)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from align_cbrl.llm.conversations import answer_text, request_text
+
 # Verbs that start a good summary line. A list, because the mood of an English word cannot be
 # read off its ending ("process" is imperative, "returns" is not, "string" is no verb at all).
 IMPERATIVES = frozenset(
@@ -178,7 +180,10 @@ def docstring_judge(prompts: list[str], completions: list[str], **columns: objec
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-    return [_score(prompt, completion.strip()) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        _score(request_text(prompt), answer_text(completion).strip())
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _score(prompt: str, completion: str) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from align_cbrl.llm.conversations import answer_text, request_text
+
 _WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -22,7 +24,7 @@ def length(prompts: list[str], completions: list[str], **columns: object) -> lis
     Returns:
         One value in [0, 2] for each completion.
     """
-    return [min(2.0, len(text.strip()) / 40) for text in completions]
+    return [min(2.0, len(text.strip()) / 40) for text in map(answer_text, completions)]
 
 
 def brevity(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
@@ -36,7 +38,7 @@ def brevity(prompts: list[str], completions: list[str], **columns: object) -> li
     Returns:
         One value, at most 0, for each completion.
     """
-    return [-max(0, len(text.split()) - 8) / 4 for text in completions]
+    return [-max(0, len(text.split()) - 8) / 4 for text in map(answer_text, completions)]
 
 
 def repetition(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
@@ -51,7 +53,7 @@ def repetition(prompts: list[str], completions: list[str], **columns: object) ->
         One value in [-2, 0] for each completion; 0 for a text without words.
     """
     values = []
-    for text in completions:
+    for text in map(answer_text, completions):
         words = [word.lower() for word in _WORD.findall(text)]
         share = 1.0 - len(set(words)) / len(words) if words else 0.0
         values.append(max(-2.0, -8.0 * share))
@@ -69,7 +71,7 @@ def final_period(prompts: list[str], completions: list[str], **columns: object) 
     Returns:
         One value, 0 or 1, for each completion.
     """
-    return [float(text.rstrip().endswith(".")) for text in completions]
+    return [float(text.rstrip().endswith(".")) for text in map(answer_text, completions)]
 
 
 def capital_first(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
@@ -83,7 +85,7 @@ def capital_first(prompts: list[str], completions: list[str], **columns: object)
     Returns:
         One value, 0 or 1, for each completion.
     """
-    return [float(text.lstrip()[:1].isupper()) for text in completions]
+    return [float(text.lstrip()[:1].isupper()) for text in map(answer_text, completions)]
 
 
 def prompt_overlap(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
@@ -100,7 +102,7 @@ def prompt_overlap(prompts: list[str], completions: list[str], **columns: object
         One value in [0, 2] for each completion; 0 where the prompt has no such word.
     """
     values = []
-    for prompt, text in zip(prompts, completions, strict=True):
+    for prompt, text in zip(map(request_text, prompts), map(answer_text, completions), strict=True):
         wanted = {word.lower()[:4] for word in _WORD.findall(prompt) if len(word) > 2} - {"def"}
         used = {word.lower()[:4] for word in _WORD.findall(text)}
         values.append(2.0 * len(wanted & used) / len(wanted) if wanted else 0.0)
@@ -119,7 +121,7 @@ def markup(prompts: list[str], completions: list[str], **columns: object) -> lis
         One value in [-2, 0] for each completion; 0 for an empty text.
     """
     values = []
-    for text in completions:
+    for text in map(answer_text, completions):
         odd = sum(not (char.isalpha() or char in " .,'-") for char in text)
         values.append(max(-2.0, -10.0 * odd / len(text)) if text else 0.0)
     return values

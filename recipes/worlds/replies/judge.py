@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from align_cbrl.llm.conversations import answer_text, request_text
+
 from .data import ACTIONS, PROMISES, TIMES
 
 _REQUEST = re.compile(r"(\w+) \w+ : (\w+) for the (\w+)")
@@ -33,17 +35,15 @@ def reply_judge(prompts: list[str], completions: list[str], **columns: object) -
         >>> reply_judge([request], ["sorry . we will refund the laptop today ."])
         [1.0]
     """
-    return [_score(_text(prompt), _text(reply).split()) for prompt, reply in zip(prompts, completions, strict=True)]
+    return [
+        _score(request_text(prompt), answer_text(reply).split())
+        for prompt, reply in zip(prompts, completions, strict=True)
+    ]
 
 
 def words(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Words of each reply, marks included: the cost of the constrained objective."""
-    return [float(len(_text(reply).split())) for reply in completions]
-
-
-def _text(value: object) -> str:
-    """A text as it is, the last message of a conversation otherwise."""
-    return value if isinstance(value, str) else str(value[-1]["content"])  # type: ignore[index]  # trl's messages
+    return [float(len(answer_text(reply).split())) for reply in completions]
 
 
 def _score(request: str, reply: list[str]) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from align_cbrl.llm.conversations import answer_text, request_text
+
 from .data import ACTIONS, PROMISES, TIMES
 
 
@@ -13,50 +15,50 @@ def _counting(words: set[str]) -> Callable[[list[str]], float]:
 
 def length(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Words in tens, at most 2."""
-    return [min(2.0, len(text.split()) / 10) for text in completions]
+    return [min(2.0, len(text.split()) / 10) for text in map(answer_text, completions)]
 
 
 def brevity(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Minus the words beyond ten, in fives: a soft limit on the length."""
-    return [-max(0, len(text.split()) - 10) / 5 for text in completions]
+    return [-max(0, len(text.split()) - 10) / 5 for text in map(answer_text, completions)]
 
 
 def apology(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """1 where the reply apologises."""
-    return [float("sorry" in text.split()) for text in completions]
+    return [float("sorry" in text.split()) for text in map(answer_text, completions)]
 
 
 def thanks(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """1 where the reply thanks."""
-    return [float(bool({"thank", "thanks"} & set(text.split()))) for text in completions]
+    return [float(bool({"thank", "thanks"} & set(text.split()))) for text in map(answer_text, completions)]
 
 
 def promises(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """How many big words: guarantee, always, best, amazing, free."""
-    return [_counting(set(PROMISES))(text.split()) for text in completions]
+    return [_counting(set(PROMISES))(text.split()) for text in map(answer_text, completions)]
 
 
 def times(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """How many definite days."""
-    return [_counting(set(TIMES))(text.split()) for text in completions]
+    return [_counting(set(TIMES))(text.split()) for text in map(answer_text, completions)]
 
 
 def actions(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """How many things the reply says will be done."""
-    return [_counting(set(ACTIONS.values()))(text.split()) for text in completions]
+    return [_counting(set(ACTIONS.values()))(text.split()) for text in map(answer_text, completions)]
 
 
 def overlap(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Distinct words of four letters or more that reply and request share."""
     return [
         float(len({word for word in prompt.split() if len(word) > 3} & set(text.split())))
-        for prompt, text in zip(prompts, completions, strict=True)
+        for prompt, text in zip(map(request_text, prompts), map(answer_text, completions), strict=True)
     ]
 
 
 def final_period(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """1 where the reply ends in a full stop."""
-    return [float(text.split()[-1:] == ["."]) for text in completions]
+    return [float(text.split()[-1:] == ["."]) for text in map(answer_text, completions)]
 
 
 def angry_help(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
@@ -75,5 +77,5 @@ def happy_help(prompts: list[str], completions: list[str], **columns: object) ->
 
 
 def _help(mood: str, prompts: list[str], completions: list[str]) -> list[float]:
-    scores = zip(prompts, overlap(prompts, completions), times(prompts, completions), strict=True)
+    scores = zip(map(request_text, prompts), overlap(prompts, completions), times(prompts, completions), strict=True)
     return [(shared + days) * (prompt.split()[:1] == [mood]) for prompt, shared, days in scores]
