@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,13 @@ def test_swapped_columns_are_noticed_by_a_scorer(tmp_path: Path) -> None:
 def test_pairs_become_an_objective(tmp_path: Path) -> None:
     completions = lm.all_completions()
     given = [
-        {"prompt": p, "chosen": "a", "rejected": "b", "completion_ids": completions[2 + i]}
-        for i, p in enumerate(lm.PROMPTS)
+        {"prompt": p, "chosen": "a", "rejected": "b", "tokens": completions[2 + i]} for i, p in enumerate(lm.PROMPTS)
     ]
     found = load_preferences(write(tmp_path / "d.jsonl", given), test_share=0.25)
-    chosen, rejected = found.pairs()
+    chosen, rejected = (
+        dataclasses.replace(rollouts, steps={**rollouts.steps, "completion_ids": rollouts.steps["tokens"]})
+        for rollouts in found.pairs()
+    )
     assert (chosen.size, rejected.size) == (3, 3)
     assert chosen.steps["completion"] == ["a"] * 3 and rejected.steps["completion"] == ["b"] * 3
     leader = lm.LinearLeader(lm.Enumeration.random(0), torch.zeros(5, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ def load_prompts(source: str, *, test_share: float = 0.15, seed: Whole = 0) -> D
         "train" and "test", whose prompts are disjoint.
 
     Raises:
-        InputError: nothing loads from `source`, it has no train split, or no prompt column.
+        InputError: nothing loads from `source`; it has no train split; `check_prompts` refuses its columns or one of
+            its rows; a share that is not in (0, 1), or that leaves nothing to train on; or all test prompts are among
+            the training prompts.
     """
+    _check_share(test_share)
     data = _load(source)
     for split in ("train", "test"):
         if split in data:
@@ -99,13 +103,16 @@ def load_preferences(
 
     Raises:
         InputError: nothing loads, a column is missing (the message names the nearest), rows are of different or unknown
-            form, no pair is left, or `scorer` prefers most of the rejected answers.
+            form, no pair is left, `check_prompts` refuses a prompt or a column, a share as for `load_prompts`, or
+            `scorer` prefers most of the rejected answers.
     """
+    _check_share(test_share)
     data = _load(source)
     dropped = 0
     for split in ("train", "test"):
         if split in data:
             data[split], same = _pairs(source, data[split])
+            check_prompts(data[split], 1)
             dropped += same
     if "test" not in data:
         data = _split(data["train"], test_share, seed)
@@ -228,13 +235,23 @@ def _load(source: str) -> DatasetDict:
     return data
 
 
+def _check_share(test_share: float) -> None:
+    if not isinstance(test_share, numbers.Real) or not 0 < test_share < 1:  # which a NaN fails too
+        raise InputError(f"test_share: expected a share of the prompts in (0, 1), got {test_share!r}")
+
+
 def _split(data: Dataset, test_share: float, seed: int) -> DatasetDict:
     """By distinct prompt, so that one that occurs twice does not fall on both sides."""
     prompts = sorted({str(prompt) for prompt in data["prompt"]})
     if len(prompts) < 2:
         raise InputError("data: expected at least 2 distinct prompts, one to train on and one to test on")
     order = Dataset.from_dict({"prompt": prompts}).shuffle(seed=seed)["prompt"]
-    held_out = set(order[: max(1, round(test_share * len(prompts)))])
+    count = max(1, round(test_share * len(prompts)))
+    if count == len(prompts):
+        raise InputError(
+            f"test_share: expected a share that leaves a prompt to train on, got {test_share} of {count} prompts"
+        )
+    held_out = set(order[:count])
     inside = [str(prompt) in held_out for prompt in data["prompt"]]
     return DatasetDict(
         {

@@ -154,8 +154,8 @@ def prompt_ids(
         if positions is not None and count + max_completion_length > positions:
             return (
                 f"has {count} tokens, which with max_completion_length={max_completion_length} are "
-                f"{count + max_completion_length} positions, and the model has {positions}; shorten it, got "
-                f"{_shown(prompt)}"
+                f"{count + max_completion_length} positions, and the model has {positions}; shorten one of them, "
+                f"got {_shown(prompt)}"
             )
         return None
 
@@ -188,8 +188,9 @@ def positions_of(config: Any) -> int | None:
     if positions is None or window or getattr(text, "alibi", False):
         return None
     rope = getattr(text, "rope_parameters", None) or {}
-    stretched = (rope.get("factor") or 1.0) * (rope.get("original_max_position_embeddings") or positions)
-    return int(max(positions, stretched))
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]  # of all layers, or by their type
+    reach = [(k.get("factor") or 1.0) * (k.get("original_max_position_embeddings") or positions) for k in kinds]
+    return int(max(positions, *reach))
 
 
 def _no_prompt(prompt: Any) -> str | None:

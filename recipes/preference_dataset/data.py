@@ -33,7 +33,12 @@ def annotated_replies(hurried: int = 1500, careful: int = 900) -> DatasetDict:
 
     Returns:
         The columns `prompt`, `chosen` and `rejected`.
+
+    Raises:
+        InputError: fewer than one pair of either.
     """
+    if min(hurried, careful) < 1:
+        raise InputError(f"hurried, careful: expected at least one pair of each, got {hurried} and {careful}")
     rng = random.Random(0)
     replies: dict[str, set[str]] = {}
     for row in desk_log(14_000, seed=17):
@@ -87,8 +92,11 @@ def load_parts(source: str, shares: tuple[float, float], seed: int, scorer: Scor
         scorer: an opinion on answers, by which swapped columns are noticed.
 
     Raises:
-        InputError: whatever `load_preferences` refuses, or a part with fewer than 2 prompts.
+        InputError: whatever `load_preferences` refuses, shares that are not positive, or a part with fewer than 2
+            prompts.
     """
+    if not all(0 < share < 1 for share in shares):
+        raise InputError(f"shares: expected shares of the prompts in (0, 1), got {shares}")
     data = load_preferences(source, test_share=sum(shares), seed=seed, scorer=scorer).data
     seen = {str(prompt) for prompt in data["train"]["prompt"]}
     held_out = sorted({str(prompt) for prompt in data["test"]["prompt"]} - seen)
