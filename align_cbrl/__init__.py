@@ -18,6 +18,7 @@ Modules:
     llm: language models as followers, their leaders and judges
     recipes: the built-in jobs
     cli: the command line
+    identity: what a function or a model is, by its content
     errors: InputError, RunStopped, CheckpointError
     moved: Names of 0.1.0 that still work in 0.2.0, with a FutureWarning: modules that moved, and recipes that were re
 """

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
+from align_cbrl.identity import content_digest
 from align_cbrl.llm.loading import loading
 from align_cbrl.llm.sampling import batches
 
@@ -102,6 +103,20 @@ class RewardModel:
                 f"{completions[i]!r}"
             )
         return scores
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that a score depends on: weights, configuration, words, template and length.
+
+        It is that of the weights as they are now; compare `align_cbrl.identity`.
+        """
+        config = {name: value for name, value in self.model.config.to_dict().items() if name != "_name_or_path"}
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = self.tokenizer.get_vocab() if core is None else json.loads(core.to_str())
+        for moving in ("truncation", "padding"):  # of the last call
+            words.pop(moving, None)
+        texts = (words, self.tokenizer.eos_token, self.tokenizer.chat_template, self.max_length)
+        return f"reward model {content_digest([self.model.state_dict(), config, texts])[:32]}"
 
     @property
     def head(self) -> nn.Module:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+import itertools
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.errors import InputError, RunStopped
+from align_cbrl.identity import identity_of, require_identity
 from align_cbrl.llm.judges.cache import JudgeCache
-from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.scoring import (
     arguments_taken,
     call_score_function,
@@ -34,33 +33,10 @@ from align_cbrl.runs.plain import plain
 _LONGEST_WAIT = 600.0  # seconds; where a judge asks the run to wait longer, the run is stopped instead
 
 
-@checked
-def judge_identity(function: Callable[..., Any]) -> str | None:
-    """The name under which a judge's scores are cached, which changes when the judge does; None if there is none.
+judge_identity = identity_of
+"""The name under which a judge's scores are cached, which changes when the judge does; None if there is none."""
 
-    For a function it is the function's name with a digest of its source file, for a reward model a digest of the
-    weights. Any object may set its own in an attribute `identity`.
-
-    Example:
-        >>> judge_identity(lambda prompts, completions: [0.0]) is None
-        True
-    """
-    if isinstance(own := getattr(function, "identity", None), str):
-        return own
-    if isinstance(function, RewardModel):
-        digest = hashlib.sha256()
-        for name, value in function.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return f"reward model {digest.hexdigest()[:16]}"
-    name = getattr(function, "__qualname__", "<")
-    try:
-        file = inspect.getsourcefile(function)
-    except TypeError:
-        return None
-    if "<" in name or file is None or not Path(file).is_file():
-        return None
-    return f"{function.__module__}.{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+_unnamed = itertools.count()
 
 
 @checked
@@ -88,13 +64,11 @@ class Asked:
         self.retries = retries
         self.wait = wait
         self.cache = JudgeCache() if cache is None else cache
-        known = judge_identity(function) if identity is None else identity
-        if known is None and self.cache.path is not None:
-            raise InputError(
-                f"{name}: cannot name the judge whose scores go to {self.cache.path}, since {function!r} is not "
-                "defined in a source file; give identity='a name that changes when the judge does'"
-            )
-        self.identity = name if known is None else known
+        if identity is None and self.cache.path is not None:
+            identity = require_identity(f"{name}, whose scores go to {self.cache.path},", function)
+        self.identity = identity_of(function) if identity is None else identity
+        # What cannot be told from another judge shares scores with nobody, not even in memory.
+        self._cached_as = f"{name}, number {next(_unnamed)}" if self.identity is None else self.identity
         self.budget = budget
         self.batch_size = batch_size
         self.columns = getattr(function, "columns", None) if columns is None else columns
@@ -107,7 +81,7 @@ class Asked:
     @property
     def spent(self) -> int:
         """Number of rows that were scored, hence paid for, in all runs that share the cache."""
-        return self.cache.spent(self.identity)
+        return self.cache.spent(self._cached_as)
 
     def scores(self, arguments: Mapping[str, Sequence[Any]]) -> Tensor:
         """One score per row of `arguments`, float64 [N]: from the cache if it is there, from the function otherwise.
@@ -150,7 +124,7 @@ class Asked:
 
     def _key(self, row: Mapping[str, Any]) -> str:
         try:
-            text = json.dumps([self.identity, row], sort_keys=True, default=lambda value: plain(value, _unknown))
+            text = json.dumps([self._cached_as, row], sort_keys=True, default=lambda value: plain(value, _unknown))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{self.name}: cannot tell its rows apart ({error}); name the columns that the judge needs, as "
@@ -186,7 +160,7 @@ class Asked:
         if len(scores) == len(keys):
             pairs = zip(keys, scores, strict=True)
             valid = {key: float(score) for key, score in pairs if is_number(score) and low <= score <= high}
-            self.cache.add(self.identity, valid)
+            self.cache.add(self._cached_as, valid)
             self.calls += len(valid)
         checked = check_scores(self.name, returned, len(keys)).tolist()
         for i, score in enumerate(checked):
@@ -209,7 +183,7 @@ class Judge(Asked):
             a half. If the exception has an attribute `retry_after`, in seconds, the wait is at least that long.
         cache: where scores are stored and counted; by default in memory. A cache with a path outlives the process and
             may be shared.
-        identity: the name of the judge in the cache; by default `judge_identity(function)`.
+        identity: the name of the judge in the cache; by default `identity_of(function)`, a digest of its content.
         budget: largest number of completions that may be paid for, in all runs that share the cache. Processes that
             judge at the same time may each exceed it by one batch.
         batch_size: completions per call; the scores of a batch are stored before the next call. None: all in one call.
@@ -219,10 +193,11 @@ class Judge(Asked):
     Attributes:
         calls: number of completions that this object has scored, hence paid for.
         cached: number of completions that were answered without a call.
+        identity: what the scores are stored under; None where the function's content cannot be read.
 
     Raises:
-        InputError: a budget or batch size below 1, negative retries or wait, or a cache on disk for a function whose
-            identity cannot be determined.
+        InputError: a budget or batch size below 1, negative retries or wait, or a cache on disk for a function without
+            an identity.
 
     Example:
         >>> judge = Judge(lambda prompts, completions, **columns: [float(len(c)) for c in completions])
