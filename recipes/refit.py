@@ -21,14 +21,14 @@ def refit(
     """Iterated retraining: a follower in training, whose reward is fitted anew to all of the judge's labels so far.
 
     It sees the judge on the same batches as HPGD, at the same follower steps. What is fitted is the judge's score
-    within prompts, scaled so that its standard deviation there is `spread`; of a mixture by least squares, of a reward
-    model by Adam on batches of all labels so far.
+    within prompts: of a mixture by least squares within its constraint, the weights then on the boundary of its budget;
+    of a reward model by Adam on batches of all labels so far, scaled so that their standard deviation is `spread`.
 
     Args:
         bench: gives follower, judge and test prompts.
         name: of the folder under the seed's.
         leader: fitted; left with what it learned.
-        spread: of the reward within a prompt.
+        spread: of a reward model's scores within a prompt.
         passes: for a reward model, batches that are fitted at each leader step.
         learning_rate: of Adam.
 
@@ -49,7 +49,8 @@ def refit(
         batches.append((rollouts, _within(verdict, rollouts)))
         unit = spread / torch.cat([label for _, label in batches]).std().clamp(min=1e-12)
         if isinstance(leader, RewardMixture):
-            _least_squares(leader, batches, spread)
+            seen = [_within(leader.features(**score_arguments(batch)), batch) for batch, _ in batches]
+            leader.fit(torch.cat(seen), torch.cat([label for _, label in batches]))
         else:
             for place in torch.randint(len(batches), (passes,), generator=generator).tolist():
                 batch, label = batches[place]
@@ -71,18 +72,6 @@ def refit(
         )  # fmt: skip
     leader.save_pretrained(bench.out / name / "reward")
     return follower, bench.curve(name)
-
-
-@torch.no_grad()
-def _least_squares(leader: RewardMixture, batches: list[tuple[Rollouts, Tensor]], spread: float) -> None:
-    features = torch.cat([
-        _within(leader.features(**score_arguments(batch)), batch)
-        for batch, _ in batches
-    ])  # fmt: skip
-    labels = torch.cat([label for _, label in batches])
-    # gelsd: terms that are copies of each other share their weight instead of blowing it up
-    leader.weight.copy_(torch.linalg.lstsq(features, labels[:, None], driver="gelsd").solution[:, 0])
-    leader.weight.mul_(spread / max(leader.spread(), 1e-12))
 
 
 def _within(values: Tensor, rollouts: Rollouts) -> Tensor:

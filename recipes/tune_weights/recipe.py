@@ -51,7 +51,8 @@ class Config(SeedSettings, BenchSettings):
         search: how TPE and random search look for weights.
 
     Raises:
-        InputError: no seeds, rivals without HPGD, or rivals that search weights around a leader that has none.
+        InputError: no seeds, rivals without HPGD, or rivals that search weights around a leader that has none, or that
+            learns beta as well.
     """
 
     methods: list[Literal["hpgd", "tpe", "random", "refit"]] = dataclasses.field(default_factory=lambda: ["hpgd"])
@@ -65,6 +66,10 @@ class Config(SeedSettings, BenchSettings):
         if rivals and self.leader.kind != "mixture":
             raise InputError(
                 f"leader.kind: expected mixture, whose weights {', '.join(rivals)} search too, got {self.leader.kind}"
+            )
+        if rivals and self.leader.beta is not None:
+            raise InputError(
+                f"leader.beta: {', '.join(rivals)} search weights at a fixed temperature; omit beta, or these methods"
             )
 
 

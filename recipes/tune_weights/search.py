@@ -39,7 +39,9 @@ class SearchSettings:
 
 
 def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSettings, out: Path) -> list[dict[str, Any]]:
-    """Search the directions of the weights on the boundary of the budget; continues a stopped search.
+    """Search the directions of the weights on the boundary of the budget, as far as the leader's constraint allows.
+
+    Continues a stopped search.
 
     Args:
         bench: gives followers, rewards, judge and test prompts.
@@ -72,13 +74,11 @@ def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSetting
             if not isinstance(leader, RewardMixture):
                 raise InputError(f"search: expected leader.kind mixture, got {type(leader).__name__}")
             trial = study.ask()
-            direction = [trial.suggest_float(name, -1.0, 1.0) for name in leader.terms]
+            direction = [trial.suggest_float(name, leader.lowest_direction, 1.0) for name in leader.terms]
             if number < len(done):  # the sampler repeats itself, given what it was told
                 study.tell(trial, done[number]["score"])
                 continue
-            with torch.no_grad():
-                leader.weight.copy_(torch.tensor(direction, dtype=torch.float64))
-                leader.weight.mul_(leader.budget / max(leader.spread(), 1e-12))
+            leader.aim(torch.tensor(direction, dtype=torch.float64))
             follower = bench.follower(bench.seed * 1000 + number)
             follower.train(leader, settings.steps)
             generator = torch.Generator().manual_seed(bench.seed * 1000 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from align_cbrl.errors import InputError
@@ -41,6 +42,36 @@ def within_prompts(scores: Tensor, rollouts: Rollouts) -> tuple[Tensor, int]:
     return groups.centred(scores), freedom
 
 
+def deviations(within: Tensor, freedom: int) -> Tensor:
+    """Standard deviations within a prompt, [K], of centred scores [B, K] with so many degrees of freedom.
+
+    Scores may be as small or as large as their type allows: likelihoods are.
+
+    Example:
+        >>> deviations(torch.tensor([[1e-300], [-1e-300]], dtype=torch.float64), 2)
+        tensor([1.0000e-300], dtype=torch.float64)
+    """
+    largest = within.abs().amax(0)
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))  # whose square neither vanishes nor overflows
+    return unit * ((within / unit).pow(2).sum(0) / freedom).sqrt()
+
+
+def constant(scores: Tensor, deviation: Tensor) -> Tensor:
+    """Which of K scores [B, K] do not vary within prompts, bool [K]: their deviation [K] is no more than rounding.
+
+    Rounding is relative to a score's size; and it is that of single precision where all of its values are such numbers,
+    as a reward model's are.
+
+    Example:
+        >>> scores = torch.tensor([[1e-12, 0.1], [3e-12, 0.1 + 1e-17]], dtype=torch.float64)
+        >>> constant(scores, torch.tensor([1.4e-12, 7e-18], dtype=torch.float64)).tolist()
+        [False, True]
+    """
+    single = (scores.float().to(scores.dtype) == scores).all(0)
+    precision = torch.where(single, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
+    return deviation <= 8 * precision * scores.abs().amax(0)
+
+
 def deviation_within_prompts(name: str, scores: Tensor, rollouts: Rollouts) -> float:
     """Standard deviation within a prompt of `scores` [B], by which a reward is standardised.
 
@@ -48,10 +79,10 @@ def deviation_within_prompts(name: str, scores: Tensor, rollouts: Rollouts) -> f
         InputError: no prompt has two completions, or all completions of each prompt score the same.
     """
     within, freedom = within_prompts(scores, rollouts)
-    deviation = float((within.pow(2).sum() / freedom).sqrt())
-    if deviation <= 1e-8:
+    deviation = deviations(within[:, None], freedom)
+    if constant(scores[:, None], deviation):
         raise InputError(
             f"{name}: cannot be standardised, since it gives all completions of a prompt the same score; calibrate on "
             "rollouts whose completions differ"
         )
-    return deviation
+    return float(deviation)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.base import LanguageLeader
-from align_cbrl.llm.leaders.calibration import within_prompts
+from align_cbrl.llm.leaders.calibration import deviations, within_prompts
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments
 from align_cbrl.rollouts import Rollouts
 
@@ -54,4 +54,4 @@ class Correction(LanguageLeader):
             raise InputError("Shaped: the correction's spread is measured on rollouts; call calibrate(rollouts) first")
         change = self.deviation(**score_arguments(reference)).double().cpu()
         within, freedom = within_prompts(change, reference)
-        return float((within.pow(2).sum() / freedom).sqrt())
+        return float(deviations(within[:, None], freedom))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
-from align_cbrl.llm.leaders.calibration import within_prompts
+from align_cbrl.llm.leaders.calibration import constant, deviations, within_prompts
 from align_cbrl.llm.leaders.correction import Correction
 from align_cbrl.llm.leaders.terms import load_term, save_terms
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments, scores_of
@@ -26,6 +27,7 @@ _LEAST_SHARE = (
     0.01  # of the largest one: a softmax weight's gradient is proportional to it, and one at zero never moves
 )
 _LOWEST_LOGIT = math.log(_LEAST_SHARE)
+_PASSES = 200  # over the weights of a constrained least squares, of a few terms
 
 
 @checked
@@ -144,20 +146,31 @@ class RewardMixture(Correction):
         """Standardise every term on these rollouts: mean zero, and mean variance within a prompt's group one.
 
         The variance is taken within groups since only differences between completions of one prompt move a policy.
-        A term that never varies there keeps scale one. The terms' correlations within groups shape the budget.
+        The terms' correlations within groups shape the budget.
+
+        A term that never varies there, such as a bonus that no completion of the reference earns, is named in a
+        warning: its scale is unknown and stays one, and the budget bounds its weight as if its deviation were one.
 
         Raises:
             InputError: no prompt has two completions.
         """
-        self.shift.zero_()
-        self.scale.fill_(1.0)
-        features = self.features(**score_arguments(rollouts))  # [B, K]
-        within, freedom = within_prompts(features, rollouts)
-        deviation = (within.pow(2).sum(0) / freedom).sqrt()
-        self.shift.copy_(features.mean(0))
-        self.scale.copy_(torch.where(deviation > 1e-8, deviation, torch.ones_like(deviation)))
-        scaled = within / self.scale
-        self.correlation.copy_(scaled.T @ scaled / freedom)
+        scores = self.fixed_scores(**score_arguments(rollouts))  # [B, K]
+        within, freedom = within_prompts(scores, rollouts)
+        deviation = deviations(within, freedom)
+        still = constant(scores, deviation)
+        self.shift.copy_(scores.mean(0))
+        self.scale.copy_(torch.where(still, 1.0, deviation))
+        scaled = torch.where(still, 0.0, within / self.scale)
+        self.correlation.copy_(scaled.T @ scaled / freedom + torch.diag(still.double()))
+        if still.any():
+            names = ", ".join(repr(name) for name, same in zip(self.terms, still.tolist(), strict=True) if same)
+            warnings.warn(
+                f"RewardMixture.terms: {names}: the same score for all completions of a prompt among those that the "
+                "reward is calibrated on. The scale is therefore unknown and stays 1, the budget "
+                f"{self.budget:.4g} bounds the weight, and a policy learns nothing from such a term until its "
+                "completions differ in it",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def spread(self) -> float:
@@ -180,6 +193,46 @@ class RewardMixture(Correction):
         spread = self.spread()
         if spread > self.budget:
             self.weight.mul_(self.budget / spread)
+
+    @property
+    def lowest_direction(self) -> float:
+        """The least entry of a direction that `aim` tells apart, the largest being 1."""
+        return -1.0 if self.constraint == "free" else 0.0
+
+    @torch.no_grad()
+    def aim(self, direction: Tensor) -> None:
+        """Put the weights on the boundary of the budget, in the direction [K] or the nearest one of the constraint.
+
+        With "positive" and "softmax" entries below zero count as zero; a softmax turns the rest into shares of its sum,
+        equal ones where nothing is left. Where terms nearly cancel, no weight becomes more than a thousand budgets.
+        """
+        aimed = direction.to(self.shift) if self.constraint == "free" else direction.to(self.shift).clamp(min=0.0)
+        if self.constraint == "softmax":
+            largest = aimed.max()
+            self.logits.copy_((aimed / largest).log() if largest > 0 else torch.zeros_like(aimed))
+        else:
+            size = torch.maximum((aimed @ self.correlation @ aimed).clamp(min=0).sqrt(), 1e-3 * aimed.norm())
+            self.weight.copy_(aimed * (self.budget / size if size > 0 else 0.0))
+        self.project()
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        """`aim` at the weights that describe labels best: least squares within the constraint.
+
+        Args:
+            features: what `features` returned, less the mean of each prompt's group, [N, K].
+            labels: likewise, [N].
+        """
+        # gelsd: terms that are copies of each other share their weight instead of blowing it up
+        aimed = torch.linalg.lstsq(features, labels[:, None], driver="gelsd").solution[:, 0]
+        if self.constraint != "free" and (aimed < 0).any():
+            squares, products = features.T @ features, features.T @ labels
+            aimed = aimed.clamp(min=0.0)
+            for _ in range(_PASSES):  # weight by weight, which cannot get stuck: the problem is convex
+                for k, square in enumerate(squares.diagonal()):
+                    rest = products[k] - squares[k] @ aimed + square * aimed[k]
+                    aimed[k] = (rest / square).clamp(min=0.0) if square > 0 else 0.0
+        self.aim(aimed)
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
