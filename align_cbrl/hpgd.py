@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, together, world_size
-from align_cbrl.errors import InputError, RunStopped
+from align_cbrl.errors import CheckpointError, InputError, first_line
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.replay import Memory
-from align_cbrl.problem import Problem, step_seed
+from align_cbrl.problem import Observed, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
 from align_cbrl.runs.config import fingerprint as fingerprint_of
@@ -124,13 +124,15 @@ class HPGD:
         self.history: list[dict[str, float]] = []
         self._seconds = {"leader": 0.0, "follower": 0.0}
         self._memory = Memory()
+        self._between_steps = True  # not while a step has moved some of what a checkpoint holds
         self._told: set[str] = set()  # what has been warned of
 
     def run(self, resume: bool = False) -> None:
         """Take leader steps until `config.steps`.
 
-        A first Ctrl-C finishes the leader step under way, saves a checkpoint, and raises KeyboardInterrupt; a second
-        one stops at once.
+        Ctrl-C, and the signals that schedulers send (SIGTERM, SIGHUP, SIGUSR1), let the leader step under way finish;
+        then a checkpoint is saved and KeyboardInterrupt raised. A second Ctrl-C stops at once. Whatever else ends the
+        run, a mistake in a reward function or in an observer, the last whole leader step is saved too.
 
         In several processes (docs/scaling.md) the leader starts as it is on rank 0, every rank takes the same steps,
         and rank 0 alone writes; all of them read the checkpoint.
@@ -179,14 +181,14 @@ class HPGD:
                     group_size=self.config.group_size,
                     seed=self.config.seed,
                 )
-            except (RunStopped, InputError):
-                # The leader has not moved since its last whole step; one that broke down is not worth keeping.
-                if all(bool(torch.isfinite(p).all()) for p in self.problem.parameters):
-                    self._save()
+            except CheckpointError:  # saying it once is enough
+                raise
+            except Exception:
+                self._save_after_failure()
                 raise
         barrier()  # what rank 0 has written is there on every rank
         if interrupt.asked and self.step < self.config.steps:
-            raise KeyboardInterrupt
+            raise interrupt.stop()
 
     def leader_step(self, rollouts: Rollouts) -> dict[str, float]:
         """One step of the leader on a batch of the follower's rollouts; returns its metrics.
@@ -220,9 +222,15 @@ class HPGD:
             )
 
         # What the objective itself keeps follows the batch: a multiplier, a memory of contexts.
-        row |= problem.objective.update(lambda: of_all_ranks(observed or observe(problem, seen)))
+        def observations() -> Observed:
+            everywhere = of_all_ranks(observed or observe(problem, seen))
+            self._between_steps = False
+            return everywhere
+
+        row |= problem.objective.update(observations)
 
         # The step, back into the leader's budget, and again on remembered batches.
+        self._between_steps = False
         row["skipped_steps"] = self._skipped_before() + self._apply(row["gradient_norm"])
         if self.config.replays:
             self._memory.add(rollouts.knowing({} if observed is None else observed.lasting))
@@ -289,7 +297,7 @@ class HPGD:
         """A leader step, and how long it and the follower's turn before it took."""
         began = time.perf_counter()
         row = self.leader_step(rollouts)
-        self.step += 1
+        self.step, self._between_steps = self.step + 1, True
         ended = time.perf_counter()
         self._seconds["leader"] += ended - began
         self._seconds["follower"] += began - returned_at
@@ -378,6 +386,15 @@ class HPGD:
             "seconds": self._seconds,
         }
         save_checkpoint(self.out / "checkpoints", self.step, state, fingerprint=self.fingerprint)
+
+    def _save_after_failure(self) -> None:
+        """Save the last whole leader step, unless a step broke down half way or the leader itself did."""
+        if not (self._between_steps and all(bool(torch.isfinite(p).all()) for p in self.problem.parameters)):
+            return
+        try:
+            self._save()
+        except Exception as error:  # the failure that brought us here is the one to be raised
+            warnings.warn(f"leader step {self.step} could not be saved: {first_line(error)}", stacklevel=2)
 
     def _restore(self, out: Path) -> None:
         found = load_checkpoint(out / "checkpoints", fingerprint=self.fingerprint)

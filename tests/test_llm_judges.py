@@ -248,7 +248,7 @@ def test_a_server_that_recovers_is_asked_again_when_it_says(monkeypatch: pytest.
 
     waits: list[float] = []
     with server(answer) as (url, seen):
-        monkeypatch.setattr("align_cbrl.llm.judges.judge.time.sleep", waits.append)
+        monkeypatch.setattr("align_cbrl.llm.scoring.time.sleep", waits.append)
         judge = Judge(RemoteJudge(url), retries=3, wait=0.5)
         assert judge(None, rollouts(["abc"])).item() == 3.0
     assert len(seen) == 4 and judge.calls == 1

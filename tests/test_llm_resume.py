@@ -105,14 +105,14 @@ def test_each_step_draws_other_completions(make: Make) -> None:
     assert all(set(seen[i].contexts.tolist()) | set(seen[i + 1].contexts.tolist()) == {0, 1, 2, 3} for i in (0, 2))
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """A stand-in for a kill, which no code may catch and repair."""
 
 
 class Judge:
     """The enumeration's utility, until it is told to break."""
 
-    def __init__(self, breaks_at: int | None = None, error: type[Exception] = Stop) -> None:
+    def __init__(self, breaks_at: int | None = None, error: type[BaseException] = Stop) -> None:
         self.calls, self.breaks_at, self.error = 0, breaks_at, error
 
     def __call__(self, leader: Any, rollouts: Rollouts) -> torch.Tensor:
@@ -133,7 +133,7 @@ def hpgd(follower: TrainedFollower, judge: Judge, out: Path | None, every: int =
     )
 
 
-@pytest.mark.parametrize(
+SCHEDULES = pytest.mark.parametrize(
     "schedule",
     [
         Schedule(interval=2, warmup=1),
@@ -142,9 +142,12 @@ def hpgd(follower: TrainedFollower, judge: Judge, out: Path | None, every: int =
     ],
     ids=["inside", "outside", "until close"],
 )
-@pytest.mark.parametrize("error", [Stop, RunStopped], ids=["killed", "stopped"])
+
+
+@SCHEDULES
+@pytest.mark.parametrize("error", [Stop, RunStopped, ZeroDivisionError], ids=["killed", "stopped", "a mistake"])
 def test_hpgd_around_a_follower_resumes_to_the_same_bits(
-    make: Make, tmp_path: Path, schedule: Schedule, error: type[Exception]
+    make: Make, tmp_path: Path, schedule: Schedule, error: type[BaseException]
 ) -> None:
     """Killed: from the last checkpoint. Stopped by the judge: from the response that it was asked about."""
     whole = hpgd(make(schedule=schedule), Judge(), None)
@@ -157,8 +160,38 @@ def test_hpgd_around_a_follower_resumes_to_the_same_bits(
     assert_same_bits(whole.problem.follower, resumed.problem.follower)
     torch.testing.assert_close(resumed.problem.leader.x, whole.problem.leader.x, rtol=0, atol=0)
     assert [row["objective"] for row in resumed.history] == [row["objective"] for row in whole.history]
-    if error is RunStopped:  # nothing that was paid for is paid for again
+    if error is not Stop:  # nothing that was paid for is paid for again
         assert judge.calls == 2
+
+
+@SCHEDULES
+@pytest.mark.parametrize("at", [2, 3, 9])
+def test_a_reward_that_raises_in_the_middle_of_a_response_loses_no_step_of_it(
+    make: Make, tmp_path: Path, schedule: Schedule, at: int
+) -> None:
+    """Also in the warm-up, before the leader's first step; the optimizer steps that were taken are not taken again."""
+    whole = hpgd(make(schedule=schedule), Judge(), None)
+    whole.run()
+    broken = hpgd(make(schedule=schedule), Judge(), tmp_path, every=100)
+    score, calls = broken.problem.leader.score, []
+
+    def breaking(*arguments: Any, **columns: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == at:
+            raise ZeroDivisionError
+        return score(*arguments, **columns)
+
+    broken.problem.leader.score = breaking
+    with pytest.raises(ZeroDivisionError):
+        broken.run()
+    found = load_checkpoint(tmp_path / "checkpoints", fingerprint=broken.fingerprint)
+    assert found is not None
+    assert found[1]["follower"]["completions"] == broken.problem.follower.completions_seen > 0
+    resumed = hpgd(make(schedule=schedule), Judge(), tmp_path, every=100)
+    resumed.run(resume=True)
+    assert_same_bits(whole.problem.follower, resumed.problem.follower)
+    torch.testing.assert_close(resumed.problem.leader.x, whole.problem.leader.x, rtol=0, atol=0)
+    assert resumed.problem.follower.completions_seen == whole.problem.follower.completions_seen
 
 
 def test_a_stopped_run_goes_on_in_the_same_process(make: Make) -> None:

@@ -6,6 +6,8 @@ import copy
 import inspect
 import math
 import pickle
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +15,14 @@ import torch
 from torch import Tensor
 
 from align_cbrl.checks import Count, checked
-from align_cbrl.errors import InputError
+from align_cbrl.errors import InputError, RunStopped, first_line
 from align_cbrl.llm.prompts import check_columns
 from align_cbrl.rollouts import Rollouts
+
+RETRIES, WAIT = 3, 0.5
+"""How often a function that raises is asked again, and the seconds before the first time."""
+_LONGEST_WAIT = 600.0  # seconds; where a function asks the run to wait longer, the run is stopped instead
+_jitter = random.Random(0)  # for the waiting times only, so that the run's own random numbers stay the same
 
 ScoreFunction = Callable[..., Sequence[float]]
 """f(prompts=..., completions=..., **columns), which returns one number per completion: trl's signature of a reward
@@ -67,7 +74,8 @@ def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) 
         arguments: `prompts`, `completions`, and every column by its name.
 
     Raises:
-        InputError: as `check_scores`.
+        InputError: as `check_scores`, and for a function that needs a column which the data lack.
+        RunStopped: the function raised on every attempt.
 
     Example:
         >>> def length(completions):
@@ -76,7 +84,46 @@ def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) 
         [3.0, 2.0]
     """
     with torch.no_grad():
-        return check_scores(name, call_score_function(function, arguments), len(arguments["completions"]))
+        returned = call_patiently(name, function, arguments)
+        return check_scores(name, returned, len(arguments["completions"]))
+
+
+def call_patiently(
+    name: str, function: ScoreFunction, arguments: Mapping[str, Any], retries: int = RETRIES, wait: float = WAIT
+) -> Any:
+    """As `call_score_function`, after at most 1 + `retries` attempts, since a function may ask a service.
+
+    Args:
+        name: of the function, for messages.
+        function: may raise anything; `retry_after` of an exception says how many seconds it wants to be left alone.
+        arguments: by name.
+        retries: further attempts.
+        wait: seconds before the first of them, doubled each time.
+
+    Raises:
+        InputError: the function raised it, or needs an argument that there is not; another attempt would not help.
+        RunStopped: the function raised on every attempt, or raised RunStopped.
+    """
+    if missing := sorted(arguments_needed(function) - set(arguments)):
+        raise InputError(
+            f"{name}: takes {', '.join(map(repr, missing))}, which the data do not have; there are {sorted(arguments)}"
+        )
+    for attempt in range(retries + 1):
+        try:
+            return call_score_function(function, arguments)
+        except (InputError, RunStopped):
+            raise
+        except Exception as error:  # it is user code and may raise anything; the run must survive it
+            after = float(getattr(error, "retry_after", None) or 0.0)
+            if attempt == retries or after > _LONGEST_WAIT:
+                how = f"on all {attempt + 1} attempts" if after <= _LONGEST_WAIT else f"and asks to wait {after:g} s"
+                raise RunStopped(
+                    f"{name}: raised {type(error).__name__} {how} ({first_line(error)}); the run is saved up to its "
+                    "last step; see to it that it answers, and resume"
+                ) from error
+            # With jitter, so that several runs do not retry at the same time.
+            time.sleep(max(after, min(60.0, wait * 2**attempt * _jitter.uniform(0.5, 1.5))))
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 @checked
@@ -108,6 +155,21 @@ def arguments_taken(function: Callable[..., Any], arguments: Mapping[str, Any]) 
         return dict(arguments)
     names = {p.name for p in parameters}
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def arguments_needed(function: Callable[..., Any]) -> set[str]:
+    """The names without which the function cannot be called.
+
+    Example:
+        >>> sorted(arguments_needed(lambda prompts, answer, strict=True, **columns: None))
+        ['answer', 'prompts']
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in parameters if p.kind in by_name and p.default is inspect.Parameter.empty}
 
 
 def listed(name: str, scores: Any) -> list[Any]:

@@ -129,6 +129,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self._steps = 0  # optimizer steps that led to the present policy
         self._completions = 0  # completions trained on, also for policies that were put back
         self._scores = torch.zeros(0)  # rewards of the newest batch
+        self._begun = 0  # steps of the response under way, which a run that stopped in it does not take again
         self._ready: int | None = None  # the newest leader step whose response is done
         self._handed_out: Completions | None = None  # its completions, where the leader sees those trained on
         self._fixed: Tensor | None = None  # what the leader's reward of the newest batch is made of
@@ -223,7 +224,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
 
     def reset(self) -> None:
         """Back to the untrained policy."""
-        self._steps, self._ready, self._handed_out = 0, None, None
+        self._steps, self._begun, self._ready, self._handed_out = 0, 0, None, None
         if self._trainer is None:
             return
         self._copy(self._untrained())
@@ -252,10 +253,15 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
 
         Metrics: `follower_steps` in all, and with a tolerance the `response_steps` that this response took.
         """
-        before, warmup = self._steps, self.schedule.warmup if self._steps == 0 else 0
-        self.train(
-            leader, warmup + self.schedule.most, lambda taken: not self.schedule.due(taken - warmup, self.newest_gap)
-        )
+        begun = self._begun
+        before, warmup = self._steps - begun, self.schedule.warmup if self._steps == begun else 0
+
+        def on_step(taken: int) -> bool:
+            self._begun = begun + taken
+            return not self.schedule.due(self._begun - warmup, self.newest_gap)
+
+        self.train(leader, warmup + self.schedule.most - begun, on_step)
+        self._begun = 0
         return self._metrics(self._steps - before)
 
     def newest_gap(self) -> float:
@@ -336,7 +342,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             )  # fmt: skip
             return
         self._check_inside(contexts_per_step, group_size)
-        step, taken = start, 0
+        step = start
         if self._is_ready(step):  # the run stopped after this response, and before the leader's step
             go_on = on_rollouts(self._shown(contexts_per_step), self._metrics(0))
             self.leader_stepped()
@@ -346,22 +352,23 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         warmup = self.schedule.warmup if step == 0 else 0
 
         def on_step(_: int) -> bool:
-            nonlocal step, taken, warmup
-            taken += 1
-            if not self.schedule.due(taken - warmup, self.newest_gap):
+            nonlocal step, warmup
+            self._begun += 1
+            if not self.schedule.due(self._begun - warmup, self.newest_gap):
                 return True
             self._hand_out(step)
-            metrics = self._metrics(taken)
-            step, taken, warmup = step + 1, 0, 0
+            metrics = self._metrics(self._begun)
+            step, self._begun, warmup = step + 1, 0, 0
             go_on = on_rollouts(self._shown(contexts_per_step), metrics)
             self.leader_stepped()
             return go_on and step < steps
 
-        self.train(leader, warmup + (steps - step) * self.schedule.most, on_step)
+        self.train(leader, warmup + (steps - step) * self.schedule.most - self._begun, on_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What training the policy further depends on: its trained parameters (an adapter's only, where there is one),
-        its optimizer's moments, the number of steps taken, and a response that the leader has not stepped on yet.
+        its optimizer's moments, the number of steps taken, and a response that the leader has not stepped on yet,
+        finished or not.
         """
         self._check_whole("checkpoint", with_moments=True)
         if self._trainer is None or self._trainer.optimizer is None:
@@ -372,6 +379,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             "optimizer": _copied(self._trainer.optimizer.state_dict()),
             "steps": self._steps,
             "completions": self._completions,
+            "begun": self._begun,
             "ready": self._ready,
             "handed_out": None
             if seen is None
@@ -399,6 +407,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         trainer.optimizer.load_state_dict(_copied(state["optimizer"]))
         trainer.observed = None
         self._steps, self._ready = state["steps"], state["ready"]
+        self._begun = state.get("begun", 0)
         # An estimator that trains the policy for a look, and puts it back, has used completions all the same.
         self._completions = max(self._completions, state["completions"])
         seen = state["handed_out"]

@@ -6,8 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +18,7 @@ from align_cbrl.identity import identity_of, require_identity
 from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.scoring import (
     arguments_taken,
-    call_score_function,
+    call_patiently,
     check_scores,
     is_number,
     listed,
@@ -29,9 +27,6 @@ from align_cbrl.llm.scoring import (
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.plain import plain
-
-_LONGEST_WAIT = 600.0  # seconds; where a judge asks the run to wait longer, the run is stopped instead
-
 
 judge_identity = identity_of
 """The name under which a judge's scores are cached, which changes when the judge does; None if there is none."""
@@ -74,9 +69,6 @@ class Asked:
         self.columns = getattr(function, "columns", None) if columns is None else columns
         self.calls = 0
         self.cached = 0
-        self._random = random.Random(
-            0
-        )  # for the waiting times only, so that the run's own random numbers stay the same
 
     @property
     def spent(self) -> int:
@@ -134,24 +126,7 @@ class Asked:
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
         """What the function returns, after at most 1 + `retries` attempts."""
-        for attempt in range(self.retries + 1):
-            try:
-                return call_score_function(self.function, arguments)
-            except (InputError, RunStopped):  # another attempt would not help
-                raise
-            except Exception as error:  # a judge is user code and may raise anything; the run must survive it
-                after = float(getattr(error, "retry_after", None) or 0.0)
-                if attempt == self.retries or after > _LONGEST_WAIT:
-                    how = (
-                        f"on all {attempt + 1} attempts" if after <= _LONGEST_WAIT else f"and asks to wait {after:g} s"
-                    )
-                    raise RunStopped(
-                        f"{self.name}: raised {type(error).__name__} {how} ({error}); the run is saved up to its last "
-                        "leader step; repair the judge and resume"
-                    ) from error
-                # With jitter, so that several runs do not retry at the same time.
-                time.sleep(max(after, min(60.0, self.wait * 2**attempt * self._random.uniform(0.5, 1.5))))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return call_patiently(self.name, self.function, arguments, self.retries, self.wait)
 
     def _keep(self, keys: Sequence[str], returned: Any) -> dict[str, float]:
         """Cache and check what the function returned; valid scores are cached even where others are refused."""
