@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,51 @@ def test_both_ways_of_sampling_draw_from_the_policy_itself(models: Path, family:
             counts = torch.bincount(torch.tensor(drawn), minlength=len(tokens)).double()
             z = (counts / 400 - probability) / (probability * (1 - probability) / 400).sqrt()
             assert z.abs().max() < 4.5, (family, prompt)
+
+
+# What a model's folder may declare about how it likes to be sampled, each far from leaving the policy alone.
+DECLARED = {
+    "do_sample": False, "num_beams": 2, "num_return_sequences": 2, "early_stopping": True, "length_penalty": 3.0,
+    "temperature": 0.3, "top_k": 1, "top_p": 0.2, "min_p": 0.5, "typical_p": 0.2, "top_h": 0.2, "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1, "repetition_penalty": 3.0, "encoder_repetition_penalty": 3.0, "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1, "bad_words_ids": [[5], [6, 7]], "suppress_tokens": [7, 8],
+    "begin_suppress_tokens": [9], "forced_bos_token_id": 5, "forced_eos_token_id": 1, "min_length": 50,
+    "min_new_tokens": 4, "max_length": 3, "max_new_tokens": 1, "max_time": 1e-9, "stop_strings": ["a"],
+    "exponential_decay_length_penalty": [1, 5.0], "sequence_bias": [[[5], 9.0]], "guidance_scale": 3.0,
+    "watermarking_config": {"bias": 9.0}, "penalty_alpha": 0.6, "dola_layers": "high", "num_beam_groups": 2,
+    "diversity_penalty": 1.0, "force_words_ids": [[5]], "token_healing": True, "remove_invalid_values": True,
+    "renormalize_logits": True, "prompt_lookup_num_tokens": 2, "cache_implementation": "static", "use_cache": False,
+    "low_memory": True, "return_dict_in_generate": True, "output_scores": True, "prefill_chunk_size": 1,
+    "pad_token_id": 9, "bos_token_id": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize("kind", [RLOOFollower, GRPOFollower])
+def test_nothing_that_a_folder_declares_acts_on_what_is_sampled(
+    tmp_path: Path, kind: type[TrainedFollower], adapted: bool
+) -> None:
+    """The same completions, to the token, whatever generation_config.json says; and saved, it says it still."""
+    from peft import LoraConfig
+
+    seen: list[list[Any]] = []
+    for name, declared in {"bare": {}, "wilful": DECLARED}.items():
+        path = tiny_models.build(tmp_path / name, "llama")
+        file = path / "generation_config.json"
+        file.write_text(json.dumps({"eos_token_id": [tiny_models.END_OF_TURN, tiny_models.EOS], **declared}))
+        lora = LoraConfig(r=2, target_modules="all-linear") if adapted else None
+        follower = make(path, False, kind, peft_config=lora)
+        follower.train(RewardMixture({"words": words}), 2)
+        fresh = follower.rollout(torch.arange(4), 4, torch.Generator().manual_seed(0))
+        reference = sample_completions(follower.prior, None, follower.tokenizer, dataset(False), [0, 1], 4, 4, seed=0)
+        tilted = TiltedFollower(path, dataset(False), 0.5, max_completion_length=LENGTH)
+        tilted.respond(RewardMixture({"words": words}), torch.arange(4))
+        of_the_reference = tilted.rollout(torch.arange(4), 4, torch.Generator().manual_seed(0))
+        rollouts = (follower.newest, fresh, of_the_reference)
+        seen.append([r.steps["completion_ids"] for r in rollouts] + [reference.token_ids])
+        model = follower.policy.get_base_model() if adapted else follower.policy
+        assert model.generation_config.min_p == declared.get("min_p")
+    assert seen[0] == seen[1]
 
 
 def test_an_end_of_turn_that_the_model_declares_ends_a_completion(models: Path) -> None:

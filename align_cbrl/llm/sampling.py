@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,53 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
     return [*([] if tokenizer.eos_token_id in declared else [tokenizer.eos_token_id]), *declared]
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_completion_length: int
+) -> GenerationConfig:
+    """How completions are sampled, in training, for the leader and in measuring alike: from the policy itself.
+
+    Temperature 1, the whole support, the length, and the special tokens; nothing else. Use it in `sampled_by`, or what
+    it leaves open would come from the model's folder.
+
+    Args:
+        model: of its declarations, the tokens that end a completion are kept.
+        tokenizer: of the model.
+        max_completion_length: in tokens.
+    """
+    return GenerationConfig(
+        max_new_tokens=max_completion_length,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(model, tokenizer),
+        disable_compile=True,
+    )
+
+
+@contextlib.contextmanager
+def sampled_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """While it lasts, nothing but `config` acts on what `model` generates.
+
+    A model's folder declares how it likes to be sampled (min_p, suppressed tokens, penalties, beams, ...), and
+    `generate` takes from there whatever the configuration it is given leaves open. Sampled like that, completions are
+    not the policy's, while their log-probabilities are: the follower settles elsewhere, and its gap says 0.
+    """
+    layers: list[Any] = [getattr(model, "model_with_adapter", model)]
+    if hasattr(layers[0], "get_base_model"):  # peft copies its own declaration onto the model below at every call
+        layers.append(layers[0].get_base_model())
+    declared = [layer.generation_config for layer in layers]
+    try:
+        for layer in layers:
+            layer.generation_config = config
+        yield
+    finally:
+        for layer, own in zip(layers, declared, strict=True):
+            layer.generation_config = own
 
 
 def needs_position_ids(model: PreTrainedModel) -> bool:
@@ -145,23 +193,12 @@ def sample_completions(
     columns = repeat_columns(prompts, rows)
     token_ids: list[list[int]] = []
     log_policy, log_prior = [], []
-    ends = end_tokens(policy, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_completion_length,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends,
-        disable_compile=True,
-    )
-    training, own_config = policy.training, policy.generation_config
+    config = generation_config(policy, tokenizer, max_completion_length)
+    ends = config.eos_token_id
+    training = policy.training
     policy.eval()
-    policy.generation_config = config  # what it leaves open, such as a repetition penalty, would come from there
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(policy)):
+        with sampled_by(policy, config), torch.random.fork_rng(devices=_cuda_devices(policy)):
             torch.manual_seed(seed)
             for start in range(0, len(rows), batch_size):
                 piece = slice(start, start + batch_size)
@@ -179,7 +216,6 @@ def sample_completions(
                 log_prior.append(log_policy[-1] if prior is None else completion_log_probs(prior, encoded, ids))
     finally:
         policy.train(training)
-        policy.generation_config = own_config
     return Completions(
         context=torch.tensor(rows),
         columns=columns,

@@ -49,10 +49,6 @@ class WithoutAdapter(nn.Module):
         """The model's settings of generation."""
         return self.model_with_adapter.generation_config
 
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        self.model_with_adapter.generation_config = value
-
 
 def check_adapter(adapter: Any) -> None:
     """Refuse adapters that would not be trained.

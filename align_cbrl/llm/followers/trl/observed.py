@@ -1,10 +1,11 @@
 """What every trl trainer used here has in common: observed batches, and steps that depend on their number alone.
 
-This file, trl_rloo.py and trl_grpo.py are the only ones that touch trl's private methods. Written against trl 1.16.
+Only the files of this folder touch trl's private methods. Written against trl 1.16.
 What is relied upon: `_generate_and_score_completions` works on the unshuffled batch, in which the completions of a
-prompt stand side by side; log-probabilities come from `_get_per_token_logps_and_entropies`, of the policy first and of
-the reference second; `_prepare_inputs` shuffles every tensor of the batch alike before `_compute_loss`; the sampler
-yields one row a completion. tests/test_llm_followers.py and tests/test_llm_resume.py fail if any of it changes.
+prompt stand side by side; `_generate_single_turn` samples by `self.generation_config`; log-probabilities come from
+`_get_per_token_logps_and_entropies`, of the policy first and of the reference second; `_prepare_inputs` shuffles every
+tensor of the batch alike before `_compute_loss`; the sampler yields one row a completion. tests/test_llm_followers.py
+and tests/test_llm_resume.py fail if any of it changes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import set_seed
 
 from align_cbrl.errors import InputError
-from align_cbrl.llm.sampling import Completions, add_position_ids
+from align_cbrl.llm.sampling import Completions, add_position_ids, generation_config, sampled_by
 from align_cbrl.llm.scoring import copied
 from align_cbrl.problem import step_seed
 
@@ -112,6 +113,12 @@ class ObservedTrainer(Trainer):
         self._log_probs_seen = []
         output["place"] = torch.arange(len(inputs))  # shuffled with the rest, to find the kept log-probabilities by
         return output
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        policy = self.accelerator.unwrap_model(self.model)
+        self.generation_config = generation_config(policy, self._tokenizer, self.max_completion_length)
+        with sampled_by(policy, self.generation_config):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
