@@ -336,7 +336,7 @@ def test_grpo_with_the_kl_in_the_reward_converges_to_the_enumerated_best_respons
         ({"generation_kwargs": {"suppress_tokens": [3]}}, r"suppress_tokens left 1\.94 nats"),
         ({"lr_scheduler_type": "linear"}, "only 'constant' is the same after a resume"),
         ({"disable_dropout": False}, "disable_dropout=False"),
-        ({"beta": 0.1}, r"settings: beta, num_generations.* follow from the follower's own arguments"),
+        ({"beta": 0.1}, "settings: beta follows from the follower's own arguments; set its temperature"),
         ({"no_such": 1}, "GRPO settings: .*no_such"),
     ],
 )
@@ -599,11 +599,11 @@ def test_settings_build_followers(folder: Path) -> None:
     schedule = Schedule(interval=2, warmup=3)
     follower = TrainedSettings(
         trainer="grpo", temperature=0.5, prompts_per_step=2, group_size=4, lora=2, schedule=schedule,
-        settings={"weight_decay": 0.01},
+        settings={"adam_beta2": 0.99},
     ).build(folder, prompts, seed=7)  # fmt: skip
     assert isinstance(follower, GRPOFollower)
     assert (follower.schedule.warmup, follower.seed, follower.peft_config.r) == (3, 7, 2)
-    assert follower._config.weight_decay == 0.01
+    assert follower._config.adam_beta2 == 0.99
     assert isinstance(TrainedSettings(prompts_per_step=2).build(folder, prompts, 0), RLOOFollower)
     assert isinstance(TiltedSettings().build(folder, prompts, 0), TiltedFollower)
     for wrong, message in (

@@ -29,6 +29,7 @@ from align_cbrl.llm.followers.prompt_order import PromptOrder
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.trl import grpo, rloo
 from align_cbrl.llm.followers.trl.observed import CONTEXT, AfterEachStep, ObservedTrainer, prepare_observed
+from align_cbrl.llm.followers.trl.settings import Fields
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.loading import loading
 from align_cbrl.llm.prompts import check_count
@@ -57,15 +58,18 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         seed: of sampling and prompt order in `train`; `follow` uses the seed it is given.
         peft_config: trains an adapter, such as `peft.LoraConfig(r=16, target_modules="all-linear")`, instead of all
             parameters; the reference is then the policy without it.
-        settings: other fields of trl's configuration; those that bias the response are refused. With
-            `gradient_accumulation_steps` a step's batch is trained on in as many pieces.
+        settings: other fields of trl's configuration, of those that are known to leave the best response alone
+            (docs/language_followers.md). With `gradient_accumulation_steps` a step's batch is trained on in as many
+            pieces.
 
     Raises:
-        InputError: see `LanguageFollower`; fewer prompts than a generation batch; group size 1; biased settings; a
-            batch that processes or pieces do not divide; an adapter on lm_head; a trl that was not tested.
+        InputError: see `LanguageFollower`; fewer prompts than a generation batch; group size 1; settings that are not
+            known to leave the best response alone, or that are arguments of the follower; a batch that processes or
+            pieces do not divide; an adapter on lm_head; a trl that was not tested.
     """
 
-    _name: ClassVar[str]
+    fields: ClassVar[Fields]
+    """Which fields of trl's configuration may be set."""
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         settings = dict(settings or {})
+        self.fields.check(settings)
         super().__init__(
             model,
             prompts,
@@ -108,11 +113,6 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 f"that {world_size()} processes and gradient_accumulation_steps divide, got "
                 f"{prompts_per_step * group_size} completions in {pieces} pieces"
             )
-        if {"beta", "num_generations", "per_device_train_batch_size", "max_steps", "seed"} & set(settings):
-            raise InputError(
-                "settings: beta, num_generations, per_device_train_batch_size, max_steps and seed follow from the "
-                f"follower's own arguments (temperature, group_size, prompts_per_step, ...), got {sorted(settings)}"
-            )
         self._config = self._make_config(
             temperature,
             output_dir=folder,
@@ -121,7 +121,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             max_completion_length=max_completion_length,
             learning_rate=learning_rate,
             seed=seed,
-            **{**settings, "model_init_kwargs": {**self._load_settings, **settings.get("model_init_kwargs", {})}},
+            **{**settings, "model_init_kwargs": {**(settings.get("model_init_kwargs") or {}), **self._load_settings}},
         )
         self._leader: LanguageLeader | None = None
         self._trainer: ObservedTrainer | None = None
@@ -584,6 +584,8 @@ class RLOOFollower(TrainedFollower):
     Arguments and errors are those of `TrainedFollower`; `settings` are fields of `trl.RLOOConfig`.
     """
 
+    fields = rloo.FIELDS
+
     @staticmethod
     def _make_config(temperature: float, /, **settings: Any) -> Any:
         return rloo.boltzmann_config(temperature, **settings)
@@ -602,6 +604,8 @@ class GRPOFollower(TrainedFollower):
 
     Arguments and errors are those of `TrainedFollower`; `settings` are fields of `trl.GRPOConfig`.
     """
+
+    fields = grpo.FIELDS
 
     @staticmethod
     def _make_config(temperature: float, /, **settings: Any) -> Any:

@@ -52,7 +52,7 @@ class TrainedSettings(_Follower):
         schedule: how training and leader steps alternate.
         lora: rank of an adapter on every linear layer; null trains all parameters.
         vllm: generate with vLLM, on a GPU.
-        settings: other fields of trl's configuration.
+        settings: other fields of trl's configuration, of those that leave the best response alone.
 
     Example:
         >>> TrainedSettings(trainer="grpo", temperature=0.5).schedule.interval
@@ -72,10 +72,18 @@ class TrainedSettings(_Follower):
     vllm: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if "use_vllm" in self.settings:
+            raise InputError("settings: use_vllm is given by vllm, beside settings; set that")
+        self._kind.fields.check(self.settings)
+
+    @property
+    def _kind(self) -> type[TrainedFollower]:
+        return RLOOFollower if self.trainer == "rloo" else GRPOFollower
+
     def build(self, model: str | Path, prompts: Dataset, seed: int) -> TrainedFollower:
         """A fresh follower; see `_Follower.build`."""
-        kind = RLOOFollower if self.trainer == "rloo" else GRPOFollower
-        return kind(
+        return self._kind(
             model,
             prompts,
             self.temperature,

@@ -2,6 +2,7 @@
 
 Modules:
     observed: what all trainers share, and what is relied upon in trl
+    settings: which fields of trl's configurations may be set
     rloo: RLOO
     grpo: GRPO with the KL in the reward
 """

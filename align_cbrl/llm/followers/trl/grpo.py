@@ -25,7 +25,60 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from align_cbrl.llm.followers.trl.observed import ObservedTrainer, build_config, common_problems, refuse
+from align_cbrl.llm.followers.trl.observed import ObservedTrainer, build_config
+from align_cbrl.llm.followers.trl.settings import Fields
+
+FIELDS = Fields(
+    GRPOConfig,
+    "GRPO",
+    allowed=frozenset({"log_completions_hub_repo"}),
+    fixed={
+        "beta": (
+            (0.0,),
+            "GRPO's own KL, token by token in the loss, has another fixed point (0.019 to 0.025 nats; exact for one "
+            "token only); the follower's temperature is in the reward instead",
+        ),
+        "scale_rewards": (
+            ("none", False),
+            "acts as lambda times the spread, so the reward's scale, and with it the leader's gradient, is lost (0.11 "
+            "nats)",
+        ),
+        "loss_type": (("dr_grpo",), "only 'dr_grpo' weighs every token of every completion alike"),
+        "num_iterations": (
+            (1,),
+            "GRPO's ratios are a token's, not a completion's (RLOO, whose ratios are right, is left with 0.002 nats at "
+            "2 and 0.015 at 4)",
+        ),
+        "importance_sampling_level": (("token",), "divides by the completion's length"),
+        "top_entropy_quantile": ((1.0,), "leaves tokens untrained"),
+        "entropy_coef": ((0.0,), "an entropy bonus is another objective than the KL's"),
+        "use_adaptive_entropy": ((False,), "an entropy bonus is another objective than the KL's"),
+        "off_policy_mask_threshold": ((None,), "leaves completions out"),
+        "multi_objective_aggregation": (("sum_then_normalize",), "divides by the group's spread (0.11 nats)"),
+        "delta": ((None,), "clips the policy's ratios"),
+        "cast_lm_head_to_fp32": ((False,), "the log-probabilities are not the sampling policy's"),
+        "vllm_importance_sampling_correction": ((False,), "truncated weights, which the leader does not see"),
+    },
+    refused={
+        name: reason
+        for reason, names in {
+            "of a loss that is not 'dr_grpo'": (
+                "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+            ),
+            "an entropy bonus is another objective than the KL's": (
+                "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
+            ),
+            "truncated weights, which the leader does not see": (
+                "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
+                "vllm_importance_sampling_cap"
+            ),
+            "GRPO's own KL is off": "use_bias_correction_kl",
+            "the policy uses no tools": "max_tool_calling_iterations",
+        }.items()
+        for name in names.split()
+    },
+)
+"""What may be set, and what is."""
 
 
 class ObservedGRPOTrainer(ObservedTrainer, GRPOTrainer):
@@ -97,7 +150,7 @@ class ObservedGRPOTrainer(ObservedTrainer, GRPOTrainer):
         )
 
 
-def boltzmann_config(temperature: float, /, **settings: Any) -> GRPOConfig:
+def boltzmann_config(temperature: float, /, **settings: Any) -> Any:
     """GRPO settings under which, with the KL in the reward, the policy converges to the Boltzmann response.
 
     Args:
@@ -107,48 +160,4 @@ def boltzmann_config(temperature: float, /, **settings: Any) -> GRPOConfig:
     Raises:
         InputError: an unknown field, or one that biases the response (which, and by how much where measured).
     """
-    defaults = {
-        "beta": 0.0,
-        "scale_rewards": "none",
-        "loss_type": "dr_grpo",
-        "vllm_importance_sampling_correction": False,
-    }
-    config = build_config(GRPOConfig, "GRPO", defaults, settings)
-    check_boltzmann(config)
-    return config
-
-
-def check_boltzmann(config: GRPOConfig) -> None:
-    """Raise InputError for settings under which GRPO's fixed point is another one than the Boltzmann response."""
-    refuse(
-        "GRPO",
-        {
-            f"beta={config.beta}: GRPO's own KL, token by token in the loss, has another fixed point (0.019 to 0.025 "
-            "nats; exact for one token only); the follower's temperature is in the reward instead": config.beta != 0,
-            f"scale_rewards={config.scale_rewards!r}: acts as lambda times the spread, so the reward's scale, and with "
-            "it the leader's gradient, is lost (0.11 nats)": config.scale_rewards not in ("none", False),
-            f"loss_type={config.loss_type!r}: only 'dr_grpo' weighs every token of every completion alike": (
-                config.loss_type != "dr_grpo"
-            ),
-            f"num_iterations={config.num_iterations}: GRPO's ratios are a token's, not a completion's (RLOO, whose "
-            "ratios are right, is left with 0.002 nats at 2 and 0.015 at 4)": config.num_iterations != 1,
-            f"importance_sampling_level={config.importance_sampling_level!r}: divides by the completion's length": (
-                config.importance_sampling_level != "token"
-            ),
-            f"top_entropy_quantile={config.top_entropy_quantile}: leaves tokens untrained": (
-                config.top_entropy_quantile != 1
-            ),
-            "an entropy bonus is another objective than the KL's": bool(config.entropy_coef)
-            or config.use_adaptive_entropy,
-            f"off_policy_mask_threshold={config.off_policy_mask_threshold}: leaves completions out": (
-                config.off_policy_mask_threshold is not None
-            ),
-            "multi_objective_aggregation='normalize_then_sum': divides by the group's spread (0.11 nats)": (
-                config.multi_objective_aggregation != "sum_then_normalize"
-            ),
-            "vllm_importance_sampling_correction=True: truncated weights, which the leader does not see": (
-                config.use_vllm and config.vllm_importance_sampling_correction
-            ),
-            **common_problems(config),
-        },
-    )
+    return build_config(FIELDS, settings)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import set_seed
 
 from align_cbrl.errors import InputError
+from align_cbrl.llm.followers.trl.settings import Fields
 from align_cbrl.llm.sampling import Completions, add_position_ids, generation_config, sampled_by
 from align_cbrl.llm.scoring import copied
 from align_cbrl.problem import step_seed
@@ -232,87 +233,24 @@ def check_trl_version() -> None:
         )
 
 
-def build_config(kind: type[Any], name: str, defaults: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """A trl configuration with our defaults, the user's settings over them.
+def build_config(fields: Fields, settings: dict[str, Any]) -> Any:
+    """A trl configuration in which every field that could move the fixed point has the value that does not.
 
     Raises:
-        InputError: an unknown field, values that trl refuses, or vLLM where it is not installed.
+        InputError: values that move it, an unknown field, values that trl refuses, or vLLM where it is not installed.
     """
     check_trl_version()
-    common: dict[str, Any] = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "num_iterations": 1,
-        "mask_truncated_completions": False,
-        "sync_ref_model": False,
-        "disable_dropout": True,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1.0,
-        "report_to": "none",
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+    common: dict[str, Any] = {**fields.defaults(), **quiet, "max_grad_norm": 1.0}
     if not torch.cuda.is_available():  # defaults of trl that only pay on an accelerator
         common |= {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "dataloader_pin_memory": False}
+    fields.check_fixed(settings)
     if settings.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise InputError("use_vllm=True: vllm is not installed; pip install 'trl[vllm]' on a machine with a GPU")
     try:
-        return kind(**{**common, **defaults, **settings})
+        config = fields.config(**{**common, **settings})
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name} settings: {error}; see trl.{kind.__name__} for the fields") from error
-
-
-def common_problems(config: Any) -> dict[str, bool]:
-    """Reasons why a policy trained under `config` would miss its Boltzmann response, and whether each holds."""
-    return {
-        f"temperature={config.temperature}: samples are not the policy's (0.7 left 0.046 nats)": config.temperature
-        != 1,
-        f"top_k={config.top_k}: cuts the policy's support (4 left 0.30 nats)": config.top_k not in (0, None),
-        f"top_p={config.top_p}: cuts the policy's support": config.top_p not in (1.0, None),
-        f"min_p={config.min_p}: cuts the policy's support": bool(config.min_p),
-        f"repetition_penalty={config.repetition_penalty}: samples are not the policy's": config.repetition_penalty != 1,
-        f"generation_kwargs={config.generation_kwargs}: samples are not the policy's (suppress_tokens left 1.94 "
-        "nats)": bool(set(config.generation_kwargs or {}) & _BIASED_GENERATION),
-        "mask_truncated_completions=True: worse than no training (0.97 nats)": config.mask_truncated_completions,
-        "sync_ref_model=True: the prior moves, so the best response does": config.sync_ref_model,
-        "disable_dropout=False: the log-probabilities are not the sampling policy's": not config.disable_dropout,
-        f"num_generations={config.num_generations}: the baseline needs at least 2": config.num_generations < 2,
-        f"steps_per_generation={config.steps_per_generation}: the leader would see stale samples (0.046 nats at 4)": (
-            config.steps_per_generation not in (None, config.gradient_accumulation_steps)
-        ),
-        f"lr_scheduler_type={str(config.lr_scheduler_type)!r}: starts again at every call of the trainer; only "
-        "'constant' is the same after a resume": getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
-        != "constant",
-    }
-
-
-def refuse(name: str, problems: dict[str, bool]) -> None:
-    """Raise InputError with the reasons that hold."""
-    if found := [text for text, wrong in problems.items() if wrong]:
-        raise InputError(f"{name} settings that keep the policy from its Boltzmann response: " + "; ".join(found))
-
-
-_BIASED_GENERATION = {
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "do_sample",
-    "encoder_repetition_penalty",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "min_length",
-    "min_new_tokens",
-    "min_p",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "repetition_penalty",
-    "sequence_bias",
-    "suppress_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-}
+        raise InputError(f"{fields.name} settings: {error}; see trl.{fields.config.__name__} for the fields") from error
+    if config.num_generations < 2:
+        raise InputError(f"num_generations={config.num_generations}: the baseline needs at least 2")
+    return config

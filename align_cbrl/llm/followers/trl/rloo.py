@@ -7,7 +7,25 @@ from typing import Any
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 
-from align_cbrl.llm.followers.trl.observed import ObservedTrainer, build_config, common_problems, refuse
+from align_cbrl.errors import InputError
+from align_cbrl.llm.followers.trl.observed import ObservedTrainer, build_config
+from align_cbrl.llm.followers.trl.settings import Fields
+
+FIELDS = Fields(
+    RLOOConfig,
+    "RLOO",
+    allowed=frozenset({"num_iterations"}),
+    fixed={
+        "normalize_advantages": (
+            (False,),
+            "divides by the batch's spread, so the reward's scale, and with it the leader's gradient, is lost; GRPO's "
+            "scale_rewards does the same",
+        ),
+        "reward_clip_range": ((None,), "another reward than the leader's (0.17 nats)"),
+    },
+    refused={},
+)
+"""What may be set, and what is."""
 
 
 class ObservedRLOOTrainer(ObservedTrainer, RLOOTrainer):
@@ -23,7 +41,7 @@ class ObservedRLOOTrainer(ObservedTrainer, RLOOTrainer):
         return super()._generate_and_score_completions(inputs)
 
 
-def boltzmann_config(temperature: float, /, **settings: Any) -> RLOOConfig:
+def boltzmann_config(temperature: float, /, **settings: Any) -> Any:
     """RLOO settings under which the policy converges to the Boltzmann response at `temperature`.
 
     Args:
@@ -33,23 +51,7 @@ def boltzmann_config(temperature: float, /, **settings: Any) -> RLOOConfig:
     Raises:
         InputError: an unknown field, or one that biases the response (which, and by how much where measured).
     """
-    defaults = {"beta": temperature, "normalize_advantages": False, "reward_clip_range": None}
-    config = build_config(RLOOConfig, "RLOO", defaults, settings)
-    check_boltzmann(config)
+    config = build_config(FIELDS, {"beta": temperature, "num_iterations": 1, **settings})
+    if config.beta <= 0:
+        raise InputError(f"beta={config.beta}: without a KL price the best response is undefined (lambda = beta)")
     return config
-
-
-def check_boltzmann(config: RLOOConfig) -> None:
-    """Raise InputError for settings under which the best response is not Boltzmann, so that lambda is undefined."""
-    refuse(
-        "RLOO",
-        {
-            f"beta={config.beta}: without a KL price the best response is undefined (lambda = beta)": config.beta <= 0,
-            "normalize_advantages=True: divides by the batch's spread, so the reward's scale, and with it the leader's "
-            "gradient, is lost; GRPO's scale_rewards does the same": config.normalize_advantages,
-            f"reward_clip_range={config.reward_clip_range}: another reward than the leader's (0.17 nats)": (
-                config.reward_clip_range is not None
-            ),
-            **common_problems(config),
-        },
-    )
