@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, Problem, Rollouts
-from align_cbrl.llm import Judge, RewardMixture, RLOOFollower, Schedule, load_prompts, sample_completions
+from align_cbrl.llm import Judge, RewardMixture, RLOOFollower, Schedule, load_prompts
 
 from .worlds.cache import cached
 from .worlds.replies.policy import train_policy
@@ -51,7 +51,7 @@ def main(out: Path = Path("runs/loop"), steps: int = 20, rows: int = 3000, seed:
     # The leader: x, the weights of the rewards, starts at plain RLHF on the first of them.
     leader = RewardMixture({"length": length, "names_product": names_product}, {"length": 1.0}, budget=1.0)
     every_tenth = range(0, len(prompts), 10)
-    reference = sample_completions(follower.policy, None, follower.tokenizer, prompts, every_tenth, 8, 16, seed=seed)
+    reference = follower.answers(follower.policy, None, prompts, every_tenth, 8, seed=seed)
     leader.calibrate(reference.rollouts())  # so that weights are of standardised rewards
 
     # What the leader wants: the judge's mean score of the best response to its reward.

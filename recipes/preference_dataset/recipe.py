@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from align_cbrl import InputError
-from align_cbrl.llm import Judge, LanguageLeader, RewardModel, TrainedFollower, sample_completions
+from align_cbrl.llm import Judge, LanguageLeader, RewardModel, TrainedFollower
 from align_cbrl.llm.conversations import answer_text, shown_text
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
@@ -296,11 +296,8 @@ class Referee:
         return self._reward(self.model, rollouts)
 
     def _answers(self, follower: TrainedFollower, policy: Any) -> Any:
-        test, settings = self.bench.test(), self.bench.settings
-        return sample_completions(
-            policy, follower.prior, follower.tokenizer, test, list(range(len(test))),
-            settings.measure.final_group_size, settings.follower.max_completion_length, seed=self.bench.seed,
-        ).rollouts()  # fmt: skip
+        test, group = self.bench.test(), self.bench.settings.measure.final_group_size
+        return follower.answers(policy, follower.prior, test, range(len(test)), group, seed=self.bench.seed).rollouts()
 
 
 def summarize(config: Config, out: Path) -> dict[str, Any]:

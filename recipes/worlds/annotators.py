@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from align_cbrl.llm.sampling import generation_config, sampled_by
+
 TextUtility = Callable[[list[str], list[str]], list[float]]
 """utility(prompts, completions): what an annotator likes, one number for each completion."""
 
@@ -24,17 +26,13 @@ def sample_texts(
 ) -> list[str]:
     """One completion of each prompt at temperature 1, drawn from torch's global generator, without special tokens."""
     texts: list[str] = []
+    config = generation_config(model, tokenizer, max_new_tokens)
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True).to(model.device)
-        tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=max_new_tokens,
-        )
+        with sampled_by(model, config):
+            tokens = model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
+            )
         new = tokens[:, batch["input_ids"].shape[1] :]
         texts.extend(tokenizer.batch_decode(new, skip_special_tokens=True))
     return texts

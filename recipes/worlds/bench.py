@@ -27,7 +27,6 @@ from align_cbrl.llm import (
     TrainedFollower,
     load_leader,
     load_prompts,
-    sample_completions,
     train_follower,
 )
 from align_cbrl.llm.conversations import answer_text, shown_text
@@ -173,10 +172,8 @@ class Bench:
         if self._reference is None:
             follower, count = self.follower(self.seed), self.settings.world.reference_prompts
             rows = list(range(0, len(follower.prompts), max(1, len(follower.prompts) // count)))[:count]
-            self._reference = sample_completions(
-                follower.policy, None, follower.tokenizer, follower.prompts, rows, 8,
-                self.settings.follower.max_completion_length, seed=self.seed,
-            ).rollouts()  # fmt: skip
+            drawn = follower.answers(follower.policy, None, follower.prompts, rows, 8, seed=self.seed)
+            self._reference = drawn.rollouts()
         return self._reference
 
     def test(self) -> Dataset:
@@ -320,12 +317,11 @@ class Bench:
             the standard error over prompts; `by_prompt`, the means of judge, kl and every cost for each test prompt,
             and `groups`, the columns of these prompts; `samples`, one completion of each of the first prompts.
         """
-        test, settings = self.test(), self.settings
-        rollouts = sample_completions(
-            follower.policy, follower.prior, follower.tokenizer, test, list(range(len(test))), group_size,
-            settings.follower.max_completion_length, seed=self.seed,
-        ).rollouts()  # fmt: skip
-        assert rollouts.log_policy is not None and rollouts.log_prior is not None  # sample_completions gives both
+        test = self.test()
+        rollouts = follower.answers(
+            follower.policy, follower.prior, test, range(len(test)), group_size, seed=self.seed
+        ).rollouts()
+        assert rollouts.log_policy is not None and rollouts.log_prior is not None  # answers come with both
         divergence = (rollouts.log_policy - rollouts.log_prior)[:, 0]
         judged, proxy = self.judge(None, rollouts)[:, 0], self._proxy_scores(rollouts)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.loading import loading
 from align_cbrl.llm.prompts import check_count, check_prompts, positions_of, prompt_ids
-from align_cbrl.llm.sampling import add_position_ids
+from align_cbrl.llm.sampling import Completions, add_position_ids, sample_completions
 from align_cbrl.problem import Follower, Leader, check_temperature
+
+_TEMPLATE_ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 
 
 @checked
@@ -61,6 +64,11 @@ class LanguageFollower(Follower):
         self.temperature = temperature
         self.max_completion_length = max_completion_length
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        if taken := set(self.chat_template_kwargs) & set(_TEMPLATE_ARGUMENTS):
+            raise InputError(
+                f"chat_template_kwargs: expected arguments of the template itself, such as enable_thinking, got "
+                f"{sorted(taken)}, which say how it is applied; leave them out, or change the tokenizer's own template"
+            )
         check_base_model(self.model_path)
         with loading("model", self.model_path):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -94,6 +102,40 @@ class LanguageFollower(Follower):
         """`count` distinct rows of the prompts, uniformly. Raises InputError when there are fewer."""
         check_count(self.prompts, count)
         return torch.randperm(len(self.prompts), generator=generator)[:count]
+
+    def answers(
+        self,
+        policy: PreTrainedModel,
+        prior: PreTrainedModel | None,
+        prompts: Dataset,
+        context: Sequence[int],
+        group_size: int,
+        seed: int,
+        batch_size: int = 256,
+    ) -> Completions:
+        """Completions of any prompts, asked and cut as the follower's own are; what a policy is measured on.
+
+        Args:
+            policy: the model sampled from.
+            prior: the reference model; None when it is the policy.
+            prompts: a dataset with a "prompt" column.
+            context: rows of `prompts` to answer.
+            group_size: completions of each.
+            seed: of the sampling.
+            batch_size: rows generated together.
+        """
+        return sample_completions(
+            policy,
+            prior,
+            self.tokenizer,
+            prompts,
+            context,
+            group_size,
+            self.max_completion_length,
+            seed,
+            batch_size,
+            self.chat_template_kwargs,
+        )
 
     def _load(self) -> PreTrainedModel:
         with loading("model", self.model_path):

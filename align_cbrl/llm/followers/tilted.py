@@ -17,7 +17,6 @@ from align_cbrl.errors import InputError
 from align_cbrl.functional import tilt_weights
 from align_cbrl.llm.followers.base import LanguageFollower, language_leader
 from align_cbrl.llm.leaders.base import LanguageLeader
-from align_cbrl.llm.sampling import sample_completions
 from align_cbrl.problem import Leader, temperature_of
 from align_cbrl.rollouts import Rollouts
 
@@ -73,17 +72,9 @@ class TiltedFollower(LanguageFollower):
             raise InputError("TiltedFollower.rollout: call respond(leader, contexts) first")
         if self._policy is None:
             self._policy = self._load().eval()
-        sample = sample_completions(
-            self._policy,
-            None,
-            self.tokenizer,
-            self.prompts,
-            contexts.tolist(),
-            group_size,
-            self.max_completion_length,
-            seed=int(torch.randint(2**31, (1,), generator=generator)),
-            batch_size=self.batch_size,
-            chat_template_kwargs=self.chat_template_kwargs,
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        sample = self.answers(
+            self._policy, None, self.prompts, contexts.tolist(), group_size, seed, batch_size=self.batch_size
         )
         untilted = self._leader.prepare(sample.rollouts())
         with torch.no_grad():

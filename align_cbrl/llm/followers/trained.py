@@ -33,7 +33,7 @@ from align_cbrl.llm.followers.trl.settings import Fields
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.loading import loading
 from align_cbrl.llm.prompts import check_count
-from align_cbrl.llm.sampling import Completions, decode, repeat_columns, sample_completions
+from align_cbrl.llm.sampling import Completions, decode, repeat_columns
 from align_cbrl.llm.scoring import copied
 from align_cbrl.problem import Leader, OnRollouts, step_seed, temperature_of
 from align_cbrl.rollouts import Rollouts
@@ -284,17 +284,8 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
     def sample(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Completions:
         """As `rollout`, before it becomes rollouts."""
         self._check_whole("samples between trainings")
-        return sample_completions(
-            self.policy,
-            self.prior,
-            self.tokenizer,
-            self.prompts,
-            contexts.tolist(),
-            group_size,
-            self.max_completion_length,
-            seed=int(torch.randint(2**31, (1,), generator=generator)),
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        return self.answers(self.policy, self.prior, self.prompts, contexts.tolist(), group_size, seed)
 
     def turn(
         self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
