@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import NonNegative, checked
+from align_cbrl.checks import NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem, Term, require_fixed_temperature
@@ -35,7 +36,8 @@ class TransitionMemory:
     """Transitions seen in earlier outer steps. They stay valid while the leader does not move the transitions.
 
     The follower's policy changes from step to step, but P(s' | s, a) does not: earlier transitions need no importance
-    weights. Hand one memory to one `PlugIn`; each `backward` adds its rollouts to it.
+    weights. Each `PlugIn` has one of its own, to which `backward` adds its rollouts; hand one over to share it between
+    estimators of the same world.
 
     Example:
         >>> from toy_cmdp import random_cmdp
@@ -45,6 +47,38 @@ class TransitionMemory:
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
+        self._law: Tensor | None = None  # which world they are of; a resumed run takes the first that it meets
+        self._latest: weakref.ref[Tensor] | None = None  # states of the batch that was kept last
+
+    def with_counts(self, counts: Tensor, states: Tensor, law: Tensor) -> Tensor:
+        """`counts` and those that are held, [K, S, A, S]; a batch that was kept just now is not counted twice.
+
+        Args:
+            counts: of a batch.
+            states: the tensor of its states, by which a batch is recognised.
+            law: the table P of that shape that its transitions follow.
+
+        Raises:
+            InputError: what is held was counted under another law, or the leader moves the law.
+        """
+        if self.counts is None:
+            return counts
+        if law.requires_grad:
+            raise InputError(
+                "PlugIn.memory: the leader moves the transitions, so earlier ones say nothing of the present; drop it"
+            )
+        if self.counts.shape != counts.shape:
+            raise InputError(f"PlugIn.memory: expected counts {tuple(counts.shape)}, got {tuple(self.counts.shape)}")
+        if self._law is not None and not torch.equal(self._law, law):
+            raise InputError(
+                "PlugIn.memory: it holds transitions of another world: P was another table when they were counted; "
+                "make one PlugIn for each problem, or pass memory=None"
+            )
+        return self.counts if self._latest is not None and self._latest() is states else counts + self.counts
+
+    def keep(self, counts: Tensor, states: Tensor, law: Tensor) -> None:
+        """Hold the counts that `with_counts` made in place of the earlier ones."""
+        self.counts, self._latest, self._law = counts, weakref.ref(states), law.clone()
 
     @property
     def steps(self) -> int:
@@ -58,6 +92,7 @@ class TransitionMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self.counts = None if state["counts"] is None else state["counts"].clone()
+        self._law = self._latest = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +125,8 @@ class FittedModel:
 
     Attributes:
         transition: [K, S, A, S], rows are laws.
+        spread: [K, S, A, S], the law by which the variance of a row is judged: the row itself, but all that was
+            reached anywhere in states whose outcome was never seen. A guess must not count as knowledge.
         visits: [K, S, A], transitions seen; infinity where the leader's own table was used.
         log_policy: [C, S, A]: the follower's in states that were met, the model's best response elsewhere.
         initial: [C, S].
@@ -98,6 +135,7 @@ class FittedModel:
     """
 
     transition: Tensor
+    spread: Tensor
     visits: Tensor
     log_policy: Tensor
     initial: Tensor
@@ -116,11 +154,17 @@ class PlugIn(Hypergradient):
 
         P_hat(s' | s, a) = (N(s, a, s') + strength * Pbar(s' | s)) / (N(s, a) + strength),
 
-    Pbar the same average over all actions of s, itself shrunk towards staying in s, the estimate is the exact
-    expectation of `PolicyResponse` (docs/derivation.md; `toy_cmdp.expected_policy_response`) over all paths of the
-    *observed* policy in the model. It is consistent, and averages over actions, paths and time in closed form; its
-    bias at few paths comes from rows that were hardly seen, which the shrinkage makes look like their neighbours.
-    Transitions of all contexts are counted together where the leader's table says that they share P: [1, S, A, S].
+    Pbar the same average over all actions of s, itself with one pseudo-transition back to where paths came to s from,
+    the estimate is the exact expectation of `PolicyResponse` (docs/derivation.md; `toy_cmdp.expected_policy_response`)
+    over all paths of the *observed* policy in the model. It is consistent, and averages over actions, paths and time in
+    closed form; its bias at few paths comes from rows that were hardly seen, which the shrinkage makes look like their
+    neighbours. Transitions of all contexts are counted together where the leader's table says that they share P:
+    [1, S, A, S].
+
+    What actions that the follower hardly takes lead to is not in one batch, though at low temperatures the response is
+    made of them: an ascent needs the transitions of earlier steps, which are remembered by default. And states in which
+    nobody ever acted lead back where paths came from: were they shrunk towards staying, the model would hold traps that
+    the world does not have, and an ascent would find them.
 
     Attributes:
         cmdp: nature and the ends of episodes.
@@ -128,10 +172,11 @@ class PlugIn(Hypergradient):
         shrinkage: weight of noise in the advantages: A_F is multiplied by A_F^2 / (A_F^2 + shrinkage v), v the variance
             of A_F that its own row's visits explain, and centred again. Small advantages of rarely seen actions are
             mostly noise. 0 leaves them.
-        damping: the response term is multiplied by max(0, 1 - damping v / |response|^2), v the trace of its variance
-            (as in `project`, along 4 random directions): where noise drowns the response, a part of the step is
-            closer to the truth than the whole (James and Stein). 0 leaves it, and saves the time of measuring noise.
-        memory: transitions of earlier outer steps to count in, or None.
+        damping: the gradient is multiplied by max(0, 1 - damping v / |gradient|^2), v the trace of its variance (as in
+            `project`, along 4 random directions): where noise drowns it, a part of the step is closer to the truth than
+            the whole (James and Stein). 0 leaves it, and saves the time of measuring noise.
+        memory: transitions of earlier outer steps to count in; by default those that this estimator was given. It stays
+            empty where the leader moves the transitions, and therefore knows them. None: each batch on its own.
 
     Raises:
         InputError: a strength that is not positive, a negative shrinkage or damping; a leader or objective without
@@ -148,10 +193,10 @@ class PlugIn(Hypergradient):
     """
 
     cmdp: ContextualMDP
-    strength: NonNegative = 1.0
+    strength: Positive = 1.0
     shrinkage: NonNegative = 1.0
     damping: NonNegative = 0.5
-    memory: TransitionMemory | None = None
+    memory: TransitionMemory | None = dataclasses.field(default_factory=TransitionMemory)
 
     def __post_init__(self) -> None:
         if not (0 < self.strength < math.inf):
@@ -209,15 +254,17 @@ class PlugIn(Hypergradient):
                 f"{type(problem.leader).__name__}: neither its tables nor the utility depend on its parameters, so no "
                 "incentive can be learned; compute them with gradients enabled (no torch.no_grad, no .detach())"
             )
-        share = 1.0
-        if self.damping > 0 and response.requires_grad:
+        surrogate = (model.nature * (direct + response)).sum()
+        gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True, retain_graph=self.damping > 0)
+        if self.damping > 0:
+            # The whole gradient, not its response alone: at an optimum the two terms cancel, and a damped response
+            # would leave the direct term to drive the leader away from it.
             outputs = {"utility": utility, "reward": tables.reward, **_moved(tables)}
-            share = self._share(problem, model, world, outputs, (model.nature * response).sum())
-        surrogate = (model.nature * (direct + share * response)).sum()
-        gradients = torch.autograd.grad(surrogate, problem.parameters, allow_unused=True)
+            share = self._share(problem, model, world, outputs, gradients)
+            gradients = tuple(None if g is None else share * g for g in gradients)
         norm = accumulate(problem, gradients)
-        if self.memory is not None:
-            self.memory.counts = counts
+        if self.memory is not None and not transition.requires_grad:
+            self.memory.keep(counts, rollouts.steps["state"], transition)
         return {"objective": world.objective.item(), "gradient_norm": norm}, world.in_context
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,17 +331,21 @@ class PlugIn(Hypergradient):
         return Projection(torch.stack(estimates), variance.sqrt() if told else torch.full_like(variance, torch.nan))
 
     def _share(
-        self, problem: Problem, model: FittedModel, world: _World, outputs: dict[str, Tensor], response: Tensor
+        self,
+        problem: Problem,
+        model: FittedModel,
+        world: _World,
+        outputs: dict[str, Tensor],
+        gradients: Sequence[Tensor | None],
     ) -> float:
-        """What to keep of the response, between 0 and 1."""
-        gradients = torch.autograd.grad(response, problem.parameters, retain_graph=True, allow_unused=True)
+        """What to keep of the gradient, between 0 and 1."""
         signal = sum(float(g.double().pow(2).sum()) for g in gradients if g is not None)
         if signal == 0:
             return 0.0
         # E over directions d ~ N(0, I) of the variance along d is its trace. Any directions will do, and the same
         # ones at every call let a resumed run repeat itself.
         size = sum(p.numel() for p in problem.parameters)
-        directions = torch.randn(_PROBES, size, generator=torch.Generator().manual_seed(0), dtype=response.dtype)
+        directions = torch.randn(_PROBES, size, generator=torch.Generator().manual_seed(0), dtype=world.mu.dtype)
         noise = 0.0
         for dot in _along(problem, outputs, directions):
             with torch.no_grad():
@@ -334,7 +385,7 @@ class PlugIn(Hypergradient):
         left = torch.stack([go_on_leader * world.mu, go_on_leader * zeta, go_on * world.eta / temperature])
         left = model.nature[:, None, None] * left  # [3, C, S, A]
         right = torch.stack([w, world.value, v_dot])  # [3, C, S]
-        variance = _row_variance(transition, left, right) / (model.visits + self.strength)  # [K, S, A]
+        variance = _row_variance(model.spread, left, right) / (model.visits + self.strength)  # [K, S, A]
         total = variance.sum()
         thin = torch.where(model.visits < _THIN, variance, 0.0).sum()
         centred = w - (model.initial * w).sum(-1, keepdim=True)
@@ -369,15 +420,7 @@ class PlugIn(Hypergradient):
         counts = torch.bincount(flat, minlength=math.prod(shape)).view(shape).to(tables.reward.dtype)
         if self.memory is None:
             return counts
-        if tables.transition.requires_grad:
-            raise InputError(
-                "PlugIn.memory: the leader moves the transitions, so earlier ones say nothing of the present; drop it"
-            )
-        if self.memory.counts is None:
-            return counts
-        if self.memory.counts.shape != shape:
-            raise InputError(f"PlugIn.memory: expected counts {shape}, got {tuple(self.memory.counts.shape)}")
-        return counts + self.memory.counts
+        return self.memory.with_counts(counts, rollouts.steps["state"], tables.transition)
 
     def _fit(self, problem: Problem, tables: Tables, rollouts: Rollouts, counts: Tensor) -> FittedModel:
         moved, tables = _moved(tables), tables.detach()
@@ -401,11 +444,14 @@ class PlugIn(Hypergradient):
 
         if "transition" in moved:
             transition, visits = tables.transition, torch.full(tables.transition.shape[:3], torch.inf, dtype=dtype)
+            spread = transition
         else:
             visits = counts.sum(-1)
-            pooled = counts.sum(2) + torch.eye(states, dtype=dtype)  # [K, S, S], one pseudo-transition stays
-            pooled = pooled / pooled.sum(-1, keepdim=True)
+            pooled = _pooled(counts)
             transition = (counts + self.strength * pooled[:, :, None]) / (visits + self.strength)[..., None]
+            arrivals = counts.sum((1, 2))[:, None, None]  # [K, 1, 1, S]
+            unseen = (visits.sum(-1) == 0)[..., None, None]
+            spread = torch.where(unseen, arrivals / arrivals.sum(-1, keepdim=True).clamp(min=1), transition)
 
         row = (rollouts.contexts[:, None] * states + rollouts.steps["state"][:, :-1])[rollouts.mask]
         seen = torch.zeros(contexts * states, dtype=torch.bool)
@@ -415,7 +461,7 @@ class PlugIn(Hypergradient):
         log_policy.view(-1, actions)[row] = rollouts.steps["log_policy_all"][rollouts.mask].to(dtype)
         seen = seen.view(contexts, states)
         log_policy = self._complete(problem, tables, transition, log_policy, seen)
-        return FittedModel(transition, visits, log_policy, initial, paths, nature)
+        return FittedModel(transition, spread, visits, log_policy, initial, paths, nature)
 
     def _complete(
         self, problem: Problem, tables: Tables, transition: Tensor, log_policy: Tensor, seen: Tensor
@@ -470,7 +516,7 @@ class _World:
         self.value = self.leader_system.solve((policy * utility).sum(-1))
         q = credit + go_on_leader * expected_next(transition, self.value)
         advantage = q - (policy * q).sum(-1, keepdim=True)
-        mean, square = expected_next(transition, self.value), expected_next(transition, self.value**2)
+        mean, square = expected_next(model.spread, self.value), expected_next(model.spread, self.value**2)
         variance = noise * go_on_leader**2 * (square - mean**2).clamp(min=0)
         tiny = torch.finfo(advantage.dtype).tiny
         self.keep = (advantage**2 + tiny) / (advantage**2 + variance + tiny)  # [C, S, A], 1 without shrinkage
@@ -480,6 +526,20 @@ class _World:
         source = self.mu * self.advantage
         marginal = self.system.solve(pushed(transition, go_on * source), transpose=True)
         self.eta = policy * marginal[..., None] + source
+
+
+def _pooled(counts: Tensor) -> Tensor:
+    """Pbar(s' | s), [K, S, S]: outcomes of all actions, and one pseudo-transition back to where paths came from.
+
+    The pseudo-transition alone fills the rows of states in which nobody acted, such as a goal that ends the episodes of
+    one context and is passed by those of another. States that were never reached stay: the model does not come there.
+    """
+    there = counts.sum(2)  # [K, S, S]
+    back = there.transpose(1, 2)
+    pooled = there + back / back.sum(-1, keepdim=True).clamp(min=1)
+    unreached = pooled.sum(-1, keepdim=True) == 0
+    pooled = torch.where(unreached, torch.eye(counts.shape[-1], dtype=counts.dtype), pooled)
+    return pooled / pooled.sum(-1, keepdim=True)
 
 
 def _dense(problem: Problem) -> Tables:
