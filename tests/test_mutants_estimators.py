@@ -1,0 +1,319 @@
+"""Faults that were put into estimators, critics and the certificate by hand, and that no other test noticed.
+
+Each test computes by definition, mostly in loops, what the code computes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from align_cbrl import (
+    HPGD,
+    ExpectedUtility,
+    FittedCritic,
+    Follower,
+    HPGDConfig,
+    Leader,
+    PolicyResponse,
+    Problem,
+    Rollouts,
+)
+from align_cbrl.estimators.certificate import Certificate, certify, corrected
+from align_cbrl.estimators.replay import Memory
+from align_cbrl.functional import debiased_gap, effective_sample_size, returns_to_go, tilt_weights
+from toy_cmdp import preferences, random_cmdp
+
+
+def paths_of(problem: Problem, count: int, seed: int = 0) -> Rollouts:
+    contexts = torch.arange(count) % problem.follower.cmdp.contexts  # type: ignore[attr-defined]
+    problem.follower.respond(problem.leader, contexts)
+    return problem.follower.rollout(contexts, 1, torch.Generator().manual_seed(seed))
+
+
+# ---- FittedCritic: cross-fitting, its averages and what stands in where nothing was seen ----
+
+
+@dataclasses.dataclass
+class ByDefinition:
+    """FittedCritic in loops: returns of the *other* folds' visits, averaged by cell and by (cell, action)."""
+
+    rollouts: Rollouts
+    cell: Tensor  # [B, T + 1]
+    returns: Tensor  # [B, T]
+    folds: int
+
+    def mean(self, fold: int, cell: int | None = None, action: int | None = None) -> float:
+        found = [
+            self.returns[b, t].item()
+            for b in range(self.rollouts.size)
+            for t in range(self.rollouts.horizon)
+            if b % self.folds != fold
+            and self.rollouts.mask[b, t]
+            and (cell is None or self.cell[b, t] == cell)
+            and (action is None or self.rollouts.steps["action"][b, t] == action)
+        ]
+        if found:
+            return sum(found) / len(found)
+        return self.mean(fold) if action is None else self.mean(fold, cell)
+
+    def advantage(self, b: int, t: int) -> float:
+        cell, fold = int(self.cell[b, t]), b % self.folds
+        policy = self.rollouts.steps["log_policy_all"][b, t].exp().tolist()
+        q = [self.mean(fold, cell, action) for action in range(len(policy))]
+        return q[int(self.rollouts.steps["action"][b, t])] - sum(p * v for p, v in zip(policy, q, strict=True))
+
+
+@pytest.mark.parametrize("horizon", [None, 3])
+@pytest.mark.parametrize("folds", [2, 3])
+def test_the_fitted_critic_by_its_definition(horizon: int | None, folds: int) -> None:
+    """Few paths of many cells, so that every kind of gap occurs; a leader that moves everything, P included."""
+    problem = random_cmdp(seed=4, states=4, actions=3, horizon=horizon)
+    rollouts = paths_of(problem, 7)
+    if horizon is None:
+        rollouts = dataclasses.replace(
+            rollouts,
+            mask=rollouts.mask[:, :4],
+            group=rollouts.group[:, :4],
+            log_policy=rollouts.log_policy[:, :4],  # type: ignore[index]
+            log_prior=rollouts.log_prior[:, :4],  # type: ignore[index]
+            steps={
+                "state": rollouts.steps["state"][:, :5],
+                "action": rollouts.steps["action"][:, :4],
+                "log_policy_all": rollouts.steps["log_policy_all"][:, :4],
+                "ended": torch.zeros(7, dtype=torch.bool),
+            },
+        )
+    cmdp = problem.follower.cmdp  # type: ignore[attr-defined]
+    credit = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = FittedCritic(cmdp.cell, folds).evaluate(problem, rollouts, credit)
+    assert found.value is not None and found.soft_value is not None
+    assert rollouts.log_policy is not None and rollouts.log_prior is not None
+
+    discount, temperature = problem.follower.discount, problem.follower.temperature
+    own = problem.leader.reward(rollouts).detach() - temperature * (rollouts.log_policy - rollouts.log_prior)
+    cell, mask = cmdp.cell(rollouts), rollouts.mask
+    leader = ByDefinition(rollouts, cell, returns_to_go(credit, mask, problem.objective.discount), folds)
+    soft = ByDefinition(rollouts, cell, returns_to_go(own, mask, discount), folds)
+    survives = [horizon is None] * rollouts.size
+    for b in range(rollouts.size):
+        for t in range(rollouts.horizon + 1):
+            met = survives[b] if t == rollouts.horizon else bool(mask[b, t])
+            here, fold = int(cell[b, t]), b % folds
+            assert found.value[b, t].item() == pytest.approx(leader.mean(fold, here) if met else 0, abs=1e-12)
+            assert found.soft_value[b, t].item() == pytest.approx(soft.mean(fold, here) if met else 0, abs=1e-12)
+            if t < rollouts.horizon:
+                want = leader.advantage(b, t) if mask[b, t] else 0
+                assert found.advantage[b, t].item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_no_path_is_judged_by_its_own_future(folds: int) -> None:
+    problem = random_cmdp(seed=1)
+    rollouts = paths_of(problem, 12)
+    critic = FittedCritic(problem.follower.cmdp.cell, folds)  # type: ignore[attr-defined]
+    credit = torch.zeros(rollouts.mask.shape, dtype=torch.float64)
+    before = critic.evaluate(problem, rollouts, credit)
+    for b in range(12):
+        moved = credit.clone()
+        moved[b] = 100.0
+        after = critic.evaluate(problem, rollouts, moved)
+        assert after.value is not None and before.value is not None
+        assert torch.equal(after.advantage[b], before.advantage[b])
+        assert torch.equal(after.value[b], before.value[b])
+        assert not torch.equal(after.value, before.value)  # the others learn of it
+
+
+# ---- the certificate, on log-ratios of one's choice ----
+
+
+class Scaled(Leader):
+    """A reward that is a column of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def reward(self, rollouts: Rollouts) -> Tensor:
+        return self.scale * rollouts.steps["reward"][:, None]
+
+
+class Standing(Follower):
+    """Only its temperature and discount are asked for."""
+
+    def __init__(self, temperature: float = 1.0, discount: float | Tensor = 0.0) -> None:
+        self.temperature, self.discount = temperature, discount
+
+    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
+        raise AssertionError("not needed")
+
+    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
+        raise AssertionError("not needed")
+
+    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
+        raise AssertionError("not needed")
+
+
+def standing(**options: Any) -> Problem:
+    utility = ExpectedUtility(lambda leader, rollouts: rollouts.steps["reward"][:, None])
+    return Problem(Scaled(), utility, Standing(**options))
+
+
+def with_log_ratios(rows: list[list[float]], **fields: Tensor) -> Rollouts:
+    """A group for each row; log pi* / pi of its completions up to a constant, at temperature 1."""
+    ratio = torch.tensor(rows, dtype=torch.float64)
+    count, size = ratio.shape
+    even = torch.full((count * size,), -2.0, dtype=torch.float64)
+    steps = {"reward": ratio.reshape(-1), "completion": [str(i) for i in range(count * size)]}
+    contexts = torch.arange(count).repeat_interleave(size)
+    return Rollouts.bandit(contexts=contexts, steps=steps, **{"log_policy": even, "log_prior": even, **fields})
+
+
+def certified(rows: list[list[float]], history: list[float] | None = None, correctable: bool = False) -> Certificate:
+    earlier = [{"gap_debiased": gap} for gap in ([1.0] * 20 if history is None else history)]
+    found = certify(standing(), with_log_ratios(rows), earlier, correctable=correctable)
+    assert found is not None
+    return found
+
+
+FAR = [[2.0, -2.0, 2.0, -2.0]] * 3  # about 1.5 nats, the same in every group
+NEAR = [[0.6, -0.6, 0.6, -0.6]] * 100  # about 0.2 nats
+
+
+def test_an_alarm_needs_a_distance_beyond_two_standard_errors() -> None:
+    unsure = certified([FAR[0], [0.0] * 4])
+    assert unsure.gap_debiased is not None and unsure.gap_debiased_se is not None
+    assert unsure.gap_debiased > 0.3 and unsure.gap_debiased - 2 * unsure.gap_debiased_se < 0
+    assert unsure.alarm is None
+    sure = certified(FAR)
+    assert sure.gap_debiased_se == 0 and sure.alarm is not None
+
+
+def test_the_first_alarm_comes_at_the_sixth_leader_step() -> None:
+    assert certified(FAR, [1.0] * 4).alarm is None
+    assert certified(FAR, [1.0] * 5).alarm is not None
+
+
+def test_a_follower_that_is_corrected_for_may_be_farther_away() -> None:
+    near = certified(NEAR)
+    assert near.correction_pays and near.gap_debiased is not None and 0.1 < near.gap_debiased < 0.3
+    assert near.alarm is not None and certified(NEAR, correctable=True).alarm is None
+    assert certified(FAR * 100, correctable=True).alarm is not None
+
+
+def test_the_trend_is_that_of_ten_leader_steps() -> None:
+    gap = certified(FAR).gap_debiased
+    assert gap is not None
+    for history, words in (
+        ([0.0] * 20 + [gap] * 9, "distance stays"),
+        ([0.0] * 4 + [gap] * 5, "has been rising"),
+        ([2 * gap] * 4 + [gap] * 5, "is falling"),
+    ):
+        alarm = certified(FAR, history).alarm
+        assert alarm is not None and words in alarm
+
+
+def test_a_trend_is_told_from_the_noise_of_both_halves_means() -> None:
+    gap = certified(FAR).gap_debiased
+    assert gap is not None
+    noise = 0.1 * gap
+    after = [gap + noise, gap - noise, gap + noise, gap - noise]  # and the present gap: deviation .1 of it
+    for change, words in ((0.15, "has been rising"), (0.05, "distance stays"), (-0.15, "is falling")):
+        alarm = certified(FAR, [(1 - change) * gap] * 5 + after).alarm
+        assert alarm is not None and words in alarm
+
+
+def test_beyond_a_nat_the_advice_is_a_higher_temperature() -> None:
+    beyond, within = certified(FAR), certified(NEAR)
+    assert beyond.gap_debiased is not None and beyond.gap_debiased > 1
+    assert beyond.effective_sample_size * beyond.group_size > 2
+    assert beyond.alarm is not None and "raise the temperature" in beyond.alarm
+    assert within.alarm is not None and "raise the temperature" not in within.alarm
+
+
+def test_the_rule_of_the_correction_at_its_edges() -> None:
+    """2 c B gap > exp(2 gap) - 1 with c = 0.015, gap > 2 standard errors, and at least 0.001 nats."""
+    sure = Certificate(0.2, 0.0, 0.2, 0.0, 0.8, 0.5, 512, 8.0, weight=None)
+    edge = math.expm1(0.4) / (2 * 0.015 * 0.2)  # 81.97 paths
+    assert dataclasses.replace(sure, paths=math.ceil(edge)).correction_pays
+    assert not dataclasses.replace(sure, paths=math.floor(edge)).correction_pays
+    assert dataclasses.replace(sure, gap_debiased_se=0.099).correction_pays
+    assert not dataclasses.replace(sure, gap_debiased_se=0.101).correction_pays
+    assert dataclasses.replace(sure, gap_debiased=0.0011).correction_pays
+    assert not dataclasses.replace(sure, gap_debiased=0.0009).correction_pays
+
+
+def test_one_follower_of_several_steps_is_enough_for_no_certificate() -> None:
+    rollouts = with_log_ratios(FAR)
+    assert certify(standing(discount=torch.tensor([0.0, 0.0, 0.0])), rollouts) is not None
+    assert certify(standing(discount=torch.tensor([0.0, 0.9, 0.0])), rollouts) is None
+
+
+def test_the_divergence_of_weighted_samples_is_weighted() -> None:
+    policy = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    weight = torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    rollouts = with_log_ratios([[0.0] * 4], log_policy=policy, log_prior=2 * policy, weight=weight)
+    found = certify(standing(), rollouts)
+    assert found is not None
+    assert found.kl == pytest.approx((2 * 1 + 1 * 2 + 1 * 3) / 4, rel=1e-12)
+
+
+def test_a_sample_without_weight_keeps_a_finite_log_probability() -> None:
+    found = certified([[0.0, -2000.0, 0.0, 0.0]])
+    rollouts = corrected(with_log_ratios([[0.0, -2000.0, 0.0, 0.0]]), found)
+    assert rollouts.weight is not None and rollouts.log_policy is not None
+    assert rollouts.weight[1] == 0
+    assert torch.isfinite(rollouts.log_policy).all()
+
+
+# ---- weights of groups of different sizes ----
+
+
+def test_weights_have_mean_one_in_groups_of_every_size() -> None:
+    group = torch.tensor([0, 0, 1, 1, 1, 1, 2])
+    ratio = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = tilt_weights(ratio, group)
+    means = torch.zeros(3, dtype=torch.float64).index_add(0, group, weight) / torch.tensor([2.0, 4.0, 1.0])
+    torch.testing.assert_close(means, torch.ones(3, dtype=torch.float64))
+    assert (effective_sample_size(weight, group) <= torch.tensor([2.0, 4.0, 1.0]) + 1e-12).all()
+    assert debiased_gap(ratio, group)[2] == 0  # one sample has nothing to be compared with
+
+
+# ---- PolicyResponse and the loop ----
+
+
+def test_the_norm_of_a_single_precision_gradient_does_not_overflow() -> None:
+    class Single(Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            return self.scale * 1e15 * rollouts.steps["reward"][:, None].float()
+
+    rollouts = with_log_ratios([[1e10, 0.0, 0.0, 0.0]])
+    problem = dataclasses.replace(standing(), leader=Single())
+    norm = PolicyResponse().backward(problem, rollouts)["gradient_norm"]
+    assert math.isfinite(norm) and norm > 1e30
+
+
+def test_every_leader_step_and_every_run_replay_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    draw = Memory.draw
+
+    def noted(self: Memory, count: int, seed: int) -> list[Rollouts]:
+        seeds.append(seed)
+        return draw(self, count, seed)
+
+    monkeypatch.setattr(Memory, "draw", noted)
+    for seed in (0, 1):
+        problem = preferences(seed=2)
+        optimizer = torch.optim.Adam(problem.leader.parameters(), lr=0.05, maximize=True)
+        config = HPGDConfig(steps=4, contexts_per_step=4, group_size=4, replays=2, progress=False, seed=seed)
+        HPGD(problem, optimizer, PolicyResponse(), config).run()
+    assert len(seeds) == len(set(seeds)) == 8
