@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import numbers
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from align_cbrl.checks import Whole, checked
+from align_cbrl.checks import Range, Whole, checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.prompts import check_prompts
 from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
@@ -27,8 +26,12 @@ _ALIASES = {
 }
 
 
+TestShare = Annotated[float, Range(0, 1, open="low high")]
+"""The share of the prompts that is set aside; something is left on both sides."""
+
+
 @checked
-def load_prompts(source: str, *, test_share: float = 0.15, seed: Whole = 0) -> DatasetDict:
+def load_prompts(source: str, *, test_share: TestShare = 0.15, seed: Whole = 0) -> DatasetDict:
     """Train and test prompts, with the columns that come along.
 
     Args:
@@ -45,7 +48,6 @@ def load_prompts(source: str, *, test_share: float = 0.15, seed: Whole = 0) -> D
             its rows; a share that is not in (0, 1), or that leaves nothing to train on; or all test prompts are among
             the training prompts.
     """
-    _check_share(test_share)
     data = _load(source)
     for split in ("train", "test"):
         if split in data:
@@ -87,7 +89,7 @@ class Preferences:
 
 @checked
 def load_preferences(
-    source: str, *, test_share: float = 0.15, seed: Whole = 0, scorer: ScoreFunction | None = None
+    source: str, *, test_share: TestShare = 0.15, seed: Whole = 0, scorer: ScoreFunction | None = None
 ) -> Preferences:
     """Pairs of a preferred and another answer to the same prompt.
 
@@ -106,7 +108,6 @@ def load_preferences(
             form, no pair is left, `check_prompts` refuses a prompt or a column, a share as for `load_prompts`, or
             `scorer` prefers most of the rejected answers.
     """
-    _check_share(test_share)
     data = _load(source)
     dropped = 0
     for split in ("train", "test"):
@@ -233,11 +234,6 @@ def _load(source: str) -> DatasetDict:
         got = list(data) if isinstance(data, dict) else type(data).__name__
         raise InputError(f"data {source!r}: expected a Dataset, or a DatasetDict with a 'train' split, got {got}")
     return data
-
-
-def _check_share(test_share: float) -> None:
-    if not isinstance(test_share, numbers.Real) or not 0 < test_share < 1:  # which a NaN fails too
-        raise InputError(f"test_share: expected a share of the prompts in (0, 1), got {test_share!r}")
 
 
 def _split(data: Dataset, test_share: float, seed: int) -> DatasetDict:
