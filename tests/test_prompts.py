@@ -204,7 +204,7 @@ def test_what_is_no_dataset_is_refused(models: Path) -> None:
 @pytest.mark.parametrize("share", [0, 1, 1.5, -0.1, float("nan"), "half", None, True])
 @pytest.mark.parametrize("load", [load_prompts, load_preferences])
 def test_a_share_is_between_none_and_all(load: Any, share: Any) -> None:
-    with pytest.raises(InputError, match="test_share: expected a share"):
+    with pytest.raises(InputError, match="test_share: expected a finite number > 0 and < 1"):
         load("never.jsonl", test_share=share)
 
 
