@@ -56,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(lm.VOCABULARY), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=lm.EOS, bos_token_id=None,
+        num_attention_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=lm.EOS, bos_token_id=None,
         num_labels=1,
     )  # fmt: skip
     LlamaForSequenceClassification(config).save_pretrained(folder / "models/reward")

@@ -67,8 +67,8 @@ def length(prompts: list[Any], completions: list[Any], **columns: Any) -> list[f
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama", "gpt2"):
-        tiny_models.build(folder / family, family, chat=True)
+    for family, positions in (("llama", {"max_position_embeddings": 64}), ("gpt2", {})):  # GPT-2's are 64 anyway
+        tiny_models.build(folder / family, family, chat=True, **positions)
         tokenizer = AutoTokenizer.from_pretrained(folder / family)
         tokenizer.chat_template = STRICT + tokenizer.chat_template
         tokenizer.save_pretrained(folder / family)

@@ -41,7 +41,7 @@ def build(path: Path, family: str, *, chat: bool = False, size: int = 32, seed: 
         kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
         shape = {
             "hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 64, "attention_dropout": 0.1,
+            "num_key_value_heads": 1, "max_position_embeddings": 128, "attention_dropout": 0.1,
             "initializer_range": 0.15,
         }  # fmt: skip
         made = kinds[family](**{**shape, **common, **config})
