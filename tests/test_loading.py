@@ -68,10 +68,10 @@ def test_a_hub_that_is_not_reached_is_not_called_a_wrong_id() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(torch.OutOfMemoryError), loading("model", "m"):
         raise torch.OutOfMemoryError("no memory left")
-    with pytest.raises(InputError, match="^mine$"), loading("model", "m"):
+    with pytest.raises(InputError, match=r"^mine$"), loading("model", "m"):
         raise InputError("mine")
     with (
-        pytest.raises(InputError, match="model 'm': does not load, PermissionError: .*not yours"),
+        pytest.raises(InputError, match=r"model 'm': does not load, PermissionError: .*not yours"),
         loading("model", "m"),
     ):
         raise PermissionError("not yours")
