@@ -215,8 +215,9 @@ def _load_adapted(path: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     if (path / base).is_dir():  # beside the adapter, as this library saves it
         base = str(path / base)
     tokens = path if (path / "tokenizer_config.json").is_file() else base
-    tokenizer = AutoTokenizer.from_pretrained(str(tokens))
-    model, missing = _load_classifier(base, num_labels=1)
+    with loading("the base of an adapter,", base):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokens))
+        model, missing = _load_classifier(base, num_labels=1)
     held = {name.split(".")[0] for name in config.get("modules_to_save") or []}
     _check_missing(str(path), [name for name in missing if name.split(".")[0] not in held])
     merged = peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()

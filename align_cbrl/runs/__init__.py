@@ -7,6 +7,7 @@ Modules:
     run_folder: what a run's folder records about itself
     checkpoints: safetensors and JSON, complete or absent
     metrics: JSON lines, truncated on resume
+    plain: values of any type as JSON holds them
     interrupt: Ctrl-C between leader steps
     report: tables, curves and samples as one HTML file
     compare: several runs side by side
