@@ -226,7 +226,7 @@ def test_beta_is_saved_with_its_reward(tmp_path: Path) -> None:
     mixture = RewardMixture({"length": lm.length_reward}, {"length": 0.5})
     leader = LearnedBeta(mixture, 0.3, low=0.1, high=1.0)
     leader.save_pretrained(tmp_path / "reward")
-    again = load_leader(tmp_path / "reward")
+    again = load_leader(tmp_path / "reward", trust_code=True)
     assert isinstance(again, LearnedBeta)
     assert (again.beta, again.low, again.high) == (pytest.approx(0.3), 0.1, 1.0)
     assert again.score(["a"], ["a b"]).tolist() == leader.score(["a"], ["a b"]).tolist()

@@ -96,8 +96,8 @@ def test_a_saved_leader_is_the_same_leader(name: str, classifiers: dict[str, Pat
     leader.save_pretrained(tmp_path / "reward")
     arguments: dict[str, Any] = {"prompts": PROMPTS, "completions": TEXTS[::-1], "completion_ids": IDS[::-1]}
     want = leader.score(**arguments)
-    assert load_reward(tmp_path / "reward")(**arguments) == want.tolist()
-    again = type(leader).from_pretrained(tmp_path / "reward")
+    assert load_reward(tmp_path / "reward", trust_code=True)(**arguments) == want.tolist()
+    again = type(leader).from_pretrained(tmp_path / "reward", trust_code=True)
     # Still the same to learn on: gradients, and what the budget is measured from, after being moved further.
     want.sum().backward()
     again.score(**arguments).sum().backward()
@@ -112,7 +112,7 @@ def test_a_saved_leader_is_the_same_leader(name: str, classifiers: dict[str, Pat
     # Parameters that loading and saving lists in another order would be moved otherwise: none is.
     torch.testing.assert_close(again.score(**arguments), leader.score(**arguments), rtol=1e-9, atol=1e-9)
     again.save_pretrained(tmp_path / "twice")
-    assert load_reward(tmp_path / "twice")(**arguments) == again.score(**arguments).tolist()
+    assert load_reward(tmp_path / "twice", trust_code=True)(**arguments) == again.score(**arguments).tolist()
 
 
 def test_the_budget_of_a_loaded_leader_is_measured_from_where_it_started(
@@ -205,7 +205,7 @@ def test_files_and_folders_are_named_safely(tmp_path: Path, classifiers: dict[st
         shutil.rmtree(tmp_path / place)
     for name in [name for name in sys.modules if name.startswith("own_")]:
         del sys.modules[name]
-    again = load_leader(folder)
+    again = load_leader(folder, trust_code=True)
     assert isinstance(again, RewardMixture)
     assert again.weights() == mixture.weights()
     assert again.score(PROMPTS, TEXTS).tolist() == mixture.score(PROMPTS, TEXTS).tolist()
@@ -222,7 +222,7 @@ def test_the_free_mixtures_of_version_0_1_load(tmp_path: Path) -> None:
         "correlation": [[1.0]],
     }
     (tmp_path / "reward.json").write_text(json.dumps(record))
-    mixture = RewardMixture.from_pretrained(tmp_path)
+    mixture = RewardMixture.from_pretrained(tmp_path, trust_code=True)
     assert mixture.constraint == "free"
     assert mixture.score(["a"], ["a b c d"]).tolist() == [0.25]
 
@@ -235,13 +235,14 @@ def test_the_model_card_says_what_it_is(name: str, classifiers: dict[str, Path],
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: align-cbrl\n")
     assert f"# {type(leader).__name__}" in card and f"align-cbrl {align_cbrl.__version__}" in card
-    assert 'reward = load_reward("path/to/this/folder")' in card
     for what, value in leader.describe().items():
         assert f"| {what} | {value:.6g} |" in card if isinstance(value, float) else f"| {what} | {value} |" in card
     assert "| budget |" in card
     assert str(classifiers["gpt2"].parent) not in card
     runs_code = "runs the code of, `enumerable_lm.length_reward`" in card
     assert runs_code == (name in ("softmax", "shaped llama lora"))
+    trust = ", trust_code=True" if runs_code else ""
+    assert f'reward = load_reward("path/to/this/folder"{trust})' in card
 
 
 def test_pushing_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +253,7 @@ def test_pushing_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> No
             calls.append(("create", {"repo_id": repo_id, **settings}))
 
         def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-            score = load_reward(folder_path)(prompts=["a"], completions=["a b c"])
+            score = load_reward(folder_path, trust_code=True)(prompts=["a"], completions=["a b c"])
             names = sorted(file.name for file in Path(folder_path).iterdir())
             calls.append(("upload", {"repo_id": repo_id, "score": score, "names": names}))
             return f"https://hub/{repo_id}"
@@ -273,7 +274,7 @@ def test_saved_leaders_refused(tmp_path: Path) -> None:
     good = json.loads(file.read_text())
     unnamed = {key: value for key, value in good.items() if key != "class"}
     with pytest.raises(InputError, match=r"holds a RewardMixture; load it with RewardMixture\.from_pretrained"):
-        Shaped.from_pretrained(tmp_path)
+        Shaped.from_pretrained(tmp_path, trust_code=True)
     for record, message in (
         ({**unnamed, "kind": "RewardMixtur"}, "as 'kind', got 'RewardMixtur'"),
         (unnamed, "is damaged: it names no class"),
@@ -284,7 +285,7 @@ def test_saved_leaders_refused(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps(record))
         with pytest.raises(InputError, match=message):
-            load_leader(tmp_path)
+            load_leader(tmp_path, trust_code=True)
     file.write_text('{"kind": ')
     with pytest.raises(InputError, match=r"is damaged \(Expecting value"):
         load_reward(tmp_path)
@@ -302,7 +303,7 @@ def test_folders_of_version_0_1_load(name: str, classifiers: dict[str, Path], tm
         record["kind"] = record.pop("class").rpartition(":")[2]
         file.write_text(json.dumps({**record, "version": "0.1.0"}))
     arguments: dict[str, Any] = {"prompts": PROMPTS, "completions": TEXTS, "completion_ids": IDS}
-    assert load_reward(tmp_path)(**arguments) == leader.score(**arguments).tolist()
+    assert load_reward(tmp_path, trust_code=True)(**arguments) == leader.score(**arguments).tolist()
 
 
 # ---- leaders of one's own ----
@@ -383,7 +384,7 @@ def test_a_users_leader_is_loaded_in_another_process(wrapped: str, own: Any, tmp
     leader.save_pretrained(tmp_path / "reward")
     code = (
         "import json\nfrom align_cbrl.llm import load_leader\n"
-        f"leader = load_leader({str(tmp_path / 'reward')!r})\n"
+        f"leader = load_leader({str(tmp_path / 'reward')!r}, trust_code=True)\n"
         f"scores = leader.score({PROMPTS!r}, {TEXTS!r}).tolist()\n"
         "print(json.dumps([type(leader).__qualname__, [p.tolist() for p in leader.parameters()], scores]))"
     )
@@ -440,7 +441,7 @@ def test_a_class_that_does_not_load_is_named_with_the_reason(own: Any, tmp_path:
     ):
         (folder / "reward.json").write_text(json.dumps({**record, "class": name}))
         with pytest.raises(InputError, match=message):
-            load_leader(folder)
+            load_leader(folder, trust_code=True)
     (folder / "reward.json").write_text(json.dumps(record))
     (folder / "table.pt").unlink()
     with pytest.raises(InputError, match=r"holds a WordLimit that does not load: it is damaged.*FileNotFoundError"):

@@ -263,8 +263,10 @@ def test_mixture_round_trip_with_functions_reward_models_and_files(tmp_path: Pat
     own.unlink()  # the saved reward stands alone
     prompts, completions = ["c d e", "b e"], ["a a", "B"]
     want = mixture.score(prompts, completions).tolist()
-    assert load_reward(tmp_path / "reward")(prompts=prompts, completions=completions) == pytest.approx(want, rel=1e-12)
-    again = load_leader(tmp_path / "reward")
+    assert load_reward(tmp_path / "reward", trust_code=True)(prompts=prompts, completions=completions) == pytest.approx(
+        want, rel=1e-12
+    )
+    again = load_leader(tmp_path / "reward", trust_code=True)
     assert isinstance(again, RewardMixture)
     assert again.weights() == pytest.approx(mixture.weights())
     torch.testing.assert_close(again.correlation, mixture.correlation)
@@ -690,7 +692,7 @@ def test_a_users_own_correction_keeps_the_budget_and_is_saved(tmp_path: Path) ->
     shaped.project()
     assert shaped.spread() == pytest.approx(0.3)
     shaped.save_pretrained(tmp_path)
-    again = Shaped.from_pretrained(tmp_path)
+    again = Shaped.from_pretrained(tmp_path, trust_code=True)
     assert isinstance(again.correction, Offset)
     assert again.reward(batch).tolist() == shaped.reward(batch).tolist()
     assert again.spread() == pytest.approx(0.3)

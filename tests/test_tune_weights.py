@@ -91,7 +91,9 @@ def test_the_whole_job_with_everything_replaced(
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")  # self-contained
-    assert len(load_reward(out / "seed-0" / "hpgd" / "reward")(prompts=["a b"], completions=["a"])) == 1
+    assert (
+        len(load_reward(out / "seed-0" / "hpgd" / "reward", trust_code=True)(prompts=["a b"], completions=["a"])) == 1
+    )
     printed = capsys.readouterr().out
     assert "HPGD" in printed
     assert "report:" in printed

@@ -11,11 +11,9 @@
 | the temperature as a parameter | `beta`: `LearnedBeta` |
 | standardising a reward within prompts | `calibration` |
 | the folder of a saved leader | `saved`, `model_card`, `terms` (reward functions in it), `import_names` |
+| what of such a folder may run | `trust` |
 
 Modules:
-    correction: Correction, what `shaped` adds to a frozen reward
-    frozen: FrozenPlus, a frozen reward plus something small
-    import_names: classes by importable names, for saved folders
     base: LanguageLeader, the base class
     saved: saving, loading and the registry of classes
     mixture: RewardMixture, the weights of several rewards
@@ -26,10 +24,11 @@ Modules:
     calibration: standardisation of rewards within prompts
     lora: adapters in reward models
     terms: reward functions and reward models stored with a leader
+    trust: what loading a saved leader may run
     model_card: the README of a saved leader
-    correction: The contract of leaders that may correct a frozen reward: they start at no change, and can be made sma
-    frozen: Leaders whose reward is a frozen one plus something learned
-    import_names: Names under which another process can import a module, a function or a class
+    correction: Correction, what `shaped` adds to a frozen reward
+    frozen: FrozenPlus, a frozen reward plus something small
+    import_names: classes by importable names, for saved folders
 """
 
 from align_cbrl.llm.leaders.base import LanguageLeader, load_leader, load_reward

@@ -7,6 +7,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from align_cbrl.checks import checked
 from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.leaders.import_names import class_name, imported_class
 from align_cbrl.llm.leaders.saved import RECORD, read_record, write_card, write_record
-from align_cbrl.llm.scoring import score_arguments
+from align_cbrl.llm.leaders.trust import code_is_trusted, trusting
+from align_cbrl.llm.scoring import ScoreFunction, score_arguments
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 
@@ -130,13 +132,18 @@ class LanguageLeader(Leader):
         write_card(folder, type(self), {**self.describe(), **budget})
 
     @classmethod
-    def from_pretrained(cls: type[L], path: str | Path) -> L:
+    def from_pretrained(
+        cls: type[L],
+        path: str | Path,
+        *,
+        trust_code: bool = False,
+        terms: Mapping[str, ScoreFunction] = MappingProxyType({}),
+    ) -> L:
         """The leader that `save_pretrained` wrote to `path`; its parameters can be trained further.
 
-        Raises:
-            InputError: there is no leader in `path`, or one of another class.
+        Arguments and errors are those of `load_leader`; a leader of another class is refused as well.
         """
-        leader = load_leader(path)
+        leader = load_leader(path, trust_code=trust_code, terms=terms)
         if not isinstance(leader, cls):
             raise InputError(
                 f"{cls.__name__}.from_pretrained: {path} holds a {type(leader).__name__}; load it with "
@@ -165,31 +172,43 @@ class LanguageLeader(Leader):
 
 
 @checked
-def load_leader(path: str | Path) -> LanguageLeader:
+def load_leader(
+    path: str | Path, *, trust_code: bool = False, terms: Mapping[str, ScoreFunction] = MappingProxyType({})
+) -> LanguageLeader:
     """The leader that `save_pretrained` wrote to `path`, a local folder. No network is needed.
 
-    The module of the leader's class and those of the reward functions it is made of are imported, which runs their
-    code: load only what you trust.
+    A folder may come from anywhere, and can name any function of any module. Without `trust_code` nothing that it names
+    is imported or run but reward functions and leaders of this library, and classes of leaders that this process has
+    imported already; anything else is refused by its name. Models are read from safetensors, never as code.
+
+    Args:
+        path: the folder.
+        trust_code: import the classes and functions that the folder names, and the .py files in it, which runs them.
+        terms: reward functions by the name of their term, in place of those that the folder names; of a frozen reward
+            the name is "frozen".
 
     Raises:
-        InputError: there is no leader in `path`; its class cannot be imported, or is not a class of leaders; or the
-            folder is damaged. The message names the class and the reason.
+        InputError: there is no leader in `path`; it names code that is not trusted, a class that cannot be imported, or
+            one that is no leader; it has no such terms; or the folder is damaged. The message names the reason.
     """
     folder = Path(path)
     record = read_record(folder)
-    leader = _class_of(record, folder)
-    try:
-        return leader.from_record(folder, record)
-    except Exception as error:  # the class may be anybody's
-        reason = str(error)
-        if not isinstance(error, InputError):
-            reason = f"it is damaged or from another version ({type(error).__name__}: {first_line(error)})"
-        raise InputError(f"load_leader: {folder} holds a {leader.__name__} that does not load: {reason}") from error
+    with trusting(trust_code, terms):
+        leader = _class_of(record, folder)
+        try:
+            return leader.from_record(folder, record)
+        except Exception as error:  # the class may be anybody's
+            reason = str(error)
+            if not isinstance(error, InputError):
+                reason = f"it is damaged or from another version ({type(error).__name__}: {first_line(error)})"
+            raise InputError(f"load_leader: {folder} holds a {leader.__name__} that does not load: {reason}") from error
 
 
 @checked
-def load_reward(path: str | Path) -> Callable[..., list[float]]:
-    """The learned reward in the folder `path` as a trl reward function. Errors are those of `load_leader`.
+def load_reward(
+    path: str | Path, *, trust_code: bool = False, terms: Mapping[str, ScoreFunction] = MappingProxyType({})
+) -> Callable[..., list[float]]:
+    """The learned reward in the folder `path` as a trl reward function; arguments and errors are as of `load_leader`.
 
     Three lines use it::
 
@@ -197,7 +216,7 @@ def load_reward(path: str | Path) -> Callable[..., list[float]]:
         reward = load_reward("runs/tune_weights/reward")
         trainer = RLOOTrainer(model, reward_funcs=reward, train_dataset=prompts)
     """
-    return load_leader(path).reward_function()
+    return load_leader(path, trust_code=trust_code, terms=terms).reward_function()
 
 
 def _class_of(record: Mapping[str, Any], folder: Path) -> type[LanguageLeader]:
@@ -208,8 +227,13 @@ def _class_of(record: Mapping[str, Any], folder: Path) -> type[LanguageLeader]:
                 f"load_leader: {folder / RECORD}: expected one of {sorted(own)} as 'kind', got {record['kind']!r}"
             )
         return own[record["kind"]]
+    if record["class"] not in _DEFINED and not code_is_trusted():
+        raise InputError(
+            f"load_leader: {folder} holds a leader of the class {record['class']}, and importing its module would run "
+            "code that this folder names; if you trust it, import the class first, or pass trust_code=True"
+        )
     try:
-        found = imported_class(record["class"])
+        found = _DEFINED.get(record["class"]) or imported_class(record["class"])
     except InputError as error:
         raise InputError(f"load_leader: {folder} holds a leader of the class {record['class']}, but {error}") from error
     if not issubclass(found, LanguageLeader) or inspect.isabstract(found):

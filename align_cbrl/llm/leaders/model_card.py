@@ -25,7 +25,7 @@ The folder is a reward function for any trl trainer:
 ```python
 from align_cbrl.llm import load_reward
 
-reward = load_reward("path/to/this/folder")
+reward = load_reward("path/to/this/folder"{trust})
 ```
 
 `reward(prompts=[...], completions=[...])` returns one score per completion. To load it from the hub, download the
@@ -52,11 +52,15 @@ def model_card(kind: str, summary: str, values: Mapping[str, Any], imports: Sequ
     """
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items())
     if imports:
-        code = f"Loading imports, and so runs the code of, {', '.join(f'`{_cell(name)}`' for name in imports)}."
+        names = ", ".join(f"`{_cell(name)}`" for name in imports)
+        code = (
+            f"Loading imports, and so runs the code of, {names}: read it first, or pass functions of yours as `terms`."
+        )
     else:
         code = "Loading runs no code from this folder."
     data = ModelCardData(library_name="align-cbrl", tags=["align-cbrl", "reward-function", "trl"])
-    body = _BODY.format(kind=kind, summary=summary, version=version, rows=rows, code=code)
+    trust = ", trust_code=True" if imports else ""
+    body = _BODY.format(kind=kind, summary=summary, version=version, rows=rows, code=code, trust=trust)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}", ignore_metadata_errors=False)
 
 

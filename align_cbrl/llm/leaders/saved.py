@@ -11,6 +11,7 @@ from typing import Any
 import align_cbrl
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.model_card import model_card
+from align_cbrl.llm.leaders.trust import own_function
 
 RECORD = "reward.json"
 """The file in which a saved leader's class and values are written down."""
@@ -66,7 +67,8 @@ def _imports(record: Any) -> Iterator[str]:
         return
     for key in ("class", "function"):
         name = record.get(key)
-        if isinstance(name, str) and not name.startswith("align_cbrl.llm.leaders."):
+        own = key == "class" and str(name).startswith("align_cbrl.llm.leaders.")
+        if isinstance(name, str) and not own and (key == "class" or own_function(name) is None):
             yield name
     for value in record.values():
         yield from _imports(value)

@@ -7,15 +7,17 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.import_names import is_importable
+from align_cbrl.llm.leaders.trust import code_is_trusted, given_term, own_function
 from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.runs.imports import load_object
 
 
-def save_terms(terms: Mapping[str, ScoreFunction], folder: Path) -> dict[str, dict[str, str]]:
+def save_terms(terms: Mapping[str, ScoreFunction], folder: Path) -> dict[str, dict[str, Any]]:
     """Write terms into `folder`; returns the records, by name, that `load_term` reads.
 
     Reward models are copied. Functions are named by their dotted path; the source file of a function from outside any
@@ -28,29 +30,41 @@ def save_terms(terms: Mapping[str, ScoreFunction], folder: Path) -> dict[str, di
     Raises:
         InputError: a term that cannot be found again, such as a lambda or a method.
     """
-    records: dict[str, dict[str, str]] = {}
+    records: dict[str, dict[str, Any]] = {}
     copied: dict[str, Path] = {}  # sources by the name of their copy; two files may have the same name
     for i, (name, term) in enumerate(terms.items()):
         if isinstance(term, RewardModel):
             place = f"term_{i}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:64]}"
             term.save_pretrained(folder / place)
-            records[name] = {"reward_model": place}
+            records[name] = {"reward_model": place, "max_length": term.max_length}
         else:
             records[name] = {"function": _dotted_path(name, term, folder, copied)}
     return records
 
 
-def load_term(name: str, record: Mapping[str, str], folder: Path) -> ScoreFunction:
-    """A term that `save_terms` wrote. Imports, hence runs, the code of a function.
+def load_term(name: str, record: Mapping[str, Any], folder: Path) -> ScoreFunction:
+    """A term that `save_terms` wrote, or the one that the caller of `load_leader` gave in its place.
 
     Raises:
-        InputError: the record points outside the folder, or what it names does not load.
+        InputError: the record names a function whose code is not trusted, points outside the folder, or does not load.
     """
+    if (given := given_term(name)) is not None:
+        return given
     if "reward_model" in record:
-        return RewardModel(inside(folder, record["reward_model"], f"term {name!r}"))
-    file, _, attribute = record["function"].rpartition(":")
-    path = f"{inside(folder, file, f'term {name!r}')}:{attribute}" if file.endswith(".py") else record["function"]
-    function: ScoreFunction = load_object(path)
+        length = {"max_length": record["max_length"]} if "max_length" in record else {}  # of version 0.1: the default
+        return RewardModel(inside(folder, record["reward_model"], f"term {name!r}"), **length)
+    path: str = record["function"]
+    if (own := own_function(path)) is not None:
+        return own
+    if not code_is_trusted():
+        raise InputError(
+            f"term {name!r}: is the function {path!r}, and loading it would run code that this folder names; if you "
+            f"trust it, pass trust_code=True, or pass a function of your own: terms={{{name!r}: function}}"
+        )
+    file, _, attribute = path.rpartition(":")
+    function: ScoreFunction = load_object(
+        f"{inside(folder, file, f'term {name!r}')}:{attribute}" if file.endswith(".py") else path
+    )
     return function
 
 
