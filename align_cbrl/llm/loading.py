@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from align_cbrl.errors import InputError
 
 _NO_SUCH_MODEL = (HFValidationError, RepositoryNotFoundError)
 _NOT_REACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+_LOADERS_RAISE = (
+    *(OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError),
+    pickle.UnpicklingError,  # a pickle of something other than tensors, which torch does not run
+)
 
 
 @contextlib.contextmanager
@@ -44,7 +49,7 @@ def loading(what: str, path: str) -> Iterator[None]:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except _LOADERS_RAISE as error:
         message = " ".join(str(error).split())[:500]
         causes = _causes(error)
         if Path(path).exists() or any(isinstance(cause, GatedRepoError) for cause in causes):

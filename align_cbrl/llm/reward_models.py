@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,28 @@ class RewardModel:
     as trl's RewardTrainer formats plain-text pairs. Conversations, lists of messages, go through the tokenizer's chat
     template, whose text is tokenised as it stands.
 
+    A model stored in half precision is computed with in single precision, as policies are: bfloat16 has three digits,
+    and completions of one prompt differ in later ones.
+
+    A text that is longer than the model can read loses its beginning, so that the prompt is cut before the completion.
+    That is said in a warning, once for prompts and once for completions.
+
+    Nothing that the folder holds is executed: custom code (`auto_map`) and pickles that name code are refused.
+
     Args:
         path: hub id or folder of any `AutoModelForSequenceClassification` with one label; or a folder with a peft
             adapter for one, which is merged into its base.
         batch_size: rows scored together.
-        max_length: in tokens; longer texts lose their beginning.
+        max_length: the most tokens that are read of a text.
+
+    Attributes:
+        max_length: the same, at most what the tokenizer and the model's positions allow; rotary ones too, beyond which
+            a model was not trained.
 
     Raises:
         InputError: the folder does not load, holds no weights for the head (a causal language model) or another part,
-            the model has several labels, its tokenizer lacks a pad token, or an adapter lies on lm_head.
+            the model has several labels or room for no token, its tokenizer lacks a pad token, an adapter lies on
+            lm_head, or a number is below 1.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,12 +62,11 @@ class RewardModel:
     def __init__(self, path: str | Path, batch_size: Count = 64, max_length: Count = 1024) -> None:
         self.path = str(path)
         self.batch_size = batch_size
-        self.max_length = max_length
         with loading("reward model", self.path):
             if (Path(path) / "adapter_config.json").is_file():
                 self.tokenizer, self.model = _load_adapted(Path(path))
             else:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+                self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
                 self.model, missing = _load_classifier(self.path)
                 _check_missing(self.path, missing)
         if self.model.config.num_labels != 1:
@@ -67,6 +81,13 @@ class RewardModel:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.use_cache = False  # nothing is generated; keys and values would be kept in vain
         self.tokenizer.truncation_side = "left"
+        self.max_length = min(max_length, self.tokenizer.model_max_length, _positions(self.model))
+        if self.max_length <= self._special_tokens(True):
+            raise InputError(
+                f"reward model {self.path!r}: expected room for a text, got {self.max_length} tokens at most; look at "
+                "max_length, at model_max_length in its tokenizer_config.json and at its positions in config.json"
+            )
+        self._said: set[str] = set()
         self.model.eval()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -95,7 +116,9 @@ class RewardModel:
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         special = isinstance(prompts[0], str)  # a chat template writes its own special tokens
         pieces = batches(len(texts), self.batch_size)
-        scores = torch.cat([self._score_batch(texts[piece], special, parameters) for piece in pieces])
+        scores = torch.cat([
+            self._score_batch(texts[piece], completions[piece], special, parameters) for piece in pieces
+        ])  # fmt: skip
         if not (finite := torch.isfinite(scores)).all():
             i = int((~finite).nonzero()[0])
             raise InputError(
@@ -142,7 +165,9 @@ class RewardModel:
         self.model.save_pretrained(path, state_dict=None if weights is None else dict(weights))
         self.tokenizer.save_pretrained(path)
 
-    def _score_batch(self, texts: list[str], special: bool, parameters: Mapping[str, Tensor] | None) -> Tensor:
+    def _score_batch(
+        self, texts: list[str], completions: Sequence[Any], special: bool, parameters: Mapping[str, Tensor] | None
+    ) -> Tensor:
         encoded = self.tokenizer(
             texts,
             return_tensors="pt",
@@ -152,6 +177,8 @@ class RewardModel:
             max_length=self.max_length,
             add_special_tokens=special,
         )
+        for i in (encoded["attention_mask"].sum(1) >= self.max_length).nonzero()[:, 0].tolist():
+            self._say_what_is_cut(texts[i], completions[i], special)
         device = self.model.device
         inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
         if parameters is None:
@@ -160,6 +187,25 @@ class RewardModel:
             output = torch.func.functional_call(self.model, dict(parameters), kwargs=inputs)
         scores: Tensor = output.logits[:, 0]  # [b, 1] -> [b]
         return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+    def _special_tokens(self, special: bool) -> int:
+        return self.tokenizer.num_special_tokens_to_add() if special else 0
+
+    def _say_what_is_cut(self, text: str, completion: Any, special: bool) -> None:
+        """Warn, once for prompts and once for completions, where a text is longer than what is read of it."""
+        if len(self._said) == 2:
+            return
+        room = self.max_length - self._special_tokens(special)
+        words = completion if isinstance(completion, str) else " ".join(str(m.get("content", "")) for m in completion)
+        whole, own = (self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in (text, words))
+        what = "completions" if len(own) > room else "prompts" if len(whole) > room else None
+        if what is not None and what not in self._said:
+            self._said.add(what)
+            warnings.warn(
+                f"reward model {self.path!r}: reads {self.max_length} tokens of a text and got {len(whole)}, so that "
+                f"{what} lose their beginning, here and later; shorten them, or use a model that reads more",
+                stacklevel=2,
+            )
 
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -187,8 +233,22 @@ def import_peft() -> Any:
 
 def _load_classifier(path: str, **config: Any) -> tuple[PreTrainedModel, list[str]]:
     """The classifier in `path`, and the names of weights that it lacks: transformers draws those at random."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **config)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, output_loading_info=True, trust_remote_code=False, **config
+    )
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model = model.float()  # a leader's small steps would be lost in half precision, and most of a score's digits
     return model, sorted(info["missing_keys"])
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """The most tokens that a model reads: the size of its table of positions, or what rotary ones were made for."""
+    count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = count if isinstance(count, int) and count > 0 else sys.maxsize  # none, as T5, or -1, as XLNet
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            found = min(found, module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from behind the padding
+    return found
 
 
 def _check_missing(path: str, missing: list[str]) -> None:
@@ -211,12 +271,16 @@ def _load_adapted(path: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
             f"reward model {str(path)!r}: its adapter lies on lm_head, which a reward model does not have; it is an "
             "adapter of a language model"
         )
-    base = config["base_model_name_or_path"]
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"reward model {str(path)!r}: its adapter_config.json names no base_model_name_or_path")
+    if config.get("megatron_config") is not None:  # peft would import whatever module stands beside it
+        raise InputError(f"reward model {str(path)!r}: its adapter_config.json asks for megatron, which is refused")
     if (path / base).is_dir():  # beside the adapter, as this library saves it
         base = str(path / base)
     tokens = path if (path / "tokenizer_config.json").is_file() else base
     with loading("the base of an adapter,", base):
-        tokenizer = AutoTokenizer.from_pretrained(str(tokens))
+        tokenizer = AutoTokenizer.from_pretrained(str(tokens), trust_remote_code=False)
         model, missing = _load_classifier(base, num_labels=1)
     held = {name.split(".")[0] for name in config.get("modules_to_save") or []}
     _check_missing(str(path), [name for name in missing if name.split(".")[0] not in held])
