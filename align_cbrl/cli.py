@@ -10,7 +10,9 @@ import json
 import math
 import shlex
 import shutil
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -18,11 +20,14 @@ from typing import Any
 
 from align_cbrl import moved
 from align_cbrl.distributed import initialize, world_size
-from align_cbrl.errors import CheckpointError, InputError, RunStopped
+from align_cbrl.errors import CheckpointError, InputError, RunStopped, first_line
 from align_cbrl.runs.config import load_config, nearest
 from align_cbrl.runs.config_help import describe
+from align_cbrl.runs.files import storage_failure
 from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names
-from align_cbrl.runs.run_folder import ABOUT, CONFIG, claim, finish, read_about, read_summary
+from align_cbrl.runs.interrupt import acting_interrupt
+from align_cbrl.runs.lock import only_here
+from align_cbrl.runs.run_folder import ABOUT, claim, finish, nothing_kept, read_about, read_summary
 
 _DESCRIPTION = """\
 Contextual bilevel reinforcement learning for RLHF.
@@ -53,7 +58,7 @@ examples:
   align-cbrl validate my_problem.py:toll_road --json       on a problem of your own
 
 exit codes: 0 done; 1 a validation failed; 2 something given is wrong; 3 the run stopped, or its
-checkpoint cannot be used; 130 Ctrl-C.
+checkpoint cannot be used; 128 + n the signal n: 130 Ctrl-C, 143 SIGTERM.
 """
 
 
@@ -67,13 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except InputError as error:
         return _fail(f"error: {error}", 2)
-    except CheckpointError as error:
-        return _fail(f"error: {error}", 3)
     except RunStopped as error:
-        return _fail(f"stopped: {error}\nresume with: {_resume_command(arguments)}", 3)
-    except KeyboardInterrupt:
+        return _stopped(options, arguments, f"stopped: {error}")
+    except KeyboardInterrupt as error:
+        number = next((given for given in error.args if isinstance(given, int)), signal.SIGINT)
         resumable = options.command is _run
-        return _fail(f"stopped; resume with: {_resume_command(arguments)}" if resumable else "stopped", 130)
+        return _fail(f"stopped; resume with: {_resume_command(arguments)}" if resumable else "stopped", 128 + number)
+    except Exception as error:
+        if (refused := storage_failure(error)) is not None:
+            said = str(error) if isinstance(error, CheckpointError) else f"{refused}; repair that"
+            return _stopped(options, arguments, f"stopped: {said}")
+        if isinstance(error, CheckpointError):
+            return _fail(f"error: {error}", 3)
+        if options.command is not _run:
+            raise
+        traceback.print_exc()  # of nobody's making that we know of: where it was raised is needed to mend it
+        return _stopped(options, arguments, f"stopped by {type(error).__name__}: {first_line(error)}")
     finally:
         warnings.formatwarning = usual
 
@@ -179,24 +193,24 @@ def _run(options: argparse.Namespace) -> int:
     out: Path = options.out or Path("runs") / (folder if stem == "config" or not given else f"{folder}-{stem}")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, this is a file")
-    if not options.resume and out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
-        )
     recipe = _recipe(name)
     config: Any = load_config(recipe.Config, path, options.overrides)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        recipe.run(config, out, options.resume)
-    except InputError:
-        _release(out)
-        raise
-    finally:
-        # A user's recipe may leave the description of its folder to us; `report` and `compare` need it.
-        if out.is_dir() and not (out / ABOUT).exists():
-            claim(out, config, recipe=name)
-    if read_about(out)["sessions"][-1]["ended"] is None:
-        finish(out)
+    with acting_interrupt(), only_here(out):
+        if not options.resume and not nothing_kept(out):
+            raise InputError(
+                f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
+            )
+        try:
+            recipe.run(config, out, options.resume)
+        except InputError:
+            _release(out)
+            raise
+        finally:
+            # A user's recipe may leave the description of its folder to us; `report` and `compare` need it.
+            if out.is_dir() and not (out / ABOUT).exists():
+                claim(out, config, recipe=name)
+        if read_about(out)["sessions"][-1]["ended"] is None:
+            finish(out)
     return 0
 
 
@@ -221,8 +235,8 @@ def _recipe_help(name: str) -> str:
 
 
 def _release(out: Path) -> None:
-    """Remove a folder in which nothing happened before the mistake was found, so that the corrected command may run."""
-    if {file.name for file in out.iterdir()} <= {ABOUT, CONFIG}:
+    """Remove a folder in which nothing happened before the mistake was found; scores that were paid for stay."""
+    if nothing_kept(out) and not any(out.rglob("*.sqlite")):
         shutil.rmtree(out)
 
 
@@ -333,6 +347,12 @@ def _number(value: float | None, form: str) -> str:
 def _resume_command(arguments: Sequence[str]) -> str:
     again = list(arguments) if "--resume" in arguments else [*arguments, "--resume"]
     return shlex.join(["align-cbrl", *again])
+
+
+def _stopped(options: argparse.Namespace, arguments: Sequence[str], message: str) -> int:
+    if options.command is not _run:
+        return _fail(message.replace("stopped", "error", 1), 2)
+    return _fail(f"{message}\nresume with: {_resume_command(arguments)}", 3)
 
 
 def _fail(message: str, code: int) -> int:

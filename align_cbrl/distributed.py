@@ -239,17 +239,17 @@ def together(what: str) -> Iterator[None]:
         what: for the others' message.
 
     Raises:
-        InputError, RunStopped: as the block raises here.
+        Exception: as the block raises here.
         RunStopped: the block raised on another rank.
 
     Example:
         >>> with together("asking the judge"):
         ...     answer = 42
     """
-    error: InputError | RunStopped | None = None
+    error: Exception | None = None
     try:
         yield
-    except (InputError, RunStopped) as caught:
+    except Exception as caught:
         error = caught
     failed = gather_rows(torch.tensor([error is not None]))
     if error is not None:

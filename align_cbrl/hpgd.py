@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -24,10 +24,13 @@ from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.replay import Memory
 from align_cbrl.problem import Observed, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
-from align_cbrl.runs.config import fingerprint as fingerprint_of
+from align_cbrl.runs.checkpoints import Identity, load_checkpoint, newest_step, save_checkpoint
+from align_cbrl.runs.facts import optimizer_settings, settings_of, versions
 from align_cbrl.runs.interrupt import noted_interrupt
+from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.metrics import MetricsLog
+
+_CHECKPOINTS = "checkpoints"
 
 Observer = Callable[[dict[str, float], Rollouts], None]
 """Called after each leader step with its row of metrics and the rollouts it was taken on; changes neither."""
@@ -75,8 +78,9 @@ class HPGD:
         hypergradient: the estimator; HPGD's own by default.
         config: the loop's settings.
         out: folder for metrics.jsonl and checkpoints/; None keeps everything in memory.
-        fingerprint: identifies what the run was configured with; a checkpoint of another one is refused. Defaults
-            to one of `config` and the shapes and discounts of the problem.
+        fingerprint: identifies what the run was configured with; a checkpoint of another one is refused, and where it
+            is a mapping of plain data, by what differs. Defaults to `config` and the settings of problem, optimizer and
+            estimator: what their constructors were given and keep, functions by their content, and versions.
         observers: called after each leader step, in every process; a tracker of experiments, say.
 
     Attributes:
@@ -108,7 +112,7 @@ class HPGD:
         hypergradient: Hypergradient | None = None,
         config: HPGDConfig | None = None,
         out: str | Path | None = None,
-        fingerprint: str | None = None,
+        fingerprint: Identity | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         if not all(group.get("maximize", False) for group in optimizer.param_groups):
@@ -118,7 +122,7 @@ class HPGD:
         self.hypergradient = PolicyResponse() if hypergradient is None else hypergradient
         self.config = HPGDConfig() if config is None else config
         self.out = None if out is None else Path(out)
-        self.fingerprint = self._default_fingerprint() if fingerprint is None else fingerprint
+        self.fingerprint: Identity = self._default_fingerprint() if fingerprint is None else fingerprint
         self.observers = tuple(observers)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -141,15 +145,21 @@ class HPGD:
             resume: continue from the newest valid checkpoint in `out`, if there is one.
 
         Raises:
-            InputError: several processes with an estimator that knows its own rollouts only, or with folders `out` that
-                differ; a launch command that starts fewer processes than it asks for.
+            InputError: `out` holds a run that is not to be resumed; several processes with an estimator that knows its
+                own rollouts only, or with folders `out` that differ; a launch command that starts fewer processes than
+                it asks for.
             KeyboardInterrupt, RunStopped: stopped early; the run can be resumed.
-            CheckpointError: the checkpoint is of another configuration, or none is valid, or the disk is full.
+            CheckpointError: the checkpoint is of another configuration, or none is valid, or the disk is full, or
+                another process works in `out`.
         """
-        self._prepare(resume)
-        if self.step >= self.config.steps:
-            return
         with contextlib.ExitStack() as stack:
+            if self.out is not None:
+                initialize()
+                with together("taking the folder of the run"):
+                    stack.enter_context(only_here(self.out / _CHECKPOINTS))
+            self._prepare(resume)
+            if self.step >= self.config.steps:
+                return
             log = self._open_log(stack)
             bar = stack.enter_context(self._bar())
             interrupt = stack.enter_context(noted_interrupt())
@@ -167,6 +177,8 @@ class HPGD:
                 done = self.step >= self.config.steps
                 interrupt.asked = any_rank(interrupt.asked)  # all stop after the same step, or some would wait
                 if done or interrupt.asked or self.step % self.config.checkpoint_every == 0:
+                    if log is not None:
+                        log.sync()
                     self._save()
                 returned_at = time.perf_counter()
                 return not (done or interrupt.asked)
@@ -327,8 +339,10 @@ class HPGD:
             self.problem.follower.state_dict()  # what cannot be saved should be known before anything is trained
         if world_size() > 1 and self.config.replays:
             raise InputError("HPGDConfig.replays: expected 0 in several processes, whose batches one checkpoint lacks")
-        if resume and self.out is not None:
+        if self.out is not None and resume:
             self._restore(self.out)
+        elif self.out is not None and self.step == 0:
+            _refuse_a_run_in(self.out)
         steps = gather_rows(torch.tensor([self.step])).tolist()
         if len(set(steps)) > 1:
             raise InputError(
@@ -341,7 +355,7 @@ class HPGD:
         if self.out is None:
             return None
         log = stack.enter_context(MetricsLog(self.out / "metrics.jsonl"))
-        log.truncate_after(self.step + 1)  # rows are numbered from 1
+        log.rewrite(self.history)  # without the steps to be redone, and whatever a kill left behind
         return log
 
     def _bar(self) -> tqdm:
@@ -353,24 +367,20 @@ class HPGD:
             warnings.warn(message, stacklevel=2)
         self._told.add(subject)
 
-    def _default_fingerprint(self) -> str:
-        leader, follower = self.problem.leader, self.problem.follower
+    def _default_fingerprint(self) -> dict[str, Any]:
+        problem = self.problem
         settings = dataclasses.asdict(self.config)
         for name in ("steps", "checkpoint_every", "progress"):  # a resumed run may be longer, or quieter
             del settings[name]
-        return fingerprint_of(
-            {
-                "config": settings,
-                "leader": [type(leader).__name__, {n: list(p.shape) for n, p in leader.named_parameters()}],
-                "follower": [
-                    type(follower).__name__,
-                    torch.as_tensor(follower.temperature, dtype=torch.float64).tolist(),
-                    torch.as_tensor(follower.discount, dtype=torch.float64).tolist(),
-                ],
-                "hypergradient": type(self.hypergradient).__name__,
-                "leader_discount": self.problem.objective.discount,
-            }
-        )
+        return {
+            "config": settings,
+            "leader": settings_of(problem.leader),
+            "follower": settings_of(problem.follower),
+            "objective": settings_of(problem.objective),
+            "hypergradient": settings_of(self.hypergradient),
+            "optimizer": optimizer_settings(self.optimizer),
+            "version": versions(),
+        }
 
     def _save(self) -> None:
         if self.out is None:
@@ -385,7 +395,7 @@ class HPGD:
             "history": self.history,
             "seconds": self._seconds,
         }
-        save_checkpoint(self.out / "checkpoints", self.step, state, fingerprint=self.fingerprint)
+        save_checkpoint(self.out / _CHECKPOINTS, self.step, state, fingerprint=self.fingerprint)
 
     def _save_after_failure(self) -> None:
         """Save the last whole leader step, unless a step broke down half way or the leader itself did."""
@@ -397,7 +407,7 @@ class HPGD:
             warnings.warn(f"leader step {self.step} could not be saved: {first_line(error)}", stacklevel=2)
 
     def _restore(self, out: Path) -> None:
-        found = load_checkpoint(out / "checkpoints", fingerprint=self.fingerprint)
+        found = load_checkpoint(out / _CHECKPOINTS, fingerprint=self.fingerprint)
         if found is None:
             return
         self.step, state = found
@@ -409,3 +419,13 @@ class HPGD:
         self._memory.load_state_dict(state.get("memory", []))
         self.history = state["history"]
         self._seconds = state["seconds"]
+
+
+def _refuse_a_run_in(out: Path) -> None:
+    """Refuse a folder with leader steps in it, which a new run would destroy."""
+    log = out / "metrics.jsonl"
+    if newest_step(out / _CHECKPOINTS) or (log.exists() and log.stat().st_size > 0):
+        raise InputError(
+            f"out={str(out)!r}: holds a run already, which would be lost; run(resume=True) continues it; choose "
+            "another folder for a new one, or remove this one"
+        )

@@ -5,25 +5,29 @@ A recipe brings its configuration, what is done for one seed, and what is compar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align_cbrl import InputError
+from align_cbrl import InputError, RunStopped
+from align_cbrl.llm.settings.judge import PRACTICAL
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.files import read_json, sync_tree
 from align_cbrl.runs.imports import load_recipe, recipe_of
+from align_cbrl.runs.interrupt import Interrupt, acting_interrupt, end_with_parent, noted_interrupt, pass_on
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import claim, read_summary, write_json, write_summary
+from align_cbrl.runs.run_folder import claim, read_kept, read_summary, write_json, write_summary
 
 from .statistics import band, counted, interval, mean_and_error, shown
 
@@ -65,12 +69,18 @@ def measured(file: Path, count: int, measure: Callable[[int], dict[str, Any]]) -
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned, from `file` if it is there; made, and kept whole with the `seconds` it took, otherwise."""
-    if not file.exists():
+    """What `make` returned, from `file` if it is there; made, and kept whole with the `seconds` it took, otherwise.
+
+    What `make` wrote into the file's folder is on the disk before the file is.
+    """
+    found: dict[str, Any] | None = read_kept(file)
+    if found is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        write_json(file, {**make(), "seconds": time.perf_counter() - began})
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        made = {**make(), "seconds": time.perf_counter() - began}
+        sync_tree(file.parent)
+        write_json(file, made)
+        found = read_json(file)
     return found
 
 
@@ -97,16 +107,54 @@ def each_seed(work: Work, config: Any, out: Path, seeds: Sequence[int], jobs: in
     # A new interpreter each: torch's threads do not survive a fork. It has to know a recipe that was loaded from a
     # folder before it can unpickle anything of it.
     pool = ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=load_recipe, initargs=(recipe_of(work),)
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(recipe_of(work),)
     )
-    with pool:
-        list(pool.map(_one_seed, tasks))
+    with acting_interrupt(first=pass_on):
+        try:
+            with pool:
+                list(pool.map(_one_seed_of_many, tasks))
+        except BrokenProcessPool as error:
+            raise RunStopped("a worker process ended unexpectedly, killed perhaps for want of memory") from error
+
+
+class _Worker:
+    """What a worker process knows of signals: between two seeds they are noted, within one they act."""
+
+    def __init__(self) -> None:
+        self._handlers = contextlib.ExitStack()  # until the process ends
+        self.interrupt = Interrupt()
+
+    def begin(self, recipe: str | None) -> None:
+        """End with the process that started this one, and know a recipe that was loaded from a folder."""
+        end_with_parent()
+        self.interrupt = self._handlers.enter_context(noted_interrupt())
+        load_recipe(recipe)
+
+    def one_seed(self, task: tuple[Work, Any, int, Path, Path, int]) -> None:
+        """As `_one_seed`, unless the run was asked to stop."""
+        if self.interrupt.asked:
+            raise self.interrupt.stop()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // task[-1]))
+        with acting_interrupt(first=self._note):
+            _one_seed(task)
+
+    def _note(self, number: int) -> None:
+        self.interrupt.asked, self.interrupt.signal = True, number
+
+
+_worker = _Worker()
+
+
+def _begin_worker(recipe: str | None) -> None:
+    _worker.begin(recipe)
+
+
+def _one_seed_of_many(task: tuple[Work, Any, int, Path, Path, int]) -> None:
+    _worker.one_seed(task)
 
 
 def _one_seed(task: tuple[Work, Any, int, Path, Path, int]) -> None:
-    work, config, seed, folder, cache, jobs = task
-    if jobs > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    work, config, seed, folder, cache, _ = task
     folder.mkdir(parents=True, exist_ok=True)
     work(config, seed, folder, cache)
 
@@ -149,7 +197,7 @@ class Study:
         Raises:
             CheckpointError: `out` holds a run of another configuration.
         """
-        claim(out, config, recipe=self.recipe, free=["jobs", "tracking"])
+        claim(out, config, recipe=self.recipe, free=["jobs", "tracking", *(f"judge.{name}" for name in PRACTICAL)])
         each_seed(self.one_seed, config, out, config.seeds, config.jobs)
         write_summary(out, self.summarize(config, out))
         self.report(out)
@@ -198,10 +246,7 @@ class Study:
 
 def parts_of(out: Path, seeds: Sequence[int], *names: str) -> dict[str, list[dict[str, Any]]]:
     """The parts of every seed, as `kept` left them, by name."""
-    return {
-        name: [json.loads((out / f"seed-{seed}" / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]
-        for name in names
-    }
+    return {name: [read_json(out / f"seed-{seed}" / f"{name}.json") for seed in seeds] for name in names}
 
 
 def over_seeds(parts: Sequence[Mapping[str, Any]], figure: str) -> dict[str, float] | None:

@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     save(tmp_path, 1)
-    write = checkpoints._write
+    write = checkpoints.write_synced
 
     def full(path: Path, data: bytes) -> None:
         if path.name == file:
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_valid(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(checkpoints, "_write", full)
+    monkeypatch.setattr(checkpoints, "write_synced", full)
     with pytest.raises(
         CheckpointError, match=r"step 2 .*the disk is full; the previous .*step-00000001, is still valid"
     ):
@@ -199,7 +199,7 @@ def test_a_full_disk_at_the_first_checkpoint_says_there_is_none(
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write", full)
+    monkeypatch.setattr(checkpoints, "write_synced", full)
     with pytest.raises(CheckpointError, match=r"the disk is full; there is no earlier one"):
         save(tmp_path, 1)
     assert load_checkpoint(tmp_path, fingerprint=FINGERPRINT) is None

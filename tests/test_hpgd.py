@@ -118,7 +118,7 @@ def test_a_judge_that_stops_the_run_loses_nothing(tmp_path: Path, monkeypatch: p
 
 def test_a_full_disk_leaves_the_previous_checkpoint_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tmp_path, steps=12)
-    write, calls = checkpoints._write, []
+    write, calls = checkpoints.write_synced, []
 
     def filling(path: Path, data: bytes) -> None:
         calls.append(path)
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_valid(tmp_path: Path, monkey
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(checkpoints, "_write", filling)
+    monkeypatch.setattr(checkpoints, "write_synced", filling)
     with pytest.raises(CheckpointError, match=r"(?i)space|disk"):
         run.run()
     monkeypatch.undo()

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from align_cbrl.errors import CheckpointError, InputError
-from align_cbrl.runs import run_folder
+from align_cbrl.runs import files, run_folder
 from align_cbrl.runs.config import load_config
-from align_cbrl.runs.run_folder import Clock, Rows, claim, differences, flat, read_about, read_summary, write_summary
+from align_cbrl.runs.facts import differences, flat
+from align_cbrl.runs.run_folder import Clock, Rows, claim, read_about, read_summary, write_summary
 
 
 @dataclasses.dataclass
@@ -95,11 +96,12 @@ def test_a_package_that_is_not_installed_has_no_version(tmp_path: Path, monkeypa
 
 def test_another_configurations_folder_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
     claim(tmp_path, Config(), recipe="mine", free=["inner.steps"])
+    (tmp_path / "part.json").write_text("{}")
     before = (tmp_path / "run.json").read_text()
     other = Config(seed=1, inner=Inner(steps=9, seed=6))
-    with pytest.raises(CheckpointError, match=r"different: seed, inner\.seed\); choose another --out"):
+    with pytest.raises(CheckpointError, match=r"different: seed was 0, is 1; inner\.seed was 5, is 6\)"):
         claim(tmp_path, other, recipe="mine", free=["inner.steps"])
-    with pytest.raises(CheckpointError, match=r"different: seed\)"):
+    with pytest.raises(CheckpointError, match=r"different: seed was 0, is 1\); .* choose another --out"):
         claim(tmp_path, other, recipe="mine", free=["inner"])
     with pytest.raises(CheckpointError, match=r"holds a run of the recipe mine; choose another --out"):
         claim(tmp_path, Config(), recipe="yours")
@@ -116,7 +118,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_summary(tmp_path, {"rows": []})
     assert (tmp_path / "run.json").read_text() == before and not (tmp_path / "summary.json").exists()
@@ -135,11 +137,12 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not the folder of a run: it has no run\.json"):
         read_about(tmp_path)
     claim(tmp_path, Config(), recipe="mine")
+    (tmp_path / "part.json").write_text("{}")
     with pytest.raises(InputError, match=r"has not ended, there are no rows yet; continue it with align-cbrl run mine"):
         read_summary(tmp_path)
     for text in ("{", "[]", '{"recipe": "mine"}'):
         (tmp_path / "run.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"run\.json: damaged"):
+        with pytest.raises(CheckpointError, match=r"run\.json: is damaged"):
             claim(tmp_path, Config(), recipe="mine")
 
 

@@ -21,7 +21,7 @@ from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import nearest
-from align_cbrl.runs.run_folder import flat
+from align_cbrl.runs.facts import flat
 
 Utility = Callable[[Leader, Rollouts], Tensor]
 _COLUMNS = ["prompt", "completion", "judge", "reward"]

@@ -8,7 +8,9 @@ Modules:
     checkpoints: safetensors and JSON, complete or absent
     metrics: JSON lines, truncated on resume
     plain: values of any type as JSON holds them
-    interrupt: Ctrl-C between leader steps
+    files: written whole and durably, or not at all
+    lock: one process at a time in a folder
+    interrupt: Ctrl-C and schedulers' signals between leader steps
     report: tables, curves and samples as one HTML file
     compare: several runs side by side
 """

@@ -8,15 +8,14 @@ moment leaves the previous checkpoint as it was.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,23 @@ from torch import Tensor
 
 from align_cbrl.distributed import is_main
 from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.runs.config import fingerprint as fingerprint_of
+from align_cbrl.runs.config import to_plain
+from align_cbrl.runs.facts import differences_in_words
+from align_cbrl.runs.files import in_words, put_in_place, sync_folder, write_synced
 
 _FORMAT = 1
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
-_STEP, _TEMPORARY = "step-", ".writing-"
+_STEP, _TEMPORARY, _REPLACED = "step-", ".writing-", ".replaced"
+UNMOVED = f"{_STEP}{0:08d}"
+"""The checkpoint of a run that stopped before its first step; one of another configuration is nothing to be kept."""
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerprint: str, keep: int = 2) -> Path:
+Identity = str | Mapping[str, Any]
+"""Of what a run was configured with: its fingerprint, or the facts that it is the fingerprint of."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerprint: Identity, keep: int = 2) -> Path:
     """Write `state` after `step` and remove all but the newest `keep` checkpoints.
 
     Checkpoints of a later step are removed too: they belong to a future that this run has left. In several processes
@@ -43,7 +52,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerpri
         step: how many outer steps are done.
         state: nested dictionaries (keys: strings or integers), lists and tuples of tensors, integers, floats,
             booleans, strings and None, as `state_dict()` gives them.
-        fingerprint: of the configuration (`align_cbrl.runs.config.fingerprint`).
+        fingerprint: of the configuration (`align_cbrl.runs.config.fingerprint`), or the plain data that it is one of;
+            of these a refusal can say which differ.
         keep: how many checkpoints to keep, at least 1.
 
     Returns:
@@ -73,34 +83,36 @@ def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerpri
         manifest = {
             "format": _FORMAT,
             "step": step,
-            "fingerprint": fingerprint,
+            "fingerprint": _mark(fingerprint),
+            "facts": None if isinstance(fingerprint, str) else to_plain(fingerprint),
             "tensors": {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()},
             "state_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "state": tree,
         }
-        _write(temporary / _TENSORS, blob)
-        _write(temporary / _MANIFEST, json.dumps(manifest, allow_nan=False).encode())
-        _sync_folder(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync_folder(folder)
-        for old in [c for c in _checkpoints(folder) if _step(c) > step] + _checkpoints(folder, until=step)[keep:]:
+        write_synced(temporary / _TENSORS, blob)
+        write_synced(temporary / _MANIFEST, json.dumps(manifest, allow_nan=False).encode())
+        sync_folder(temporary)
+        if target.exists():  # a folder cannot be renamed onto another; until the new one is there, the old one counts
+            shutil.rmtree(aside := target.with_name(target.name + _REPLACED), ignore_errors=True)
+            target.rename(aside)
+        put_in_place(temporary, target)
+        for old in [c for c in _checkpoints(folder) if _step(c) > step or c.name.endswith(_REPLACED)]:
+            shutil.rmtree(old)
+        for old in _checkpoints(folder)[keep:]:
             shutil.rmtree(old)
     except OSError as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         previous = [c for c in _checkpoints(folder) if _manifest(c) is not None]
         rest = f"the previous checkpoint, {previous[0]}, is still valid" if previous else "there is no earlier one"
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {reason}; {rest}. Make room, then continue with "
-            "--resume"
+            f"cannot write the checkpoint of step {step} to {folder}: {in_words(error)}; {rest}. Make room, "
+            "then continue with --resume"
         ) from error
     return target
 
 
-def load_checkpoint(folder: Path, *, fingerprint: str) -> tuple[int, dict[Any, Any]] | None:
+def load_checkpoint(folder: Path, *, fingerprint: Identity) -> tuple[int, dict[Any, Any]] | None:
     """The newest valid checkpoint in `folder` as (step, state), its tensors on the CPU; None when there is none at all.
 
     A damaged checkpoint is passed over, with a warning, for the one before.
@@ -111,6 +123,9 @@ def load_checkpoint(folder: Path, *, fingerprint: str) -> tuple[int, dict[Any, A
     damaged: list[str] = []
     for checkpoint in _checkpoints(Path(folder)):
         try:
+            manifest = _manifest(checkpoint)
+            if manifest is not None and _step(checkpoint) == 0 and manifest["fingerprint"] != _mark(fingerprint):
+                continue
             step, state = _read(checkpoint, fingerprint)
         except _DamagedError as error:
             damaged.append(f"{checkpoint} is damaged ({error})")
@@ -123,11 +138,20 @@ def load_checkpoint(folder: Path, *, fingerprint: str) -> tuple[int, dict[Any, A
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint in `folder`, valid or not; 0 where there is none."""
+    return max(map(_step, _checkpoints(folder)), default=0)
+
+
 class _DamagedError(Exception):
     """A checkpoint that cannot be trusted, and why."""
 
 
-def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[Any, Any]]:
+def _mark(fingerprint: Identity) -> str:
+    return fingerprint if isinstance(fingerprint, str) else fingerprint_of(fingerprint)
+
+
+def _read(checkpoint: Path, fingerprint: Identity) -> tuple[int, dict[Any, Any]]:
     manifest = _manifest(checkpoint)
     if manifest is None:
         raise _DamagedError(f"{_MANIFEST} is missing or cut short")
@@ -136,11 +160,14 @@ def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[Any, Any]]:
             f"{checkpoint} has format {manifest['format']}, this version reads {_FORMAT}: "
             "use the version of align-cbrl that wrote it, or start again in another --out"
         )
-    if manifest["fingerprint"] != fingerprint:
+    if manifest["fingerprint"] != _mark(fingerprint):
+        facts = manifest.get("facts")
+        differing = f"{manifest['fingerprint'][:12]}, this one is {_mark(fingerprint)[:12]}"
+        if facts is not None and not isinstance(fingerprint, str):
+            differing = f"different: {differences_in_words(facts, to_plain(fingerprint))}"
         raise CheckpointError(
-            f"{checkpoint} belongs to another configuration ({manifest['fingerprint'][:12]}, this one is "
-            f"{fingerprint[:12]}): resume with the configuration it was made with, or choose another --out, or start "
-            "again without --resume"
+            f"{checkpoint} belongs to another configuration ({differing}): resume with the configuration it was made "
+            "with, or choose another --out, or start again without --resume"
         )
     expected = manifest["tensors"]
     try:
@@ -226,29 +253,15 @@ def _canonical(tree: Any) -> str:
     return json.dumps(tree, allow_nan=False, separators=(",", ":"))
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the folder's entries are on the disk, where the system can do that (Windows cannot)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _checkpoints(folder: Path, until: int | None = None) -> list[Path]:
-    """The checkpoints in `folder`, up to step `until`, newest first."""
-    found = [c for c in folder.glob(f"{_STEP}*") if c.is_dir() and c.name.removeprefix(_STEP).isdecimal()]
-    return sorted((c for c in found if until is None or _step(c) <= until), key=_step, reverse=True)
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first; one that is being replaced comes after the one that replaces it."""
+    found = [c for c in folder.glob(f"{_STEP}*") if c.is_dir() and _number(c).isdecimal()]
+    return sorted(found, key=lambda c: (-_step(c), c.name))
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_STEP))
+    return int(_number(checkpoint))
+
+
+def _number(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix(_STEP).removesuffix(_REPLACED)

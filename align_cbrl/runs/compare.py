@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from align_cbrl.errors import InputError
+from align_cbrl.runs.facts import differences
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Item, Panel, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import SUMMARY, differences, read_about, read_summary
+from align_cbrl.runs.run_folder import SUMMARY, read_about, read_summary
 
 _CURVES = {
     "objective": "Leader's objective",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from align_cbrl.distributed import is_main
-from align_cbrl.errors import InputError
+from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.runs.files import in_words, write_whole
 
 
 class MetricsLog:
-    """Appends rows to a JSON-lines file, each on the disk's way as soon as it is written.
+    """Appends rows to a JSON-lines file, readable at once, and on the disk when it is synced or closed.
 
     Numbers that are not finite become null: JSON has no word for them. In several processes rank 0 alone writes.
 
@@ -43,16 +45,25 @@ class MetricsLog:
 
         Raises:
             InputError: a value that JSON cannot hold.
+            CheckpointError: the disk is full or refuses.
         """
         line = json.dumps(finite(row, "metrics"), allow_nan=False)
         if not is_main():
             return
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(f"{line}\n")
-        self._file.flush()
+            with _in_words(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _drop_torn_line(self.path)
+                self._file = self.path.open("a", encoding="utf-8")
+        with _in_words(self.path):
+            self._file.write(f"{line}\n")
+            self._file.flush()
+
+    def rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace whatever the file holds, be it damaged, by these rows."""
+        self.close()
+        if is_main():
+            write_whole(self.path, "".join(f"{json.dumps(finite(row, 'metrics'), allow_nan=False)}\n" for row in rows))
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows whose `step` is `step` or later, about to be redone, and a last line torn by a kill."""
@@ -60,12 +71,7 @@ class MetricsLog:
         if not (is_main() and self.path.exists()):
             return
         kept = [row for row in self.read(self.path) if row.get("step", -1) < step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -93,14 +99,30 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with _in_words(self.path), file:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        if self._file is not None:
+            with _in_words(self.path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {in_words(error)}") from error
 
 
 def finite(value: Any, name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jinja2
 
 from align_cbrl.errors import InputError
+from align_cbrl.runs.files import write_whole
 
 Cell = str | float | int | None
 _LEGEND = 4  # names in a panel, above which one legend stands below the picture
@@ -142,9 +143,7 @@ def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitl
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, page)
     return path
 
 
@@ -213,26 +212,28 @@ def _draw(axes: Any, panel: Panel, pens: Mapping[str, tuple[str, str]], *, legen
     if panel.log_y:
         axes.set_yscale("log", nonpositive="mask")
     for name, level in panel.levels.items():
-        axes.axhline(level, color="#8b949e", linewidth=1.2, linestyle=(0, (4, 3)), label=name, zorder=1)
+        axes.axhline(level, color="#8b949e", linewidth=1.2, linestyle=(0, (4, 3)), label=_literal(name), zorder=1)
     for name, (x, y, *band) in panel.curves.items():
         colour, stroke = pens[name]
         horizontal, vertical = _gaps(x), _gaps(y)
         dots = "o" if len(vertical) < 2 else None  # a line of one point cannot be seen
-        axes.plot(horizontal, vertical, color=colour, linestyle=stroke, linewidth=1.8, label=name, marker=dots)
+        axes.plot(
+            horizontal, vertical, color=colour, linestyle=stroke, linewidth=1.8, label=_literal(name), marker=dots
+        )
         if band:
             half = _gaps(band[0])
             low = [v - h for v, h in zip(vertical, half, strict=True)]
             high = [v + h for v, h in zip(vertical, half, strict=True)]
             axes.fill_between(horizontal, low, high, color=colour, alpha=0.15, linewidth=0)
     for name, (x, y, *error) in panel.points.items():
-        label = None if name in panel.curves else name  # a curve through its own points is named once
+        label = None if name in panel.curves else _literal(name)  # a curve through its own points is named once
         axes.errorbar(
             _gaps(x), _gaps(y), yerr=_gaps(error[0]) if error else None, color=pens[name][0], linestyle="none",
             marker="o", markersize=4.5, alpha=0.8, markeredgewidth=0, elinewidth=1.2, label=label,
         )  # fmt: skip
-    axes.set_title(panel.title, loc="left", fontweight="bold", color="#22272e", pad=8)
-    axes.set_xlabel(panel.x_label, color="#57606a")
-    axes.set_ylabel(panel.y_label, color="#57606a")
+    axes.set_title(_literal(panel.title), loc="left", fontweight="bold", color="#22272e", pad=8)
+    axes.set_xlabel(_literal(panel.x_label), color="#57606a")
+    axes.set_ylabel(_literal(panel.y_label), color="#57606a")
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -256,6 +257,11 @@ def _number_decades(axis: Any) -> None:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def _literal(text: str) -> str:
+    """A text as it stands: between two dollars matplotlib would read mathematics, and fail where it is none."""
+    return text.replace("$", r"\$")
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:

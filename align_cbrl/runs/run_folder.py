@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,12 @@ import yaml
 
 from align_cbrl.distributed import is_main
 from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.runs.checkpoints import UNMOVED
 from align_cbrl.runs.config import to_dict
+from align_cbrl.runs.facts import UNREADABLE, differences_in_words, facts_of, flat, versions
+from align_cbrl.runs.files import read_json, write_whole
 from align_cbrl.runs.imports import recipe_of
+from align_cbrl.runs.lock import LOCK
 from align_cbrl.runs.metrics import finite
 
 ABOUT = "run.json"
@@ -35,9 +38,9 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
     """Make `out` this configuration's folder, and note who works in it from now on.
 
     Writes config.yaml, which `align-cbrl run RECIPE --config` reads again, and run.json: the recipe, the configuration,
-    its seeds, and a list of sessions. A session is one start or resumption: command line, versions, git commit of the
-    working directory and whether it was dirty (null where there is no checkout), platform, and when it started and
-    ended (null while it runs, and for ever if it was killed). Files are written whole or not at all.
+    what its numbers depend on besides (`facts_of`), its seeds, and a list of sessions. A session is one start or
+    resumption: command line, versions, git commit of the working directory and whether it was dirty (null where there
+    is no checkout), platform, and when it started and ended (null while it runs, and for ever if it was killed).
 
     Args:
         out: the run's folder; made if need be.
@@ -48,7 +51,8 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
         free: keys (`steps`, `hpgd.steps`) that may differ when a run is resumed, because it may be longer, say.
 
     Raises:
-        CheckpointError: `out` holds a run of another recipe or configuration (which keys differ), or a damaged one.
+        CheckpointError: `out` holds a run of another recipe or configuration, or one of other code or data or versions
+            (what differs, what it was and is), or a damaged one. A start that left nothing behind is no run.
 
     Example:
         >>> import dataclasses, tempfile
@@ -57,29 +61,24 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
         ...     seed: int = 0
         >>> out = Path(tempfile.mkdtemp())
         >>> claim(out, Config(), recipe="mine")
+        >>> write_json(out / "row.json", {})
         >>> claim(out, Config(seed=1), recipe="mine")
         Traceback (most recent call last):
         ...
-        align_cbrl.errors.CheckpointError: ...: holds a run of another configuration (different: seed); ...
+        align_cbrl.errors.CheckpointError: ...: holds a run of another configuration (different: seed was 0, is 1); ...
     """
     out.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(type(config)) or recipe
     ours = json.loads(json.dumps(to_dict(config)))
-    sessions = []
-    if (out / ABOUT).exists():
-        about = read_about(out)
-        if about["recipe"] != recipe:
-            raise CheckpointError(f"{out}: holds a run of the recipe {about['recipe']}; choose another --out")
-        differing = [key for key in differences([ours, about["config"]]) if not _covers(free, key)]
-        if differing:
-            raise CheckpointError(
-                f"{out}: holds a run of another configuration (different: {', '.join(differing)}); choose another "
-                "--out, or go back to its settings"
-            )
-        sessions = about["sessions"]
+    facts = facts_of(config)
+    sessions = _refuse_another(out, recipe, ours, facts, free) if (out / ABOUT).exists() else []
+    for key in (key for key, value in facts.items() if value == UNREADABLE):
+        warnings.warn(
+            f"{key}: it cannot be read, so that a resumed run will not notice when it has changed", stacklevel=2
+        )
     write_text(out / CONFIG, yaml.safe_dump(ours, sort_keys=False, allow_unicode=True))
     seeds = {key: value for key, value in flat(ours).items() if key.split(".")[-1] in ("seed", "seeds")}
-    about = {"recipe": recipe, "config": ours, "seeds": seeds, "sessions": [*sessions, _session()]}
+    about = {"recipe": recipe, "config": ours, "facts": facts, "seeds": seeds, "sessions": [*sessions, _session()]}
     write_json(out / ABOUT, about)
 
 
@@ -95,6 +94,19 @@ def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     about = read_about(out)
     write_json(out / SUMMARY, {"recipe": about["recipe"], **summary, "config": about["config"]})
     finish(out)
+
+
+def nothing_kept(out: Path) -> bool:
+    """Whether a folder holds no more than a start leaves that failed: no finished part, no step of a leader.
+
+    Scores that a judge was paid for do not count: they are found again by what was judged, and by whom.
+    """
+    return not any(file.is_file() and not _of_a_start(file) for file in out.rglob("*"))
+
+
+def _of_a_start(file: Path) -> bool:
+    described = file.name in (ABOUT, CONFIG, LOCK) or file.name.endswith((".tmp", ".sqlite", ".sqlite-journal"))
+    return described or file.stat().st_size == 0 or file.parent.name.startswith(UNMOVED)
 
 
 def finish(out: Path) -> None:
@@ -116,11 +128,11 @@ def read_about(out: Path) -> dict[str, Any]:
         what = "there is no such folder" if not out.exists() else f"not the folder of a run: it has no {ABOUT}"
         raise InputError(f"{out}: {what}; expected one that `align-cbrl run` has written")
     try:
-        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not {"recipe", "config", "sessions"} <= set(about):
-            raise ValueError
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged; restore it, or start again in another --out") from error
+        about = read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).partition(';')[0]}; restore it, or start again in another --out") from error
+    if not isinstance(about, dict) or not {"recipe", "config", "sessions"} <= set(about):
+        raise CheckpointError(f"{file}: is damaged (keys are missing); restore it, or start again in another --out")
     return about
 
 
@@ -136,35 +148,8 @@ def read_summary(out: Path) -> dict[str, Any]:
             f"{out}: the run of {about['recipe']} has not ended, there are no rows yet; continue it with "
             f"align-cbrl run {shlex.quote(about['recipe'])} --out {shlex.quote(str(out))} --resume"
         )
-    summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    summary: dict[str, Any] = read_json(out / SUMMARY)
     return summary
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries under dotted names.
-
-    Example:
-        >>> flat({"seed": 0, "hpgd": {"steps": 3}})
-        {'seed': 0, 'hpgd.steps': 3}
-    """
-    if not isinstance(tree, dict) or (prefix and not tree):
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return leaves
-
-
-def differences(trees: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted names whose values are not the same in all configurations, with the values; a missing one is None.
-
-    Example:
-        >>> differences([{"seed": 0, "hpgd": {"steps": 3}}, {"seed": 0, "hpgd": {"steps": 4}}])
-        {'hpgd.steps': [3, 4]}
-    """
-    leaves = [flat(tree) for tree in trees]
-    values = {name: [tree.get(name) for tree in leaves] for tree in leaves for name in tree}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -173,12 +158,20 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write whole or not at all; of several processes the first one writes."""
-    if not is_main():
-        return
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    """Write as `files.write_whole`; of several processes the first one writes."""
+    if is_main():
+        write_whole(file, text)
+
+
+def read_kept(file: Path) -> Any:
+    """What a JSON file of a finished part holds; None where there is none, or, with a warning, where it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        return read_json(file)
+    except CheckpointError as error:
+        warnings.warn(f"{str(error).partition(';')[0]}; it is made again", stacklevel=2)
+        return None
 
 
 class Rows:
@@ -193,7 +186,7 @@ class Rows:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.done: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.done: dict[str, dict[str, Any]] = read_kept(file) or {}
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keep a row."""
@@ -213,7 +206,7 @@ class Clock:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.seconds: dict[str, float] = read_kept(file) or {}
 
     @contextlib.contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -230,22 +223,37 @@ class Clock:
         write_json(self.file, self.seconds)
 
 
+def _refuse_another(
+    out: Path, recipe: str, config: dict[str, Any], facts: dict[str, Any], free: Collection[str]
+) -> list[dict[str, Any]]:
+    """The sessions of the run that `out` holds; raises CheckpointError where it is another one, and something of it."""
+    if nothing_kept(out):
+        with contextlib.suppress(CheckpointError):
+            return list(read_about(out)["sessions"])
+        return []
+    about = read_about(out)
+    if about["recipe"] != recipe:
+        raise CheckpointError(f"{out}: holds a run of the recipe {about['recipe']}; choose another --out")
+    before, now = (
+        {key: value for key, value in flat(of).items() if not _covers(free, key)} for of in (about["config"], config)
+    )
+    if differing := differences_in_words(before | about.get("facts", facts), now | facts):
+        raise CheckpointError(
+            f"{out}: holds a run of another configuration (different: {differing}); its rows would come from both: "
+            "choose another --out, or go back"
+        )
+    return list(about["sessions"])
+
+
 def _session() -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": _now(),
         "ended": None,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "git": _git(),
         "platform": platform.platform(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:

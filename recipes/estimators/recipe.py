@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -13,8 +12,9 @@ from typing import Any
 
 from align_cbrl import InputError
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.files import read_json
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
 from toy_cmdp.validate import PROBLEMS
 
 from .study import ORACLES, Cell, measure
@@ -64,13 +64,15 @@ def run(config: Config, out: Path, resume: bool) -> None:
     results = []
     for number, cell in enumerate(cells, start=1):
         path = out / "cells" / f"{cell.key}.json"
-        if not path.exists():
+        result = read_kept(path)
+        if result is None:
             began = time.perf_counter()
             result = measure(cell, config.directions)
             result["wall_seconds"] = time.perf_counter() - began
             write_json(path, result)
             print(f"{number} of {len(cells)}: {cell.key}, {result['wall_seconds']:.1f} s")
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+            result = read_json(path)
+        results.append(result)
 
     rooms = [result for result in results if result["temperature"] is not None]
     rows = _rows(rooms, config)

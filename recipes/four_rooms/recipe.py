@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -16,6 +15,7 @@ import torch
 import toy_cmdp
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyResponse
 from align_cbrl.runs.config import fingerprint, load_config, to_dict
+from align_cbrl.runs.files import read_json
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
@@ -74,7 +74,7 @@ def report(out: Path) -> None:
     """Write report.html and its figures from a finished run's folder."""
     config, summary = load_config(Config, out / CONFIG), read_summary(out)
     if config.table is None:
-        _report(out, config, summary["rows"][0], json.loads((out / "weights.json").read_text(encoding="utf-8")))
+        _report(out, config, summary["rows"][0], read_json(out / "weights.json"))
     else:
         records = read_units(config.table, out)
         _table_report(out, config, config.table, records, rows(records))

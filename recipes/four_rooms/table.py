@@ -6,13 +6,10 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,9 @@ from align_cbrl.errors import CheckpointError, InputError
 from align_cbrl.estimators.search import Halving, scatter, successive_halving
 from align_cbrl.problem import Problem
 from align_cbrl.runs.config import fingerprint, to_dict
+from align_cbrl.runs.files import write_whole
+from align_cbrl.runs.interrupt import end_with_parent
+from align_cbrl.runs.run_folder import read_kept
 from toy_cmdp.estimators.climbs import ExactClimb, SampledClimb
 from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.followers.exact import require_exact
@@ -167,7 +167,7 @@ def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list
     with tqdm(total=len(every), initial=len(done), desc="searches") as bar:
         for unit, record in _results(missing, config, slip):
             done[unit] = {**record, "fingerprint": mark}
-            _write(folder / f"{unit.name}.json", done[unit])
+            write_whole(folder / f"{unit.name}.json", json.dumps(done[unit]) + "\n")
             bar.update()
             bar.set_postfix(value=f"{record['value']:.3f}", refresh=False)
     return [done[unit] for unit in every]
@@ -225,6 +225,8 @@ def _results(missing: Sequence[Unit], config: TableConfig, slip: float) -> Itera
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
         except BaseException:
+            for worker in multiprocessing.active_children():  # a search that is not finished is begun again
+                worker.kill()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -232,25 +234,9 @@ def _results(missing: Sequence[Unit], config: TableConfig, slip: float) -> Itera
 def _begin_worker() -> None:
     """One thread a process; and no process outlives the one that started it, which may be killed."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    end_with_parent()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there; a file that is there is whole, since it was renamed into place
-        return None
+    record: dict[str, Any] | None = read_kept(path)
     return record
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from align_cbrl import DirectOnly, InputError, Problem
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.files import read_json
 from align_cbrl.runs.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
-from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
 from toy_cmdp.followers.exact import require_exact
 from toy_cmdp.problems.principal_agent import PrincipalAgentLeader, principal_agent
@@ -263,9 +263,10 @@ def _standard_error(values: Tensor) -> float:
 
 def _part(path: Path, compute: Callable[[], Any]) -> Any:
     """What `path` holds, or else what `compute` returns, kept there for a resumed run."""
-    if not path.exists():
+    if (found := read_kept(path)) is None:
         write_json(path, compute())
-    return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
+    return found
 
 
 def _report(

@@ -5,6 +5,7 @@ A configuration names them, so that the same recipe runs on somebody else's. Wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -34,16 +35,18 @@ from align_cbrl.llm.prompts import check_count
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
-from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings
+from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings, judge_facts
 from align_cbrl.llm.settings.leader import LeaderSettings, MixtureSettings
 from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSettings
 from align_cbrl.llm.settings.tracking import TrackingSettings
 from align_cbrl.runs.config import fingerprint, to_dict
+from align_cbrl.runs.facts import facts_of
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.plain import plain
 
 from ..statistics import mean_and_error
+from .cache import being_made
 from .world import PROXY, PolicySettings, Replies, WorldSettings
 
 FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
@@ -205,17 +208,18 @@ class Bench:
                 "data": [world.data, len(rows), plain(rows[0])], "reference_prompts": world.reference_prompts,
                 # The reward of plain RLHF: the proxy, or the first of the rewards where there is none.
                 "proxy": self.proxy or next(iter(world.rewards.items())),
-                "follower": to_dict(settings.follower), "judge": to_dict(settings.judge),
-                "measure": to_dict(settings.measure),
+                "follower": to_dict(settings.follower), "judge": judge_facts(settings.judge),
+                "measure": to_dict(settings.measure), "facts": facts_of(settings),
             }
         )  # fmt: skip
         out = self.cache / f"{name}-{facts[:12]}" if shared else self.out / name
         every = settings.measure.every
-        train_follower(
-            follower, leader, settings.follower.steps, out=out, fingerprint=facts, name=f"{self.out.name} {name}",
-            monitor=self._judged if every is None else lambda rollouts: self.point(follower),
-            log_every=every or 5, checkpoint_every=25 if every is None else 50,
-        )  # fmt: skip
+        with being_made(out) if shared else contextlib.nullcontext():
+            train_follower(
+                follower, leader, settings.follower.steps, out=out, fingerprint=facts, name=f"{self.out.name} {name}",
+                monitor=self._judged if every is None else lambda rollouts: self.point(follower),
+                log_every=every or 5, checkpoint_every=25 if every is None else 50,
+            )  # fmt: skip
         if shared:
             curve = MetricsLog(self.out / name / "metrics.jsonl")
             curve.truncate_after(0)
@@ -270,10 +274,11 @@ class Bench:
             hpgd.optimizer(leader),
             config=hpgd.build(settings.prompts_per_step * len(members), settings.group_size, self.seed),
             out=out,
-            fingerprint=fingerprint(
-                {"seed": self.seed, "model": self.model, "proxy": self.proxy, "name": name, "hpgd": to_dict(hpgd),
-                 "settings": {k: v for k, v in to_dict(self.settings).items() if k not in ("tracking", "jobs")}}
-            ),
+            fingerprint={
+                "seed": self.seed, "model": self.model, "proxy": self.proxy, "name": name, "hpgd": to_dict(hpgd),
+                "settings": {k: v for k, v in to_dict(self.settings).items() if k not in ("tracking", "jobs", "judge")},
+                "judge": judge_facts(self.settings.judge), "facts": facts_of(self.settings),
+            },
             observers=[tracker, observe],
         )  # fmt: skip
         with curve, tracker:

@@ -124,6 +124,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             **{**settings, "model_init_kwargs": {**(settings.get("model_init_kwargs") or {}), **self._load_settings}},
         )
         self._leader: LanguageLeader | None = None
+        self.learning_rate, self.settings = learning_rate, dict(settings or {})
         self._trainer: ObservedTrainer | None = None
         self._training = False
         self._steps = 0  # optimizer steps that led to the present policy

@@ -15,8 +15,9 @@ from align_cbrl.llm.followers.trained import TrainedFollower
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.problem import temperature_of
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
+from align_cbrl.runs.checkpoints import Identity, load_checkpoint, save_checkpoint
 from align_cbrl.runs.interrupt import noted_interrupt
+from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.metrics import MetricsLog
 
 Monitor = Callable[[Rollouts], dict[str, float]]
@@ -29,7 +30,7 @@ def train_follower(
     steps: Count,
     *,
     out: Path,
-    fingerprint: str,
+    fingerprint: Identity,
     monitor: Monitor | None = None,
     log_every: Count = 5,
     checkpoint_every: Count = 25,
@@ -54,47 +55,52 @@ def train_follower(
         name: beside the bar.
 
     Raises:
-        CheckpointError: `out` holds a run of another configuration, or the disk is full.
+        CheckpointError: `out` holds a run of another configuration, or the disk is full, or another process works in
+            it.
         KeyboardInterrupt: Ctrl-C, or a scheduler's signal, once the step under way is done and saved. Any other error
             leaves the last step that is in metrics.jsonl, or was not due there, saved too.
     """
-    broadcast_(leader)
-    found = load_checkpoint(out / "checkpoints", fingerprint=fingerprint)
-    done = 0
-    if found is not None:
-        done, state = found
-        follower.load_state_dict(state)
-    before, whole = done, True
-    log = MetricsLog(out / "metrics.jsonl")
-    log.truncate_after(done + 1)
-    bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
+    with only_here(out / "checkpoints"):
+        broadcast_(leader)
+        found = load_checkpoint(out / "checkpoints", fingerprint=fingerprint)
+        done = 0
+        if found is not None:
+            done, state = found
+            follower.load_state_dict(state)
+        before, whole = done, True
+        log = MetricsLog(out / "metrics.jsonl")
+        log.truncate_after(done + 1)
+        bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
 
-    def save() -> None:
-        save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
+        def save() -> None:
+            log.sync()
+            save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
 
-    def on_step(taken: int) -> bool:
-        nonlocal done, whole
-        done, whole = before + taken, False  # its row is missing yet
-        if done % log_every == 0 or done == steps:
-            rollouts = follower.newest
-            log.append({"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})})
-        bar.update()
-        whole = True
-        interrupt.asked = any_rank(interrupt.asked)
-        if done % checkpoint_every == 0 or done == steps or interrupt.asked:
-            save()
-        return not interrupt.asked
+        def on_step(taken: int) -> bool:
+            nonlocal done, whole
+            done, whole = before + taken, False  # its row is missing yet
+            if done % log_every == 0 or done == steps:
+                rollouts = follower.newest
+                log.append(
+                    {"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})}
+                )
+            bar.update()
+            whole = True
+            interrupt.asked = any_rank(interrupt.asked)
+            if done % checkpoint_every == 0 or done == steps or interrupt.asked:
+                save()
+            return not interrupt.asked
 
-    with bar, log, noted_interrupt() as interrupt:
-        if done < steps:
-            try:
-                follower.train(leader, steps - done, on_step)
-            except Exception:
-                if whole and done > before:
-                    save()
-                raise
-    if interrupt.asked and done < steps:
-        raise interrupt.stop()
+        with bar, log, noted_interrupt() as interrupt:
+            if done < steps:
+                try:
+                    follower.train(leader, steps - done, on_step)
+                except Exception:
+                    if whole and done > before:
+                        save()
+                    raise
+        if interrupt.asked and done < steps:
+            raise interrupt.stop()
 
 
 def _summary(follower: TrainedFollower, leader: LanguageLeader, rollouts: Rollouts) -> dict[str, float]:

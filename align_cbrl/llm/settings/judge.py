@@ -11,7 +11,11 @@ from typing import Any
 from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel
+from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.imports import load_object
+
+PRACTICAL = ("budget", "cache", "retries", "wait", "rate", "timeout", "token_variable")
+"""Settings that change no score, so that a run may be resumed with others: a larger budget, say."""
 
 
 @checked
@@ -167,3 +171,13 @@ class RemoteSettings(_Judge):
 
 JudgeSettings = FunctionSettings | RewardModelJudgeSettings | RemoteSettings
 """Who judges the completions, by the key that names it."""
+
+
+def judge_facts(settings: JudgeSettings) -> dict[str, Any]:
+    """The settings that scores depend on.
+
+    Example:
+        >>> judge_facts(RewardModelJudgeSettings(reward_model="a/model", budget=9))
+        {'batch_size': None, 'reward_model': 'a/model'}
+    """
+    return {name: value for name, value in to_dict(settings).items() if name not in PRACTICAL}
