@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -434,11 +435,23 @@ def check_temperature(name: str, value: float | Tensor, contexts: int | None = N
             )
 
 
+_LONGEST = 1e-9  # 1 - discount; values are then as large as 1e9 rewards, known to seven digits in double precision
+
+
 def check_discount(name: str, value: float | Tensor, contexts: int | None = None) -> None:
-    """Raise `InputError` unless `value` lies in [0, 1), or each of its numbers where there is one a context."""
+    """Raise `InputError` unless `value` lies in [0, 1), or each of its numbers where there is one a context.
+
+    Within 1e-9 of one it is accepted with a warning, since values then lose more digits than a policy can do without.
+    """
     for number in _numbers(name, value, contexts):
         if not (0 <= number < 1):
             raise InputError(f"{name}: expected a discount in [0, 1), got {number}")
+        if 1 - number <= _LONGEST:
+            warnings.warn(
+                f"{name}: {number!r} is within {_LONGEST:g} of one: values reach {1 / (1 - number):.0e} rewards, and "
+                "differences between actions, which the policy is made of, are lost in their rounding; lower it",
+                stacklevel=3,
+            )
 
 
 def per_path(value: float | Tensor, contexts: Tensor) -> float | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -199,6 +200,14 @@ def test_discounts_lie_below_one(discount: float) -> None:
         Problem(Quadratic(), ExpectedUtility(score), follower)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"ExpectedUtility.discount: expected a discount in \[0, 1\)"):
         ExpectedUtility(score, discount=discount)
+
+
+def test_discounts_next_to_one_warn() -> None:
+    with pytest.warns(UserWarning, match=r"ExpectedUtility.discount: 0.9999999999 is within 1e-09 of one"):
+        ExpectedUtility(lambda leader, rollouts: None, discount=1 - 1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ExpectedUtility(lambda leader, rollouts: None, discount=1 - 1e-8)
 
 
 def test_a_leader_needs_parameters() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -133,6 +134,57 @@ def test_a_long_cycle_is_factored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_LAST_RESORT_STATES", 0)
     with pytest.raises(InputError, match=r"context 0: the linear solver stopped .* lower the discount"):
         ring.system(weights).solve(right)
+
+
+@pytest.mark.parametrize("kind", ["ring", "chain", "back_and_forth", "two_steps"])
+def test_long_ways_are_solved_as_dense_ones(kind: str) -> None:
+    """Krylov methods diverge on them; a residual must not count as small because the solution is huge."""
+    states, discount = 2_050, 0.999  # more than are factored at once
+    here = torch.arange(states)
+    other = {
+        "ring": here,  # stay
+        "chain": here,
+        "back_and_forth": here.roll(1),
+        "two_steps": here.roll(-2),  # periodic
+    }[kind]
+    ahead = (here + 1).clamp(max=states - 1) if kind == "chain" else here.roll(-1)
+    successor = torch.stack([ahead, other], -1)[:, :, None]
+    transition = SparseTransition(successor, torch.ones(1, states, 2, 1, dtype=torch.float64))
+    weights = discount * torch.softmax(8 * _random(1, states, 2).detach(), -1)  # nearly deterministic
+    right = torch.zeros(1, states, dtype=torch.float64)
+    right[0, states // 2] = 1
+    system = transition.system(weights)
+    for transpose in (False, True):
+        solution = system.solve(right, transpose=transpose)
+        assert _residual(transition, weights, solution, right, transpose) < 1e-11  # its rounding error is |x| eps
+        assert 1 <= float(solution.abs().max()) <= (states if transpose else 1) / (1 - discount) + 1e-9
+
+
+def test_a_huge_solution_does_not_make_its_residual_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(matrix: object, right: np.ndarray, target: float) -> tuple[np.ndarray, int]:
+        return np.full(right.shape, 6e159), 1
+
+    states = 2_050
+    ring = SparseTransition(torch.arange(states).roll(-1)[:, None, None], torch.ones(1, states, 1, 1).double())
+    weights = torch.full((1, states, 1), 0.9, dtype=torch.float64)
+    right = _random(1, states).detach()
+    monkeypatch.setattr(sparse, "_bicgstab", diverged)
+    assert _residual(ring, weights, ring.system(weights).solve(right), right, False) < 1e-13  # factored instead
+    monkeypatch.setattr(sparse, "_LAST_RESORT_STATES", 0)
+    with pytest.raises(InputError, match=r"stopped at a relative residual of 1 "):
+        ring.system(weights).solve(right)
+
+
+def test_factors_are_not_trusted_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def solve(self, right: np.ndarray, trans: str) -> np.ndarray:
+            return 2.5 * right
+
+    monkeypatch.setattr(sparse.scipy.sparse.linalg, "splu", lambda matrix: Wrong())
+    transition = _transition(1, same=False)
+    weights = 0.9 * torch.softmax(_random(1, _STATES, _ACTIONS).detach(), -1)
+    with pytest.raises(InputError, match="factored to a relative residual"):
+        transition.system(weights).solve(_random(1, _STATES).detach())
 
 
 def test_patterns_are_shared_and_graphs_cut() -> None:

@@ -27,8 +27,11 @@ Array = npt.NDArray[np.float64]
 _DIRECT_STATES = 2_000  # up to here even factors that fill in completely cost little
 _LAST_RESORT_STATES = 20_000
 _MAX_ITERATIONS = 20_000
+_BEFORE_FACTORING = 2_000  # iterations, where factors are the way out: more would cost more than they do
 _CYCLE = 1_000  # iterations between two looks at the true residual
 _SINGLE_CYCLE = 1e-5  # reduction of the residual that single precision is trusted with
+_ROUNDED = 8  # times the rounding error of a residual: what is left where nothing can be gained any more
+_FACTORED = 1e-12  # relative residual of a factorisation that did not lose its digits
 _BLOCK = 16_384
 
 
@@ -209,11 +212,12 @@ class SparseSystem:
             right: b, [C, S].
             transpose: solve with the transposed matrix.
             tolerance: of |b - (I - M) x| / |b|, Euclidean norms. A residual at the rounding error of x is accepted
-                too. An inner solve of Newton's method can do with much less than the default.
+                too, as far as x is no larger than a solution can be. An inner solve of Newton's method can do with much
+                less than the default.
 
         Raises:
             InputError: another shape, numbers that are not finite, or no convergence (where a matrix of up to 20,000
-                states is factored instead).
+                states is factored instead). Whatever the method, the residual is looked at before x is returned.
         """
         shape = (len(self._matrices), self._pattern.states)
         if tuple(right.shape) != shape:
@@ -267,6 +271,9 @@ class _Matrix:
             )
         entries /= scale.repeat_interleave(pattern.counts)
         self._scale: Array = scale.numpy()
+        rows = torch.arange(pattern.states).repeat_interleave(pattern.counts)
+        # By how much the diagonal, one, exceeds the rest of its row: positive where weights sum to less than one.
+        self._slack: Array = torch.zeros(pattern.states, dtype=torch.float64).index_add_(0, rows, entries).numpy()
         places, shape = (pattern.columns, pattern.offsets), (pattern.states, pattern.states)
         self._rows = scipy.sparse.csr_array((entries.numpy(), *places), shape=shape)
         self._single = scipy.sparse.csr_array((entries.numpy().astype(np.float32), *places), shape=shape)
@@ -291,42 +298,76 @@ class _Matrix:
         return solution / self._scale if transpose else solution
 
     def _factored(self, right: Array, transpose: bool) -> Array:
-        if self._factors is None:
-            self._factors = scipy.sparse.linalg.splu(self._rows.tocsc())
-        solution: Array = self._factors.solve(right, trans="T" if transpose else "N")
+        try:
+            if self._factors is None:
+                self._factors = scipy.sparse.linalg.splu(self._rows.tocsc())
+        except RuntimeError as error:  # SuperLU: the factor is exactly singular
+            raise InputError(self._says(f"found no factors ({error})")) from error
+        rows = self._rows.T if transpose else self._rows
+        solution: Array = np.zeros_like(right)
+        for _ in range(2):  # the second one refines the first
+            solution = solution + self._factors.solve(right - rows @ solution, trans="T" if transpose else "N")
+        size, norm = _norm(right - rows @ solution), _norm(right)
+        if not size <= max(_FACTORED * norm, _ROUNDED * self._rounding(solution, right, transpose)):
+            raise InputError(self._says(f"factored to a relative residual of {size / norm:.2g}"))
         return solution
+
+    def _rounding(self, solution: Array, right: Array, transpose: bool) -> float:
+        """The rounding error of a residual. Of x it takes no more than a solution can be, |x| <= |b| / slack.
+
+        An iteration that diverges would otherwise make its own residual look small.
+        """
+        if not float(self._slack.min()) > 0:
+            return 0.0
+        if transpose:
+            largest = float(np.abs(right).sum() / self._slack.min())
+        else:
+            largest = float((np.abs(right) / self._slack).max()) * len(right) ** 0.5
+        return 2 * float(np.finfo(np.float64).eps) * min(_norm(solution), largest)
+
+    def _says(self, what: str) -> str:
+        return (
+            f"system: context {self._context}: the linear solver {what}; the weights' sums are too close to one, or a "
+            f"cycle is too long: lower the discount, use dense tables, or at most {_LAST_RESORT_STATES:,} states, "
+            "whose matrix is factored"
+        )
 
     def _iterate(self, right: Array, transpose: bool, tolerance: float) -> Array:
         """Iterative refinement: residuals in double precision, corrections by BiCGSTAB in single precision.
 
         Iterations are bound by memory, hence nearly twice as fast in single precision. Where that does not get on,
-        the corrections are made in double precision.
+        the corrections are made in double precision. A correction that makes the residual larger is not taken.
         """
         rows, single = (self._rows.T, self._single.T) if transpose else (self._rows, self._single)
         matrix, cycle = single, _SINGLE_CYCLE
         solution, residual, norm = np.zeros_like(right), right.copy(), _norm(right)
-        before, iterations = np.inf, 0
+        size, iterations = norm, 0
+        most = _BEFORE_FACTORING if len(right) <= _LAST_RESORT_STATES else _MAX_ITERATIONS
         while True:
-            size = _norm(residual)
-            target = max(tolerance * norm, 2 * np.finfo(np.float64).eps * _norm(solution))
+            target = max(tolerance * norm, self._rounding(solution, right, transpose))
             if size <= target:
                 return solution
-            stalled = iterations >= _MAX_ITERATIONS or not size <= 0.5 * before
-            if stalled and matrix is single and np.isfinite(size):
-                matrix, cycle = rows, 0.0
-            elif stalled:
-                if size <= 8 * target:  # rounding errors of the residual itself
-                    return solution
-                raise InputError(
-                    f"system: context {self._context}: the linear solver stopped at a relative residual of "
-                    f"{size / norm:.2g} (expected {target / norm:.2g}) after {iterations} iterations; the weights' "
-                    "sums are too close to one: lower the discount, or use dense tables"
-                )
-            before = size
             correction, used = _bicgstab(matrix, residual / size, max(0.5 * target / size, cycle))
             iterations += used
-            _add(solution, size, correction)
-            residual = right - rows @ solution
+            candidate = solution.copy()
+            _add(candidate, size, correction)
+            remaining = right - rows @ candidate
+            before, after = size, _norm(remaining)
+            if after < before:  # written so that a NaN fails it
+                solution, residual, size = candidate, remaining, after
+            if iterations < most and after <= 0.5 * before:
+                continue
+            if matrix is single:
+                matrix, cycle = rows, 0.0
+            elif size <= _ROUNDED * target:  # rounding errors of the residual itself
+                return solution
+            else:
+                raise InputError(
+                    self._says(
+                        f"stopped at a relative residual of {size / norm:.2g} (expected {target / norm:.2g}) after "
+                        f"{iterations} iterations"
+                    )
+                )
 
 
 def _bicgstab(matrix: Any, right: Array, target: float) -> tuple[Array, int]:
