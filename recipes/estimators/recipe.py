@@ -17,7 +17,7 @@ from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, wr
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
 from toy_cmdp.validate import PROBLEMS
 
-from .study import ORACLES, Cell, measure
+from .study import CLIMBERS, ORACLES, Cell, measure
 
 _SHOWN = ("plug-in", "visit-averaged", "BC-HG", "policy response", "direct only", "exact critic")
 
@@ -36,6 +36,8 @@ class Config:
     problems: tuple[str, ...] = ("random_cmdp", "random_cmdp_cold", "layered")
     problem_steps: int = 10_000
     problem_repetitions: int = 100
+    ascents: tuple[str, ...] = ("exact", "plug-in")
+    ascent_steps: tuple[int, ...] = (10, 50)
 
     def __post_init__(self) -> None:
         least = {"leaders": 1, "repetitions": 2, "directions": 0, "problem_steps": 1, "problem_repetitions": 2}
@@ -44,6 +46,11 @@ class Config:
                 raise InputError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         if not self.prices or not self.steps or min(self.steps) < 1:
             raise InputError("prices, steps: expected at least one price and one positive number of steps")
+        for ascent in self.ascents:
+            if ascent not in CLIMBERS:
+                raise InputError(f"ascents: unknown ascent {ascent!r}; known are {', '.join(CLIMBERS)}")
+        if any(step < 1 for step in self.ascent_steps):
+            raise InputError(f"ascent_steps: expected positive numbers of leader steps, got {self.ascent_steps}")
         for problem in self.problems:
             if problem not in PROBLEMS:
                 raise InputError(f"problems: unknown problem {problem!r}; known are {', '.join(PROBLEMS)}")
@@ -74,7 +81,8 @@ def run(config: Config, out: Path, resume: bool) -> None:
             result = read_json(path)
         results.append(result)
 
-    rooms = [result for result in results if result["temperature"] is not None]
+    rooms = [result for result in results if result["temperature"] is not None and result["ascent"] is None]
+    climbed = [result for result in results if result["ascent"] is not None]
     rows = _rows(rooms, config)
     coverage = _coverage(rooms, config)
     others = [result for result in results if result["temperature"] is None]
@@ -85,6 +93,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
     ]
     summary = {
         "rows": rows,
+        "ascents": _ascents(climbed),
         "coverage": coverage,
         "problems": problems,
         "seconds": sum(result["wall_seconds"] for result in results),
@@ -100,7 +109,8 @@ def run(config: Config, out: Path, resume: bool) -> None:
 def report(out: Path) -> None:
     """Write report.html and its figure from a finished run's folder."""
     summary = read_summary(out)
-    _report(out, load_config(Config, out / CONFIG), summary["rows"], summary["coverage"], summary["problems"])
+    config = load_config(Config, out / CONFIG)
+    _report(out, config, summary["rows"], summary["coverage"], summary["problems"], summary["ascents"])
 
 
 def _cells(config: Config) -> list[Cell]:
@@ -112,7 +122,32 @@ def _cells(config: Config) -> list[Cell]:
         for price in [config.prices[leader % len(config.prices)]]
     ]
     others = [Cell(name, config.seed, config.problem_steps, config.problem_repetitions) for name in config.problems]
-    return others + rooms
+    climbed = [
+        Cell(
+            "four_rooms",
+            config.seed,
+            config.problem_steps,
+            config.problem_repetitions,
+            temperature,
+            config.prices[number % len(config.prices)],
+            ascent,
+            steps,
+        )
+        for number, temperature in enumerate(config.temperatures)
+        for ascent in config.ascents
+        for steps in config.ascent_steps
+    ]
+    return others + climbed + rooms
+
+
+def _ascents(climbed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each ascent, leader step, temperature and estimator."""
+    names = ("ascent", "leader_steps", "temperature", "price")
+    return [
+        {**{name: result[name] for name in names}, "estimator": estimator, **numbers}
+        for result in climbed
+        for estimator, numbers in result["estimators"].items()
+    ]
 
 
 def _rows(rooms: Sequence[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
@@ -185,6 +220,7 @@ def _report(
     rows: Sequence[dict[str, Any]],
     coverage: Sequence[dict[str, Any]],
     problems: Sequence[dict[str, Any]],
+    ascents: Sequence[dict[str, Any]],
 ) -> None:
     panels = []
     for temperature in config.temperatures:
@@ -232,6 +268,26 @@ def _report(
         )
         for problem in config.problems
     ]
+    places = list(dict.fromkeys((row["ascent"], row["leader_steps"]) for row in ascents))
+    along = [
+        Table(
+            ["estimator", *(f"lambda = {temperature:g}" for temperature in config.temperatures)],
+            [
+                [
+                    name,
+                    *(
+                        number(row["mse"])
+                        for row in ascents
+                        if (row["ascent"], row["leader_steps"]) == place and row["estimator"] == name
+                    ),
+                ]
+                for name in dict.fromkeys(row["estimator"] for row in ascents)
+            ],
+            f"Ascent of {place[0]}, leader step {place[1]}: relative MSE at {config.problem_steps} environment steps",
+            "plug-in, remembering",
+        )
+        for place in places
+    ]
     intervals = Table(
         ["lambda", "steps", "given", "covered", "se", "intervals"],
         [
@@ -255,6 +311,19 @@ def _report(
                 "Four Rooms at weights N(0, 1). Errors are relative to the squared norm of the exact hypergradient, so "
                 "that 1 is the error of saying zero. Medians over leaders; se is the median of the leaders' own.",
                 [Figure(out / "curves.png", "Relative mean-squared error against environment steps."), *tables],
+            ),
+            *(
+                [
+                    Section(
+                        "Along ascents",
+                        "Leaders as an ascent from small weights meets them, whoever leads it. Near an optimum the "
+                        "exact hypergradient, by which errors are divided, is small. The remembering plug-in has seen "
+                        "the ascent's batches, 50 paths a leader step.",
+                        along,
+                    )
+                ]
+                if along
+                else []
             ),
             Section("Intervals", "How often the plug-in's 95 % intervals hold the truth.", [intervals]),
             *([Section("Other problems", "", elsewhere)] if elsewhere else []),

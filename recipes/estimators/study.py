@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from typing import Any
@@ -14,10 +15,10 @@ from align_cbrl.estimators.baselines import Myopic
 from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.problem import step_seed
 from align_cbrl.rollouts import Rollouts
-from toy_cmdp import ContextualMDP, ExactCritic, ExactFollower, four_rooms
+from toy_cmdp import ContextualMDP, ExactCritic, ExactFollower, ImplicitHypergradient, four_rooms
 from toy_cmdp.estimators.amd import AMD
 from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
-from toy_cmdp.estimators.plug_in import PlugIn
+from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.estimators.value_penalty import ValuePenalty
 from toy_cmdp.estimators.visit_averaged import VisitAveraged
 from toy_cmdp.validate import PROBLEMS, estimate, implicit_gradient
@@ -25,7 +26,21 @@ from toy_cmdp.validate import PROBLEMS, estimate, implicit_gradient
 ORACLES = ("exact critic", "AMD, 100 sweeps", "value penalty 1e4")
 """They know what the follower's world is: no competitors, shown for comparison."""
 
+CLIMBERS = ("exact", "plug-in", "visit-averaged", "BC-HG")
+"""Whose ascents leaders are taken from."""
+
 _PILOT = 500  # paths that the mean length of an episode is measured on
+_PATHS, _RATE = 50, 0.1  # of a leader step, and of Adam, on an ascent: the recipe four_rooms' defaults
+
+
+def climbers(cmdp: ContextualMDP) -> dict[str, Hypergradient]:
+    """Who leads the ascents along which leaders are taken: nobody, the plug-in itself, or a rival."""
+    return {
+        "exact": ImplicitHypergradient(),
+        "plug-in": PlugIn(cmdp),
+        "visit-averaged": VisitAveraged(cmdp.cell),
+        "BC-HG": BCHG(SarsaCritic(cmdp.cell), cmdp.cell),
+    }
 
 
 class SharedCritic(Critic):
@@ -46,7 +61,7 @@ def sampled_estimators(cmdp: ContextualMDP) -> dict[str, Hypergradient]:
     """Estimators from paths, by name. Those that share the fitted critic follow the one that is charged for it."""
     fitted = SharedCritic(FittedCritic(cmdp.cell))
     return {
-        "plug-in": PlugIn(cmdp),
+        "plug-in": PlugIn(cmdp, memory=None),
         "visit-averaged": VisitAveraged(cmdp.cell),
         "BC-HG": BCHG(SarsaCritic(cmdp.cell), cmdp.cell),
         "policy response": PolicyResponse(fitted),
@@ -72,6 +87,8 @@ class Cell:
         steps: environment steps of a batch, in expectation.
         repetitions: independent batches.
         temperature, price: of Four Rooms; None elsewhere.
+        ascent: whose ascent the leader is taken from (`climbers`); None: weights N(0, 1).
+        leader_steps: of that ascent, from the published start N(0, 0.01^2).
     """
 
     problem: str
@@ -80,21 +97,46 @@ class Cell:
     repetitions: int
     temperature: float | None = None
     price: float | None = None
+    ascent: str | None = None
+    leader_steps: int = 0
 
     @property
     def key(self) -> str:
         """A name for files."""
         temperature = "" if self.temperature is None else f"-{self.temperature:g}"
-        return f"{self.problem}{temperature}-leader{self.seed}-{self.steps}"
+        ascent = "" if self.ascent is None else f"-{self.ascent}-step{self.leader_steps}"
+        return f"{self.problem}{temperature}-leader{self.seed}{ascent}-{self.steps}"
 
-    def build(self) -> Problem:
-        """The problem; Four Rooms at weights N(0, 1), drawn from the seed."""
+    def build(self) -> tuple[Problem, TransitionMemory | None]:
+        """The problem, and what its ascent has seen of the transitions, if there was one.
+
+        Four Rooms is at weights N(0, 1), drawn from the seed, or where the ascent has come to.
+        """
         if self.temperature is None or self.price is None:
-            return PROBLEMS[self.problem](self.seed)
-        problem = four_rooms(temperature=self.temperature, price=self.price)
-        with torch.no_grad():
-            problem.parameters[0].normal_(generator=torch.Generator().manual_seed(self.seed))
-        return problem
+            return PROBLEMS[self.problem](self.seed), None
+        problem = four_rooms(temperature=self.temperature, price=self.price, seed=self.seed)
+        if self.ascent is None:
+            with torch.no_grad():
+                problem.parameters[0].normal_(generator=torch.Generator().manual_seed(self.seed))
+            return problem, None
+        return problem, self._climb(problem)
+
+    def _climb(self, problem: Problem) -> TransitionMemory:
+        follower = problem.follower
+        assert isinstance(follower, ExactFollower)
+        memory, climber = TransitionMemory(), climbers(follower.cmdp)[self.ascent or "exact"]
+        witness = PlugIn(follower.cmdp, memory=memory)
+        optimizer = torch.optim.Adam(problem.parameters, lr=_RATE, maximize=True)
+        for step in range(self.leader_steps):
+            generator = torch.Generator().manual_seed(step_seed(step_seed(self.seed, -2), step))
+            contexts = follower.sample_contexts(_PATHS, generator)
+            follower.respond(problem.leader, contexts)
+            rollouts = follower.rollout(contexts, 1, generator)
+            estimate(problem, witness, rollouts)  # it sees every batch, whoever leads
+            problem.parameters[0].grad = estimate(problem, climber, rollouts)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return memory
 
 
 def measure(cell: Cell, directions: int) -> dict[str, Any]:
@@ -107,7 +149,7 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
         `coverage`: of the plug-in's 95 % intervals, `given` (the share of batches with intervals), `inside` and
         `outside`, numbers of intervals over the gradient's own direction and `directions` random ones.
     """
-    problem = cell.build()
+    problem, memory = cell.build()
     follower = problem.follower
     assert isinstance(follower, ExactFollower)
     follower.respond(problem.leader, torch.arange(1))
@@ -122,6 +164,8 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
     axes = torch.cat([truth[None], axes])
     axes = axes / axes.norm(dim=1, keepdim=True)
     estimators = sampled_estimators(follower.cmdp)
+    if memory is not None:
+        estimators["plug-in, remembering"] = PlugIn(follower.cmdp)
     errors: dict[str, list[Tensor]] = {name: [] for name in estimators}
     seconds = dict.fromkeys(estimators, 0.0)
     refused: dict[str, str] = {}
@@ -135,6 +179,8 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
         for name, estimator in estimators.items():
             if name in refused:
                 continue
+            if name == "plug-in, remembering":  # the ascent's batches, and this one
+                estimator = PlugIn(follower.cmdp, memory=copy.deepcopy(memory))
             began = time.process_time()
             try:
                 found = estimate(problem, estimator, rollouts)
@@ -147,7 +193,7 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
             errors[name].append(found - truth)
         if "plug-in" in refused:
             continue
-        projected = PlugIn(follower.cmdp).project(problem, rollouts, axes)
+        projected = PlugIn(follower.cmdp, memory=None).project(problem, rollouts, axes)
         if bool(projected.standard_error.isfinite().all()):
             target = axes @ truth
             hits = int(((projected.lower <= target) & (target <= projected.upper)).sum())

@@ -195,18 +195,8 @@ class PlugIn(Hypergradient):
     cmdp: ContextualMDP
     strength: Positive = 1.0
     shrinkage: NonNegative = 1.0
-    damping: NonNegative = 0.5
+    damping: NonNegative = 0.0
     memory: TransitionMemory | None = dataclasses.field(default_factory=TransitionMemory)
-
-    def __post_init__(self) -> None:
-        if not (0 < self.strength < math.inf):
-            raise InputError(
-                f"PlugIn.strength: expected a positive number of pseudo-transitions, got {self.strength}; rows that "
-                "were never seen would be no laws"
-            )
-        for name in ("shrinkage", "damping"):
-            if not (0 <= getattr(self, name) < math.inf):
-                raise InputError(f"PlugIn.{name}: expected a finite number >= 0, got {getattr(self, name)}")
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         """Add the estimate to `.grad`; `objective` is the model's J."""
