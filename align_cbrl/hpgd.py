@@ -15,7 +15,17 @@ import torch
 from tqdm import tqdm
 
 from align_cbrl.checks import Count, Positive, Whole, checked
-from align_cbrl.distributed import any_rank, barrier, broadcast_, gather_rows, initialize, is_main, together, world_size
+from align_cbrl.distributed import (
+    any_rank,
+    barrier,
+    broadcast_,
+    check_same,
+    gather_rows,
+    initialize,
+    is_main,
+    together,
+    world_size,
+)
 from align_cbrl.errors import CheckpointError, InputError, first_line
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.hypergradient import Hypergradient
@@ -335,6 +345,7 @@ class HPGD:
                 f"{type(self.hypergradient).__name__}: expected one process, got {world_size()}; only PolicyResponse "
                 "and its variants gather what other processes sampled"
             )
+        self._check_ranks()
         if self.out is not None:
             self.problem.follower.state_dict()  # what cannot be saved should be known before anything is trained
         if world_size() > 1 and self.config.replays:
@@ -350,6 +361,20 @@ class HPGD:
                 f"{world_size() - 1}; put it on a shared disk"
             )
         broadcast_(self.problem.leader)
+
+    def _check_ranks(self) -> None:
+        """Refuse processes that were built from different things, which would compute something that nobody asked."""
+        check_same(
+            {
+                "config": dataclasses.replace(self.config, progress=True),  # a bar on one rank is no difference
+                "leader": self.problem.leader,
+                "follower": self.problem.follower,
+                "objective": self.problem.objective,
+                "hypergradient": self.hypergradient,
+                "optimizer": self.optimizer,
+                "fingerprint": self.fingerprint,
+            }
+        )
 
     def _open_log(self, stack: contextlib.ExitStack) -> MetricsLog | None:
         if self.out is None:
@@ -383,7 +408,7 @@ class HPGD:
         }
 
     def _save(self) -> None:
-        if self.out is None:
+        if self.out is None or not is_main():  # what nobody writes need not be copied
             return
         state = {
             "leader": self.problem.leader.state_dict(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.checks import checked
-from align_cbrl.distributed import any_rank, gather_rows, world_size
+from align_cbrl.distributed import any_rank, gather_together, world_size
 from align_cbrl.errors import InputError
 
 
@@ -165,7 +165,8 @@ class Rollouts:
                 f"of {self.horizon}; run paths of several steps in one process"
             )
         fields = {name: getattr(self, name) for name in ("contexts", "mask", "group", *_OPTIONAL)}
-        gathered: dict[str, Any] = {name: None if v is None else gather_rows(v) for name, v in fields.items()}
+        present = {name: value for name, value in fields.items() if value is not None}
+        gathered: dict[str, Any] = dict(zip(present, gather_together(list(present.values())), strict=True))
         return Rollouts(**gathered, steps={})
 
     def chunks(self, count: int) -> list[Rollouts]:

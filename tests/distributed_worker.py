@@ -13,6 +13,8 @@ from typing import Any
 
 import enumerable_lm as lm
 import torch
+import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor
 
 from align_cbrl import (
@@ -33,8 +35,8 @@ from align_cbrl import (
     WorstContext,
     ZerothOrder,
 )
-from align_cbrl.distributed import initialize, rank, world_size
-from align_cbrl.llm import RLOOFollower
+from align_cbrl.distributed import barrier, initialize, rank, world_size
+from align_cbrl.llm import Judge, RLOOFollower
 from align_cbrl.problem import Follower, Objective, OnRollouts
 
 TEMPERATURE = 2.0
@@ -47,6 +49,7 @@ class Scripted(Follower):
     """Hands out the same rollouts again and again, each rank its own rows."""
 
     temperature, discount = TEMPERATURE, 0.0
+    identity = "scripted"  # each rank has its own rollouts, and is meant to
 
     def __init__(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts
@@ -184,6 +187,85 @@ def stops(folder: Path) -> dict[str, Any]:
     return found
 
 
+class Budgeted(lm.LinearLeader):
+    """With settings of its own."""
+
+    def __init__(self, enumeration: lm.Enumeration, x: Tensor, budget: float = 1.0) -> None:
+        super().__init__(enumeration, x)
+        self.budget = budget
+
+
+def different(folder: Path) -> dict[str, str | None]:
+    """What a run says whose ranks were built from different things; None where it would begin."""
+    me = rank()
+    if me == 0:
+        lm.build(folder / "different")
+    barrier()
+    words = ["a b", "c d e", "f a c", "b e"]
+
+    def begun(**parts: Any) -> str | None:
+        enumeration = lm.Enumeration.random(parts.get("world", 1))
+        follower = RLOOFollower(
+            folder / "different", Dataset.from_dict({"prompt": parts.get("prompts", words)}), TEMPERATURE,
+            max_completion_length=lm.LENGTH, prompts_per_step=2, group_size=4,
+            learning_rate=parts.get("learning_rate", 1e-3),
+        )  # fmt: skip
+        x = torch.full((5,), 0.1 * (1 + me), dtype=torch.float64)  # broadcast at the start
+        leader = parts.get("leader", Budgeted)(enumeration, x, **parts.get("leader_settings", {}))
+        judge = Judge(parts.get("judge", lm.length_reward), budget=parts.get("budget", 100))
+        judge.calls = me  # a counter, which is nobody's setting
+        objective = CVaR(ExpectedUtility(judge), parts.get("share", 0.5))
+        optimizer = torch.optim.Adam(leader.parameters(), lr=parts.get("lr", 0.05), maximize=True)
+        config = HPGDConfig(steps=1, seed=parts.get("seed", 0), progress=me == 0)
+        estimator = PolicyResponse(chunks=parts.get("chunks", 1))
+        try:
+            HPGD(Problem(leader, objective, follower), optimizer, estimator, config)._prepare(False)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def threshold(least: int) -> Any:
+        return lambda prompts, completions: [float(len(text) > least) for text in completions]
+
+    judges = (lambda prompts, completions: [0.0], lambda prompts, completions: [1.0])
+    return {
+        "nothing": begun(),
+        "data": begun(prompts=words if me == 0 else [*words[:3], "b d"]),
+        "leader": begun(leader=Budgeted if me == 0 else type("Other", (Budgeted,), {})),
+        "leader's budget": begun(leader_settings={"budget": 1.0 + me}),
+        "reward": begun(world=1 + me),
+        "judge": begun(judge=judges[me]),
+        "judge's closure": begun(judge=threshold(me)),
+        "judge's budget": begun(budget=100 + me),
+        "objective": begun(share=0.5 + 0.1 * me),
+        "config": begun(seed=me),
+        "chunks": begun(chunks=1 + me),
+        "optimizer": begun(lr=0.05 * (1 + me)),
+        "learning rate": begun(learning_rate=1e-3 * (1 + me)),
+    }
+
+
+def messages() -> int:
+    """How many collective messages a leader step takes."""
+    enumeration = lm.Enumeration.random(1)
+    follower = scripted(enumeration)
+    leader = start_of(enumeration)
+    optimizer = torch.optim.SGD(leader.parameters(), lr=0.1, maximize=True)
+    run = HPGD(Problem(leader, ExpectedUtility(enumeration.judge), follower), optimizer)
+    counted = 0
+    for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast"):
+        original = getattr(dist, name)
+
+        def counting(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            nonlocal counted
+            counted += 1
+            return _original(*args, **kwargs)
+
+        setattr(dist, name, counting)
+    run.leader_step(follower.rollouts)
+    return counted
+
+
 def two_steps() -> Rollouts:
     return Rollouts(
         torch.zeros(2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool), torch.arange(4).view(2, 2), {}
@@ -222,6 +304,7 @@ def main(task: str, folder: Path) -> None:
     found: dict[str, Any]
     if task == "numbers":
         found = {"gradients": gradients(), "twice": twice(), "stops": stops(folder)}
+        found |= {"different": different(folder), "messages": messages()}
     elif task == "die":
         found = hpgd(folder, die_at=2)
     elif task == "run":

@@ -115,6 +115,36 @@ def test_what_knows_only_its_own_rows_is_refused(numbers: tuple[Path, list[dict[
         assert "expected one step in a run of 2 processes" in rank["stops"]["horizon"]
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("data", "follower.prompts: expected the same on every process, got 4 rows of ['prompt'], digest "),
+        ("leader", "leader: expected the same on every process, got "),
+        ("leader's budget", "leader.budget: expected the same on every process, got 1.0 on rank 0 and 2.0 on rank 1"),
+        ("reward", "leader.enumeration.features: expected the same"),
+        ("judge", "objective.objective.utility_function"),
+        ("judge's closure", "objective.objective.utility_function"),
+        ("judge's budget", "objective.objective.utility_function.budget: expected the same on every process, got 100 "),
+        ("objective", "objective.share: expected the same on every process, got 0.5 on rank 0 and 0.6 on rank 1"),
+        ("config", "config.seed: expected the same on every process, got 0 on rank 0 and 1 on rank 1"),
+        ("chunks", "hypergradient.chunks: expected the same on every process, got 1 on rank 0 and 2 on rank 1"),
+        ("optimizer", "optimizer.options[0]['lr']: expected the same on every process, got 0.05 on rank 0 and 0.1 "),
+        ("learning rate", "follower.learning_rate: expected the same on every process, got 0.001 on rank 0"),
+    ],
+)
+def test_ranks_that_were_built_from_different_things_are_refused(
+    numbers: tuple[Path, list[dict[str, Any]]], case: str, words: str
+) -> None:
+    for rank in numbers[1]:
+        assert rank["different"]["nothing"] is None
+        assert words in rank["different"][case]
+
+
+def test_a_leader_step_takes_few_messages(numbers: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Rows that belong together travel together, and their number with them once."""
+    assert {rank["messages"] for rank in numbers[1]} == {25}  # 44 when each tensor travelled on its own
+
+
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path: Path) -> None:
     """torchrun first, then accelerate with the configuration that is shipped for a CPU."""
     lm.build(tmp_path / "model")

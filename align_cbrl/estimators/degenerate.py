@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from align_cbrl.distributed import gather_rows
+from align_cbrl.distributed import any_rank, gather_rows
 from align_cbrl.groups import Groups
 from align_cbrl.rollouts import Rollouts
 
@@ -38,8 +38,7 @@ def degenerate_groups(rollouts: Rollouts, whole: Rollouts, credit: Tensor, advan
     rounding = 16 * torch.finfo(advantage.dtype).eps * groups.max(credit[:, 0].abs().to(advantage))
     empty = groups.max(advantage[:, 0].abs()) <= rounding
     said = rollouts.steps.get("completion_ids", rollouts.steps.get("completion"))
-    known = gather_rows(torch.tensor([said is not None]))
-    if bool(known.all()) and said is not None:
+    if not any_rank(said is None) and said is not None:
         rows = said.tolist() if isinstance(said, Tensor) else said
         own = [zlib.crc32(repr(row).encode()) for row in rows]
         code = gather_rows(torch.tensor(own, dtype=torch.float64)).to(groups.place.device)

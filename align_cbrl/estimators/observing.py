@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from align_cbrl.distributed import gather_rows, together
+from align_cbrl.distributed import gather_together, together
 from align_cbrl.problem import Evaluation, Leader, Objective, Observation, Observed, Problem
 from align_cbrl.rollouts import Rollouts, check_finite
 
@@ -34,7 +34,8 @@ def observe(problem: Problem, rollouts: Rollouts, chunks: int = 1) -> Observed:
 
 def of_all_ranks(observed: Observed) -> Observed:
     """The observations of all processes' paths; in one process, what was given."""
-    return Observed({o: gather_rows(value) for o, value in observed.values.items()}, observed.samples.over_ranks())
+    gathered = gather_together(list(observed.values.values()))
+    return Observed(dict(zip(observed.values, gathered, strict=True)), observed.samples.over_ranks())
 
 
 def influence(objective: Objective, observed: Observed) -> tuple[Evaluation, Weights]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 from align_cbrl.checks import Count, Positive, Several, Whole, checked
-from align_cbrl.distributed import gather_lists, gather_rows, share, world_size
+from align_cbrl.distributed import gather_rows, gather_together, is_main, share, world_size
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.truncated import IterativeFollower
 from align_cbrl.functional import best_response_gap
@@ -28,7 +28,13 @@ from align_cbrl.llm.followers.base import LanguageFollower, language_leader
 from align_cbrl.llm.followers.prompt_order import PromptOrder
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.trl import grpo, rloo
-from align_cbrl.llm.followers.trl.observed import CONTEXT, AfterEachStep, ObservedTrainer, prepare_observed
+from align_cbrl.llm.followers.trl.observed import (
+    CONTEXT,
+    AfterEachStep,
+    ObservedTrainer,
+    prepare_observed,
+    whole_parameters,
+)
 from align_cbrl.llm.followers.trl.settings import Fields
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.loading import loading
@@ -102,6 +108,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         if peft_config is not None:
             check_adapter(peft_config)
         self.prompts_per_step, self.group_size, self.seed = prompts_per_step, group_size, seed
+        self.learning_rate, self.settings = learning_rate, settings
         self.schedule = _schedule(schedule, interval=interval, warmup=warmup, inside=inside)
         self.peft_config = peft_config
         folder = tempfile.mkdtemp(prefix="align_cbrl_trl_")  # trl insists on one; nothing of value goes there
@@ -392,6 +399,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         if not state:
             self.reset()
             return
+        self._check_whole("checkpoint", with_moments=True)
         trainer = self._built()
         self._copy(state["policy"])
         trainer.optimizer = None
@@ -413,9 +421,18 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             self._handed_out = Completions(columns=columns, text=text, **seen)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the policy and its tokenizer to a folder that transformers loads; of an adapter, the adapter."""
-        self.policy.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        """Write the policy and its tokenizer to a folder that transformers loads; of an adapter, the adapter.
+
+        In several processes rank 0 writes. Every rank has to call it where FSDP or DeepSpeed hold the policy in parts,
+        which are gathered.
+
+        Raises:
+            InputError: parts that cannot be gathered.
+        """
+        parameters = whole_parameters(self._built())
+        if is_main():
+            self.policy.save_pretrained(path, state_dict=parameters)
+            self.tokenizer.save_pretrained(path)
 
     def _metrics(self, taken: int) -> dict[str, float]:
         metrics = {"follower_steps": float(self._steps)}
@@ -467,14 +484,13 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         assert seen is not None
         self._ready, self._handed_out = step, seen
         self._known = {} if self._fixed is None else {self._leader: self._fixed}
-        self._of_all_ranks = Completions(
-            context=gather_rows(seen.context),
-            columns={},
-            token_ids=gather_lists(seen.token_ids),
-            text=[],
-            log_policy=gather_rows(seen.log_policy),
-            log_prior=gather_rows(seen.log_prior),
+        lengths = torch.tensor([len(ids) for ids in seen.token_ids])
+        ids = torch.tensor([[*ids, *[0] * (self.max_completion_length - len(ids))] for ids in seen.token_ids])
+        context, log_policy, log_prior, lengths, ids = gather_together(
+            [seen.context, seen.log_policy, seen.log_prior, lengths, ids]
         )
+        token_ids = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        self._of_all_ranks = Completions(context, {}, token_ids, [], log_policy, log_prior)
 
     def _is_ready(self, step: int) -> bool:
         return self._ready == step and self._handed_out is not None

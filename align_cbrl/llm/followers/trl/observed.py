@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from align_cbrl.errors import InputError
+from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.followers.trl.settings import Fields
 from align_cbrl.llm.sampling import Completions, add_position_ids, generation_config, sampled_by
 from align_cbrl.llm.scoring import copied
@@ -221,6 +221,33 @@ def prepare_observed(trainer: ObservedTrainer) -> None:
         return list(objects)
 
     accelerator.free_memory = free_memory
+
+
+def whole_parameters(trainer: ObservedTrainer) -> dict[str, Tensor] | None:
+    """The policy's parameters, gathered on rank 0 where processes hold parts; None where each process has all of them.
+
+    Every process has to ask.
+
+    Raises:
+        InputError: DeepSpeed is not told to gather, or what was gathered is not whole.
+    """
+    accelerator = trainer.accelerator
+    stage = accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+    if not trainer.is_fsdp_enabled and stage != 3:
+        return None
+    try:
+        gathered: dict[str, Tensor] = accelerator.get_state_dict(trainer.model)
+    except ValueError as error:  # accelerate's words for a missing zero3_save_16bit_model
+        raise InputError(f"save_pretrained: the policy's parts cannot be gathered: {first_line(error)}") from error
+    if accelerator.is_main_process:
+        for name, parameter in accelerator.unwrap_model(trainer.model).named_parameters():
+            whole = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in its place
+            found = tuple(gathered[name].shape) if name in gathered else None
+            if found != whole:
+                raise InputError(
+                    f"save_pretrained: expected {name} of shape {whole}, gathered {found}; nothing is written"
+                )
+    return gathered
 
 
 def check_trl_version() -> None:
