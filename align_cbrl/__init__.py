@@ -10,6 +10,7 @@ Modules:
     rollouts: Rollouts, everything that passes from the follower to the leader
     functional: pure tensor mathematics: eligibility trace, group advantage, tilting, best-response gap
     groups: sums, means and extremes over groups of rows, such as the completions of one prompt
+    plain: values of a user's data as JSON holds them
     objectives: what the leader can maximise
     estimators: hypergradients, critics, certificate, replay, search
     hpgd: HPGD, the loop

@@ -22,6 +22,7 @@ LAYERS = (
     "align_cbrl.identity",
     "align_cbrl.moved",
     "align_cbrl.distributed",
+    "align_cbrl.plain",
     "align_cbrl.groups",
     "align_cbrl.functional",
     "align_cbrl.rollouts",

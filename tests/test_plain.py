@@ -18,7 +18,7 @@ from PIL import Image
 from align_cbrl import InputError, Rollouts
 from align_cbrl.llm import Judge
 from align_cbrl.objectives import GroupLabel
-from align_cbrl.runs.plain import plain
+from align_cbrl.plain import plain
 
 RED, BLUE = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
 VALUES: list[Any] = [

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
+from align_cbrl.plain import plain
 from align_cbrl.problem import Leader, Observation
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.runs.plain import plain
 
 UtilityFunction = Callable[[Leader, Rollouts], Tensor]
 """Maps (leader, rollouts) to utilities [B, T]: a `Judge`, a `TabularUtility`, or a function of one's own."""

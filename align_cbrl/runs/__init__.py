@@ -7,7 +7,6 @@ Modules:
     run_folder: what a run's folder records about itself
     checkpoints: safetensors and JSON, complete or absent
     metrics: JSON lines, truncated on resume
-    plain: values of any type as JSON holds them
     files: written whole and durably, or not at all
     lock: one process at a time in a folder
     interrupt: Ctrl-C and schedulers' signals between leader steps

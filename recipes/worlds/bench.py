@@ -39,11 +39,11 @@ from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings, judge
 from align_cbrl.llm.settings.leader import LeaderSettings, MixtureSettings
 from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSettings
 from align_cbrl.llm.settings.tracking import TrackingSettings
+from align_cbrl.plain import plain
 from align_cbrl.runs.config import fingerprint, to_dict
 from align_cbrl.runs.facts import facts_of
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
-from align_cbrl.runs.plain import plain
 
 from ..statistics import mean_and_error
 from .cache import being_made

@@ -10,7 +10,7 @@ from typing import Literal
 from datasets import DatasetDict
 
 from align_cbrl import InputError
-from align_cbrl.runs.plain import plain
+from align_cbrl.plain import plain
 
 from .cache import cached
 from .docstrings.policy import train_policy as train_docstring_policy

@@ -24,9 +24,9 @@ from align_cbrl.llm.scoring import (
     listed,
     score_arguments,
 )
+from align_cbrl.plain import plain
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.runs.plain import plain
 
 judge_identity = identity_of
 """The name under which a judge's scores are cached, which changes when the judge does; None if there is none."""
