@@ -308,7 +308,8 @@ class HPGD:
             correctable=self.config.correction != "off",
         )
         if certificate is not None and certificate.alarm is not None:
-            self._tell_once("alarm", f"leader step {self.step + 1}: {certificate.alarm} (docs/certificate.md)")
+            subject = "sampler" if certificate.missampled else "alarm"
+            self._tell_once(subject, f"leader step {self.step + 1}: {certificate.alarm} (docs/certificate.md)")
         return certificate
 
     def _pays(self, certificate: Certificate) -> bool:

@@ -351,6 +351,12 @@ class Follower(abc.ABC):
     def leader_stepped(self) -> None:
         """Called after the leader's step on the rollouts of the last `turn`. Default: nothing to do."""
 
+    def sampler_evidence(self) -> dict[str, float]:
+        """Nats of evidence that its paths are not samples of the policy that their log-probabilities belong to, by what
+        seems to be wrong (`SamplerEvidence.by_alternative`). Default: none is kept.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: nested dictionaries and lists of tensors, numbers, strings, booleans and None."""
         return {}

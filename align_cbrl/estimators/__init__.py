@@ -10,6 +10,7 @@ Modules:
     truncated: Truncated and RandomlyTruncated (RT-Q), for followers that are stopped early
     zeroth_order: ZerothOrder, finite differences of the leader's value
     certificate: Certificate, the estimated divergence of the follower from its best response
+    sampler_evidence: SamplerEvidence, whether completions are samples of the policy at all
     degenerate: completions whose group contributes no gradient
     replay: remembered batches, reweighted and used again
     search: successive halving over many starts

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from align_cbrl.checks import Count, checked
-from align_cbrl.distributed import gather_rows, own_rows, together
+from align_cbrl.distributed import gather_rows, own_rows, together, world_size
 from align_cbrl.estimators.hypergradient import check_reward
+from align_cbrl.estimators.sampler_evidence import ALARM, mean_evidence, sampler_alarm, total_evidence
 from align_cbrl.functional import best_response_gap, debiased_gap, effective_sample_size, tilt_weights
 from align_cbrl.problem import Problem, per_path
 from align_cbrl.rollouts import Rollouts
@@ -44,6 +45,8 @@ class Certificate:
         weight: [B], the importance weights with mean one in each group that turn the batch into samples of pi*; None
             when it is weighted already.
         alarm: what to change, in words, or None.
+        sampler_evidence: nats of evidence that the follower's completions are not samples of its policy, over the run
+            (`SamplerEvidence`); None where it keeps none. From `sampler_evidence.ALARM` on the alarm is about that.
     """
 
     gap: float | None
@@ -56,6 +59,7 @@ class Certificate:
     group_size: float
     weight: Tensor | None = dataclasses.field(repr=False, compare=False)
     alarm: str | None = None
+    sampler_evidence: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """The numbers, for a row of `HPGD.history`; `alarm` is 1 or 0."""
@@ -65,9 +69,15 @@ class Certificate:
             "gap_debiased": self.gap_debiased,
             "effective_sample_size": self.effective_sample_size,
             "kl": self.kl,
+            "sampler_evidence": self.sampler_evidence,
             "alarm": float(self.alarm is not None),
         }
         return {name: value for name, value in row.items() if value is not None}
+
+    @property
+    def missampled(self) -> bool:
+        """Whether the completions are not samples of the policy, so that all other numbers are of another one."""
+        return self.sampler_evidence is not None and self.sampler_evidence >= ALARM
 
     @property
     def correction_pays(self) -> bool:
@@ -162,7 +172,13 @@ def certify(
             group_size=whole.size / groups,
             weight=weight[own_rows(rollouts.size)] if whole.weight is None else None,
         )
-    return dataclasses.replace(found, alarm=_alarm(found, history, correctable))
+    evidence = _evidence(problem)
+    wrong = sampler_alarm(evidence) if evidence else None
+    return dataclasses.replace(
+        found,
+        alarm=_alarm(found, history, correctable) if wrong is None else wrong,
+        sampler_evidence=total_evidence(evidence) if evidence else None,
+    )
 
 
 def corrected(rollouts: Rollouts, certificate: Certificate) -> Rollouts:
@@ -182,6 +198,15 @@ def corrected(rollouts: Rollouts, certificate: Certificate) -> Rollouts:
     weight = certificate.weight.to(rollouts.mask.device)
     log_weight = weight.clamp(min=math.ulp(0.0)).log().to(rollouts.log_policy)
     return dataclasses.replace(rollouts, weight=weight, log_policy=rollouts.log_policy + log_weight[:, None])
+
+
+def _evidence(problem: Problem) -> dict[str, float]:
+    """Of all processes: each bets on what it sampled itself."""
+    own = problem.follower.sampler_evidence()
+    if not own or world_size() == 1:
+        return own
+    stakes = gather_rows(torch.tensor([list(own.values())], dtype=torch.float64))
+    return mean_evidence([dict(zip(own, row, strict=True)) for row in stakes.tolist()])
 
 
 def _mean_and_error(gaps: Tensor, log_ratio: Tensor) -> tuple[float, float]:

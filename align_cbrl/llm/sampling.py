@@ -14,9 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align_cbrl.checks import Count, Whole, checked
+from align_cbrl.estimators.sampler_evidence import SamplerEvidence
 from align_cbrl.llm.conversations import is_conversation
 from align_cbrl.llm.prompts import check_columns, positions_of, prompt_ids
 from align_cbrl.rollouts import Rollouts
+
+SHOWN_TOKENS = 512
+"""Tokens of a batch that a test of the sampler looks at."""
 
 
 @checked
@@ -167,6 +171,7 @@ def sample_completions(
     seed: Whole,
     batch_size: Count = 256,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    evidence: SamplerEvidence | None = None,
 ) -> Completions:
     """`group_size` completions of each prompt, from the policy itself: temperature 1, no truncation of its support.
 
@@ -181,6 +186,7 @@ def sample_completions(
         seed: of the sampling; torch's global generator is left as it was.
         batch_size: rows generated together.
         chat_template_kwargs: further arguments of the chat template.
+        evidence: is shown a part of the completions, with the policy's probabilities.
 
     Returns:
         B = len(context) * group_size completions.
@@ -212,7 +218,12 @@ def sample_completions(
                 width = encoded["input_ids"].shape[1]
                 ids = [_cut(row, ends) for row in output[:, width:].tolist()]
                 token_ids.extend(ids)
-                log_policy.append(completion_log_probs(policy, encoded, ids))
+                padded, mask = _pad_right(ids, policy.device)
+                logits = completion_logits(policy, encoded, padded, mask)
+                if evidence is not None:
+                    show_evidence(evidence, logits, encoded, padded, mask, ends)
+                log_policy.append(_summed(logits, padded, mask))
+                del logits  # the largest tensor there is, before the prior makes another
                 log_prior.append(log_policy[-1] if prior is None else completion_log_probs(prior, encoded, ids))
     finally:
         policy.train(training)
@@ -255,25 +266,82 @@ def completion_log_probs(model: PreTrainedModel, prompt: Mapping[str, Tensor], t
         prompt: "input_ids" and "attention_mask" [B, P], padded on the left.
         token_ids: B completions, unpadded.
     """
-    length = max(len(ids) for ids in token_ids)
-    device = prompt["input_ids"].device
-    padded = torch.zeros(len(token_ids), length, dtype=torch.long, device=device)  # [B, L]
-    mask = torch.zeros_like(padded)
-    for row, ids in enumerate(token_ids):
-        padded[row, : len(ids)] = torch.tensor(ids, device=device)
-        mask[row, : len(ids)] = 1
-    input_ids = torch.cat([prompt["input_ids"], padded], dim=1)  # [B, P + L]
+    padded, mask = _pad_right(token_ids, prompt["input_ids"].device)
+    return _summed(completion_logits(model, prompt, padded, mask), padded, mask)
+
+
+@torch.no_grad()
+def completion_logits(model: Any, prompt: Mapping[str, Tensor], completion: Tensor, mask: Tensor) -> Tensor:
+    """The model's logits before each token of completions, [B, L, V].
+
+    Args:
+        model: a causal language model.
+        prompt: "input_ids" and "attention_mask" [B, P], padded on the left.
+        completion: long [B, L], padded on the right.
+        mask: [B, L].
+    """
+    input_ids = torch.cat([prompt["input_ids"], completion], dim=1)  # [B, P + L]
     attention = torch.cat([prompt["attention_mask"], mask], dim=1)
     further = {"position_ids": positions(attention)} if needs_position_ids(model) else {}
-    logits = model(input_ids=input_ids, attention_mask=attention, logits_to_keep=length + 1, **further).logits[:, :-1]
-    chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, padded[..., None])[..., 0]  # [B, L]
-    return (chosen * mask).double().sum(1).cpu()
+    output = model(input_ids=input_ids, attention_mask=attention, logits_to_keep=completion.shape[1] + 1, **further)
+    logits: Tensor = output.logits[:, :-1]
+    return logits
+
+
+def shown_rows(rows: int, length: int) -> Tensor:
+    """Which rows of a batch of completions a test of the sampler looks at: some 512 tokens, however large the batch.
+
+    Example:
+        >>> shown_rows(8, 256).tolist()
+        [0, 7]
+    """
+    return torch.linspace(0, rows - 1, min(rows, max(1, SHOWN_TOKENS // length))).long()
+
+
+def show_evidence(
+    evidence: SamplerEvidence,
+    logits: Tensor,
+    prompt: Mapping[str, Tensor],
+    completion: Tensor,
+    mask: Tensor,
+    ends: Sequence[int],
+) -> None:
+    """Show a part of a batch to a test of the sampler; of a long prompt its end, of a long completion its beginning.
+
+    Args:
+        evidence: the test.
+        logits: [B, L, V] of the policy that was sampled.
+        prompt: "input_ids" and "attention_mask" [B, P], padded on the left.
+        completion: long [B, L], padded on the right.
+        mask: [B, L].
+        ends: tokens that end a completion.
+    """
+    rows = shown_rows(*completion.shape)
+    of_prompt = (prompt[name][rows, -SHOWN_TOKENS // 2 :] for name in ("input_ids", "attention_mask"))
+    shown = (value[rows, :SHOWN_TOKENS] for value in (logits, completion, mask))
+    evidence.add(*shown, *of_prompt, ends=ends)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cut `count` rows into pieces of at most `size`."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def _pad_right(token_ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Completions and their mask, long [B, L]."""
+    padded = torch.zeros(len(token_ids), max(len(ids) for ids in token_ids), dtype=torch.long, device=device)
+    mask = torch.zeros_like(padded)
+    for row, ids in enumerate(token_ids):
+        padded[row, : len(ids)] = torch.tensor(ids, device=device)
+        mask[row, : len(ids)] = 1
+    return padded, mask
+
+
+def _summed(logits: Tensor, completion: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of whole completions, float64 [B] on the CPU."""
+    chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, completion[..., None])[..., 0]  # [B, L]
+    return (chosen * mask).double().sum(1).cpu()
 
 
 def _cut(ids: list[int], ends: list[int]) -> list[int]:

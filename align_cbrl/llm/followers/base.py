@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import initialize
 from align_cbrl.errors import InputError
+from align_cbrl.estimators.sampler_evidence import SamplerEvidence
 from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.loading import loading
@@ -82,6 +83,7 @@ class LanguageFollower(Follower):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # Dropout has no place in a policy whose log-probabilities are compared. float32 whatever the checkpoint's type:
         # a policy trained in lower precision would not settle.
+        self._evidence = SamplerEvidence()
         self._load_settings: dict[str, Any] = without_dropout(config)
 
     def check(self, prompts: Dataset) -> None:
@@ -112,6 +114,7 @@ class LanguageFollower(Follower):
         group_size: int,
         seed: int,
         batch_size: int = 256,
+        evidence: SamplerEvidence | None = None,
     ) -> Completions:
         """Completions of any prompts, asked and cut as the follower's own are; what a policy is measured on.
 
@@ -123,6 +126,7 @@ class LanguageFollower(Follower):
             group_size: completions of each.
             seed: of the sampling.
             batch_size: rows generated together.
+            evidence: is shown a part of the completions.
         """
         return sample_completions(
             policy,
@@ -135,7 +139,12 @@ class LanguageFollower(Follower):
             seed,
             batch_size,
             self.chat_template_kwargs,
+            evidence,
         )
+
+    def sampler_evidence(self) -> dict[str, float]:
+        """See `Follower.sampler_evidence`; of the policy's samples, in training and for the leader."""
+        return self._evidence.by_alternative()
 
     def _load(self) -> PreTrainedModel:
         with loading("model", self.model_path):

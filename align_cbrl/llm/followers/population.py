@@ -10,6 +10,7 @@ from torch import Tensor
 
 from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
+from align_cbrl.estimators.sampler_evidence import mean_evidence
 from align_cbrl.llm.followers.base import LanguageFollower
 from align_cbrl.problem import Follower, Leader
 from align_cbrl.rollouts import Rollouts
@@ -105,6 +106,12 @@ class Population(Follower):
         """Every member hears of it."""
         for member in self.members:
             member.leader_stepped()
+
+    def sampler_evidence(self) -> dict[str, float]:
+        """See `Follower.sampler_evidence`; the mean of the members' stakes."""
+        found = [member.sampler_evidence() for member in self.members]
+        found = [evidence for evidence in found if evidence]
+        return mean_evidence(found) if found else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The members' states."""

@@ -74,7 +74,14 @@ class TiltedFollower(LanguageFollower):
             self._policy = self._load().eval()
         seed = int(torch.randint(2**31, (1,), generator=generator))
         sample = self.answers(
-            self._policy, None, self.prompts, contexts.tolist(), group_size, seed, batch_size=self.batch_size
+            self._policy,
+            None,
+            self.prompts,
+            contexts.tolist(),
+            group_size,
+            seed,
+            batch_size=self.batch_size,
+            evidence=self._evidence,
         )
         untilted = self._leader.prepare(sample.rollouts())
         with torch.no_grad():
@@ -90,3 +97,12 @@ class TiltedFollower(LanguageFollower):
             log_prior=sample.log_prior,
             weight=weight,
         ).knowing(untilted.known)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The evidence about its samples; the policy itself never changes."""
+        return {"sampler": self._evidence.state_dict()} if self._evidence.batches else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if state:
+            self._evidence.load_state_dict(state["sampler"])

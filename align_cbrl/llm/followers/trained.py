@@ -293,7 +293,9 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         """As `rollout`, before it becomes rollouts."""
         self._check_whole("samples between trainings")
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        return self.answers(self.policy, self.prior, self.prompts, contexts.tolist(), group_size, seed)
+        return self.answers(
+            self.policy, self.prior, self.prompts, contexts.tolist(), group_size, seed, evidence=self._evidence
+        )
 
     def turn(
         self, leader: Leader, step: int, *, contexts_per_step: int, group_size: int, seed: int
@@ -370,10 +372,11 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         finished or not.
         """
         self._check_whole("checkpoint", with_moments=True)
+        sampler = {"sampler": self._evidence.state_dict()} if self._evidence.batches else {}
         if self._trainer is None or self._trainer.optimizer is None:
-            return {}
+            return sampler
         seen = None if self._handed_out is None else self._of_all_ranks
-        return {
+        return sampler | {
             "policy": {name: value.detach().to("cpu", copy=True) for name, value in self._trainable().items()},
             "optimizer": _copied(self._trainer.optimizer.state_dict()),
             "steps": self._steps,
@@ -396,7 +399,9 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         Raises:
             InputError: the state of another policy.
         """
-        if not state:
+        if "sampler" in state:
+            self._evidence.load_state_dict(state["sampler"])
+        if "policy" not in state:
             self.reset()
             return
         self._check_whole("checkpoint", with_moments=True)
@@ -574,6 +579,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             trainer.remove_callback(PrinterCallback)
             trainer.kl_price = lambda: this._kl_price()
             trainer.columns_of = lambda rows: repeat_columns(this.prompts, rows)
+            trainer.evidence = self._evidence
             prepare_observed(trainer)
             self._trainer = trainer
             self._initial = (

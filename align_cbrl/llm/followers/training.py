@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import any_rank, broadcast_, gather_rows, is_main
+from align_cbrl.estimators.sampler_evidence import sampler_alarm, total_evidence
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm.followers.trained import TrainedFollower
 from align_cbrl.llm.leaders.base import LanguageLeader
@@ -46,7 +48,8 @@ def train_follower(
         follower: a fresh follower, or one to continue.
         leader: its reward is not changed.
         steps: optimizer steps in all.
-        out: folder for metrics.jsonl (`step`, `reward`, `kl`, `gap` in nats, and the monitor's) and checkpoints/.
+        out: folder for metrics.jsonl (`step`, `reward`, `kl`, `gap` and `sampler_evidence` in nats, and the
+            monitor's) and checkpoints/.
         fingerprint: of the configuration; a checkpoint of another one is refused.
         monitor: further metrics of the newest batch; in several processes, of rank 0's part of it.
         log_every: steps between rows.
@@ -67,7 +70,7 @@ def train_follower(
         if found is not None:
             done, state = found
             follower.load_state_dict(state)
-        before, whole = done, True
+        before, whole, warned = done, True, False
         log = MetricsLog(out / "metrics.jsonl")
         log.truncate_after(done + 1)
         bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
@@ -77,8 +80,12 @@ def train_follower(
             save_checkpoint(out / "checkpoints", done, follower.state_dict(), fingerprint=fingerprint)
 
         def on_step(taken: int) -> bool:
-            nonlocal done, whole
+            nonlocal done, whole, warned
             done, whole = before + taken, False  # its row is missing yet
+            wrong = sampler_alarm(follower.sampler_evidence())
+            if wrong is not None and not warned and is_main():
+                warned = True
+                warnings.warn(f"{name}, step {done}: {wrong} (docs/certificate.md)", stacklevel=2)
             if done % log_every == 0 or done == steps:
                 rollouts = follower.newest
                 log.append(
@@ -111,4 +118,9 @@ def _summary(follower: TrainedFollower, leader: LanguageLeader, rollouts: Rollou
     assert rollouts.log_policy is not None and rollouts.log_prior is not None  # trained followers give both
     divergence = (rollouts.log_policy - rollouts.log_prior)[:, 0]
     gap = best_response_gap(reward / temperature - divergence, rollouts.group[:, 0])
-    return {"reward": reward.mean().item(), "kl": divergence.mean().item(), "gap": gap.mean().item()}
+    return {
+        "reward": reward.mean().item(),
+        "kl": divergence.mean().item(),
+        "gap": gap.mean().item(),
+        "sampler_evidence": total_evidence(follower.sampler_evidence()),
+    }

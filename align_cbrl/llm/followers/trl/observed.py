@@ -22,10 +22,22 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
+from trl.models.utils import disable_gradient_checkpointing
 
 from align_cbrl.errors import InputError, first_line
+from align_cbrl.estimators.sampler_evidence import SamplerEvidence
 from align_cbrl.llm.followers.trl.settings import Fields
-from align_cbrl.llm.sampling import Completions, add_position_ids, generation_config, sampled_by
+from align_cbrl.llm.sampling import (
+    SHOWN_TOKENS,
+    Completions,
+    add_position_ids,
+    completion_logits,
+    end_tokens,
+    generation_config,
+    sampled_by,
+    show_evidence,
+    shown_rows,
+)
 from align_cbrl.llm.scoring import copied
 from align_cbrl.problem import step_seed
 
@@ -54,6 +66,7 @@ class ObservedTrainer(Trainer):
         kl_price: lambda, asked for anew at every step.
         columns_of: the user's columns at rows of the prompts.
         first_step: optimizer steps before this train() call.
+        evidence: against the sampler, of all batches so far.
     """
 
     observed: Completions | None = None
@@ -62,6 +75,7 @@ class ObservedTrainer(Trainer):
     kl_price: Callable[[], float]
     columns_of: Callable[[Sequence[int]], dict[str, list[Any]]]
     first_step: int = 0
+    evidence: SamplerEvidence
 
     _log_probs_seen: list[Tensor]
     _kept: tuple[Tensor, Tensor] | None = None
@@ -99,6 +113,7 @@ class ObservedTrainer(Trainer):
         set_seed(seed % 2**32)
         self._log_probs_seen, self._kept = [], None
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self._test_sampler(output)
         completions, token_ids = self._scored
         mask = output["completion_mask"].to(torch.float64)
         policy, prior = ((seen.double() * mask).sum(1).cpu() for seen in self._log_probs_seen[:2])  # [B, L] -> [B]
@@ -114,6 +129,17 @@ class ObservedTrainer(Trainer):
         self._log_probs_seen = []
         output["place"] = torch.arange(len(inputs))  # shuffled with the rest, to find the kept log-probabilities by
         return output
+
+    @torch.no_grad()
+    def _test_sampler(self, batch: dict[str, Any]) -> None:
+        """Whether what was sampled is the policy's, on a few completions, whose logits cost one small forward pass."""
+        rows = shown_rows(*batch["completion_ids"].shape)
+        prompt = {"input_ids": batch["prompt_ids"][rows], "attention_mask": batch["prompt_mask"][rows]}
+        completion = [batch[f"completion_{name}"][rows, :SHOWN_TOKENS] for name in ("ids", "mask")]
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logits = completion_logits(self.model, prompt, *completion)
+        policy = self.accelerator.unwrap_model(self.model)
+        show_evidence(self.evidence, logits, prompt, *completion, ends=end_tokens(policy, self._tokenizer))
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         policy = self.accelerator.unwrap_model(self.model)
