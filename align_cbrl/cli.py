@@ -28,6 +28,7 @@ from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, rec
 from align_cbrl.runs.interrupt import acting_interrupt
 from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.run_folder import ABOUT, claim, finish, nothing_kept, read_about, read_summary
+from align_cbrl.runs.secrets import redact
 
 _DESCRIPTION = """\
 Contextual bilevel reinforcement learning for RLHF.
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"error: {error}", 3)
         if options.command is not _run:
             raise
-        traceback.print_exc()  # of nobody's making that we know of: where it was raised is needed to mend it
+        print(redact(traceback.format_exc()), file=sys.stderr)  # it is not ours: where it was raised is needed
         return _stopped(options, arguments, f"stopped by {type(error).__name__}: {first_line(error)}")
     finally:
         warnings.formatwarning = usual
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _warning_line(message: Warning | str, *where: Any, **more: Any) -> str:
     """A warning without the file and line that raised it."""
-    return f"warning: {message}\n"
+    return f"warning: {redact(str(message))}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -356,7 +357,7 @@ def _stopped(options: argparse.Namespace, arguments: Sequence[str], message: str
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    print(redact(message), file=sys.stderr)
     return code
 
 

@@ -18,6 +18,7 @@ from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError, RunStopped, first_line
 from align_cbrl.llm.prompts import check_columns
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.secrets import redact
 
 RETRIES, WAIT = 3, 0.5
 """How often a function that raises is asked again, and the seconds before the first time."""
@@ -118,8 +119,8 @@ def call_patiently(
             if attempt == retries or after > _LONGEST_WAIT:
                 how = f"on all {attempt + 1} attempts" if after <= _LONGEST_WAIT else f"and asks to wait {after:g} s"
                 raise RunStopped(
-                    f"{name}: raised {type(error).__name__} {how} ({first_line(error)}); the run is saved up to its "
-                    "last step; see to it that it answers, and resume"
+                    f"{name}: raised {type(error).__name__} {how} ({redact(first_line(error))}); the run is saved up "
+                    "to its last step; see to it that it answers, and resume"
                 ) from error
             # With jitter, so that several runs do not retry at the same time.
             time.sleep(max(after, min(60.0, wait * 2**attempt * _jitter.uniform(0.5, 1.5))))
@@ -185,7 +186,7 @@ def is_number(score: Any) -> bool:
     """Whether `score` is a finite number."""
     try:
         return not isinstance(score, (str, bytes)) and math.isfinite(score)
-    except TypeError:
+    except (TypeError, OverflowError):  # an integer of more than 308 digits
         return False
 
 

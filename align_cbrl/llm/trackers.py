@@ -22,6 +22,7 @@ from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import nearest
 from align_cbrl.runs.facts import flat
+from align_cbrl.runs.secrets import redact, redacted
 
 Utility = Callable[[Leader, Rollouts], Tensor]
 _COLUMNS = ["prompt", "completion", "judge", "reward"]
@@ -94,7 +95,9 @@ class Tracker:
                     elif table and tracker.name != "mlflow":  # it takes numbers only
                         tracker.log({"samples": markdown(_COLUMNS, table)}, step=step)
             except Exception as error:  # of somebody else's service, and of any kind
-                warnings.warn(f"report_to {self.names}: step {step} was not tracked: {error!r}", stacklevel=2)
+                warnings.warn(
+                    f"report_to {self.names}: step {step} was not tracked: {redact(repr(error))}", stacklevel=2
+                )
         self._scores.clear()
 
     def close(self) -> None:
@@ -119,7 +122,8 @@ class Tracker:
                     settings["purge_step"] = step  # a resumed run takes some steps again
                 tracker = kind(self.project, **settings)
                 tracker.start()
-                tracker.store_init_configuration({key: _plain(value) for key, value in flat(self.config).items()})
+                config = flat(redacted(self.config))
+                tracker.store_init_configuration({key: _plain(value) for key, value in config.items()})
                 self._trackers.append(tracker)
         return self._trackers
 

@@ -9,6 +9,8 @@ Modules:
     metrics: JSON lines, truncated on resume
     files: written whole and durably, or not at all
     lock: one process at a time in a folder
+    secrets: kept out of what is written
+    facts: what a run's numbers depend on
     interrupt: Ctrl-C and schedulers' signals between leader steps
     report: tables, curves and samples as one HTML file
     compare: several runs side by side

@@ -29,6 +29,7 @@ from align_cbrl.runs.config import fingerprint as fingerprint_of
 from align_cbrl.runs.config import to_plain
 from align_cbrl.runs.facts import differences_in_words
 from align_cbrl.runs.files import in_words, put_in_place, sync_folder, write_synced
+from align_cbrl.runs.secrets import redacted
 
 _FORMAT = 1
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
@@ -84,7 +85,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[Any, Any], *, fingerpri
             "format": _FORMAT,
             "step": step,
             "fingerprint": _mark(fingerprint),
-            "facts": None if isinstance(fingerprint, str) else to_plain(fingerprint),
+            "facts": None if isinstance(fingerprint, str) else redacted(to_plain(fingerprint)),
             "tensors": {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()},
             "state_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "state": tree,
@@ -164,7 +165,8 @@ def _read(checkpoint: Path, fingerprint: Identity) -> tuple[int, dict[Any, Any]]
         facts = manifest.get("facts")
         differing = f"{manifest['fingerprint'][:12]}, this one is {_mark(fingerprint)[:12]}"
         if facts is not None and not isinstance(fingerprint, str):
-            differing = f"different: {differences_in_words(facts, to_plain(fingerprint))}"
+            words = differences_in_words(facts, redacted(to_plain(fingerprint)))
+            differing = f"different: {words or 'a secret'}"
         raise CheckpointError(
             f"{checkpoint} belongs to another configuration ({differing}): resume with the configuration it was made "
             "with, or choose another --out, or start again without --resume"

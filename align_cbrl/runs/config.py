@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +21,11 @@ from align_cbrl.errors import InputError
 T = TypeVar("T")
 Path_ = tuple[str, ...]  # where a value stands in a configuration: ("hpgd", "steps")
 
+_LARGEST_FILE = 2**18  # characters
+_LARGEST_INTEGER = 10**308  # that a float can be
+_MOST_VALUES = 100_000
+_DEEPEST = 40
+_LONGEST_NUMBER = 400  # characters
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-3 as a string
 
 
@@ -163,10 +169,15 @@ class _Builder:
         if hint is type(None) and given is None:
             return None
         if hint is float:
-            if isinstance(given, str) and _NUMBER.fullmatch(given):
-                return float(given)
-            if isinstance(given, (int, float)) and not isinstance(given, bool):
-                return float(given)
+            number = None
+            if isinstance(given, str) and len(given) <= _LONGEST_NUMBER and _NUMBER.fullmatch(given):
+                number = float(given)
+            elif isinstance(given, (int, float)) and not isinstance(given, bool):
+                number = float(given) if abs(given) < _LARGEST_INTEGER else math.inf
+            if number is not None and math.isfinite(number):
+                return number
+            if number is not None:
+                raise self._error(at, f"expected a finite number, got {_describe(given)}")
         elif hint is int:
             if isinstance(given, int) and not isinstance(given, bool):
                 return given
@@ -258,13 +269,11 @@ def _contains(tree: Any, at: Path_) -> bool:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_FILE + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the configuration: {_reason(error)}") from error
-    try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    tree = _parsed(str(path), "not valid YAML", text)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -272,18 +281,74 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, in which a key stands once: the standard loader would drop the first one silently."""
+def _parsed(source: str, wrong: str, text: str) -> Any:
+    """The tree of a YAML text; whatever is wrong with it is said in words, and soon."""
+    if len(text) > _LARGEST_FILE:
+        raise InputError(f"{source}: {wrong}: expected a configuration, got more than {_LARGEST_FILE:,} characters")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: {wrong}: {' '.join(str(error).split())[:300]}") from error
+    except RecursionError:
+        raise InputError(f"{source}: {wrong}: it is nested more than {_DEEPEST} deep") from None
+    except (ValueError, OverflowError, TypeError) as error:  # a date with a 13th month, a number that is none
+        raise InputError(f"{source}: {wrong}: {str(error)[:300]}") from error
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.value != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML that a configuration can be made of: a tree of moderate size, whose keys are texts and stand once."""
+
+    _depth = 0
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            self._check(node, {}, set())
+        return node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > 2 * _DEEPEST:  # the scanner is slow where it is deep; aliases are counted later
+            raise RecursionError
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def _check(self, node: Any, sizes: dict[int, int], inside: set[int]) -> int:
+        """How many nodes there are below, aliases written out, as whoever reads the tree will see them."""
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in inside:
+            raise _refused("it contains itself", node)
+        if len(inside) > _DEEPEST:
+            raise RecursionError
+        inside.add(id(node))
+        size = 1
+        if isinstance(node, yaml.ScalarNode):
+            number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            if number and len(node.value) > _LONGEST_NUMBER:
+                raise _refused(f"it is a number of {len(node.value):,} digits", node)
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise _refused("expected a key that is a text, got a list or a mapping", key)
+                if key.value in seen and key.value != "<<":  # the standard loader would drop the first one silently
+                    raise _refused(f"the key {key.value!r:.60} stands twice", key)
+                seen.add(key.value)
+                size += 1 + self._check(value, sizes, inside)
+        else:
+            size += sum(self._check(value, sizes, inside) for value in node.value)
+        if size > _MOST_VALUES:
+            raise _refused(f"its aliases stand for more than {_MOST_VALUES:,} values", node)
+        inside.discard(id(node))
+        sizes[id(node)] = size
+        return size
+
+
+def _refused(why: str, node: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
 
 
 def tag(cls: Any) -> tuple[str, tuple[str, ...]]:
@@ -311,10 +376,9 @@ def _apply(tree: dict[str, Any], override: str) -> Path_:
     keys = tuple(name.strip().split("."))
     if not equals or not all(keys):
         raise InputError(f"--set {override}: expected key=value or key.sub=value, such as hpgd.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    if len(keys) > _DEEPEST:
+        raise InputError(f"--set {override:.60}...: it is nested more than {_DEEPEST} deep")
+    value = _parsed(f"--set {override:.200}", "the value is not valid YAML", text)
     node: Any = tree
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1

@@ -26,6 +26,7 @@ from align_cbrl.runs.files import read_json, write_whole
 from align_cbrl.runs.imports import recipe_of
 from align_cbrl.runs.lock import LOCK
 from align_cbrl.runs.metrics import finite
+from align_cbrl.runs.secrets import redact, redacted
 
 ABOUT = "run.json"
 CONFIG = "config.yaml"
@@ -69,8 +70,8 @@ def claim(out: Path, config: Any, *, recipe: str, free: Collection[str] = ()) ->
     """
     out.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(type(config)) or recipe
-    ours = json.loads(json.dumps(to_dict(config)))
-    facts = facts_of(config)
+    ours = json.loads(json.dumps(redacted(to_dict(config))))
+    facts = redacted(facts_of(config))
     sessions = _refuse_another(out, recipe, ours, facts, free) if (out / ABOUT).exists() else []
     for key in (key for key, value in facts.items() if value == UNREADABLE):
         warnings.warn(
@@ -247,7 +248,7 @@ def _refuse_another(
 
 def _session() -> dict[str, Any]:
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": _now(),
         "ended": None,
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},

@@ -13,6 +13,7 @@ from typing import Any
 from align_cbrl.runs.config import fingerprint
 from align_cbrl.runs.files import put_in_place, sync_tree, write_whole
 from align_cbrl.runs.lock import in_turn
+from align_cbrl.runs.secrets import redacted
 
 
 def cached(cache: Path, name: str, facts: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
@@ -33,7 +34,7 @@ def cached(cache: Path, name: str, facts: Mapping[str, Any], build: Callable[[Pa
         began = time.perf_counter()
         build(partial)
         made = {"facts": dict(facts), "seconds": time.perf_counter() - began}
-        write_whole(partial / "stage.json", json.dumps(made, indent=2, default=str))
+        write_whole(partial / "stage.json", json.dumps(redacted(made), indent=2, default=str))
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # the finished model has replaced them
         sync_tree(partial)
         put_in_place(partial, folder)

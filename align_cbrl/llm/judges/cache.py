@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from align_cbrl.checks import checked
 from align_cbrl.errors import InputError, RunStopped
+from align_cbrl.runs.files import in_words
 
 _AT_ONCE = 500  # keys in one query
+_TABLES = {"scores": ["key", "score"], "spent": ["judge", "completions"]}
 
 
 @checked
@@ -42,8 +46,14 @@ class JudgeCache:
         self._scores: dict[str, float] = {}
         self._spent: Counter[str] = Counter()
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self.path.is_file() and self.path.stat().st_size == 0:
+                    warnings.warn(f"judge cache {self.path}: is empty; what was in it is asked again", stacklevel=2)
+            except OSError as error:
+                raise InputError(f"judge cache {self.path}: {in_words(error)}; name another path") from error
             with self._database() as database:
+                self._refuse_another(database)
                 database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
                 database.execute("CREATE TABLE IF NOT EXISTS spent (judge TEXT PRIMARY KEY, completions INTEGER)")
 
@@ -57,6 +67,12 @@ class JudgeCache:
                 some = list(keys[start : start + _AT_ONCE])
                 marks = ", ".join("?" * len(some))
                 found.update(database.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", some))
+        for key, score in found.items():
+            if not (isinstance(score, float) and math.isfinite(score)):
+                raise InputError(
+                    f"judge cache {self.path}: expected a finite number for the key {key}, got {score!r:.60}; "
+                    "something else has written into it; move it away or name another path"
+                )
         return found
 
     def add(self, judge: str, scores: Mapping[str, float]) -> None:
@@ -80,6 +96,17 @@ class JudgeCache:
         with self._database() as database:
             row = database.execute("SELECT completions FROM spent WHERE judge = ?", (judge,)).fetchone()
         return 0 if row is None else int(row[0])
+
+    def _refuse_another(self, database: sqlite3.Connection) -> None:
+        """Another program's database is left as it is."""
+        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for name in names:
+            columns = [row[1] for row in database.execute(f"SELECT * FROM pragma_table_info({name!r})")]
+            if columns != _TABLES.get(name):
+                raise InputError(
+                    f"judge cache {self.path}: expected a cache that align-cbrl wrote, got a database with a table "
+                    f"{name!r} of {columns}; name another path"
+                )
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:

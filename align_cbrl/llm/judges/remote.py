@@ -6,6 +6,8 @@ import email.utils
 import http.client
 import json
 import os
+import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -15,8 +17,12 @@ from typing import Any
 
 from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
+from align_cbrl.llm.scoring import is_number
+from align_cbrl.runs.secrets import HIDDEN, redact
 
 _LARGEST_ANSWER = 64 * 2**20  # bytes
+_LARGEST_SCORE = 1e30  # its square, and sums of those, are still numbers
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -51,7 +57,7 @@ class RemoteJudge:
         url: https; http is allowed without a token, or to this machine.
         columns: columns of the data that are sent along.
         rate: largest number of requests per second; None: no limit.
-        timeout: seconds without a byte received after which a request fails.
+        timeout: seconds after which a request fails, from the connection to the last byte of the answer.
         token_variable: name of the environment variable that holds a bearer token. It is read anew for every request
             and not stored.
         version: of the judge on the server, which is part of its identity in a cache. Change it when the judge changes.
@@ -77,22 +83,30 @@ class RemoteJudge:
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"RemoteJudge.url: expected http://... or https://..., got {url!r}")
+            raise InputError(f"RemoteJudge.url: expected http://... or https://..., got {redact(url)!r}")
+        if HIDDEN in url:
+            raise InputError("RemoteJudge.url: its key was left out when it was written down; put it in again")
         if parts.username or parts.password:
             raise InputError(
                 "RemoteJudge.url: expected no password in it; name an environment variable in token_variable"
             )
         if token_variable is not None and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
-            raise InputError(f"RemoteJudge.url: {url!r} would carry the token unencrypted; use https")
+            raise InputError(f"RemoteJudge.url: {redact(url)!r} would carry the token unencrypted; use https")
+        if token_variable is not None and not (_VARIABLE.fullmatch(token_variable) or token_variable in os.environ):
+            raise InputError(
+                "RemoteJudge.token_variable: expected the name of an environment variable, such as JUDGE_TOKEN, got "
+                "something else; the token itself belongs into that variable"
+            )
         for name, value in (("rate", rate), ("timeout", timeout)):
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"RemoteJudge.{name}: expected a positive number, got {value}")
         self.url = url
+        self._name = f"judge {redact(url)}"
         self.columns = list(columns)
         self.rate = rate
         self.timeout = timeout
         self.token_variable = token_variable
-        self.identity = f"{url} version {version}"
+        self.identity = f"{redact(url)} version {version}"
         self._next = 0.0  # earliest time of the next request that the rate allows
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -106,40 +120,73 @@ class RemoteJudge:
                 environment variable that is not set.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        token = ""
         if self.token_variable is not None:
             token = os.environ.get(self.token_variable, "").strip()
             if not token:
-                raise InputError(
-                    f"judge {self.url}: expected a token in the environment variable {self.token_variable}"
-                )
+                raise InputError(f"{self._name}: expected a token in the environment variable {self.token_variable}")
             headers["Authorization"] = f"Bearer {token}"
         body = json.dumps(arguments, default=_plain).encode()
+
+        def said(text: str) -> str:  # a server may echo what it was sent
+            return redact(text.replace(token, HIDDEN) if token else text)
+
         self._wait_for_the_rate()
         try:
             request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
-            with self._opener.open(request, timeout=self.timeout) as response:
-                text = response.read(_LARGEST_ANSWER + 1)
+            text = self._answer(request)
         except urllib.error.HTTPError as error:
-            with error:
-                detail = error.read(200).decode(errors="replace").strip()
-            message = f"judge {self.url}: status {error.code} {error.reason}: {detail}"
+            message = said(f"{self._name}: status {error.code} {error.reason}: {error.detail}")  # type: ignore[attr-defined]
             if error.code in (408, 425, 429) or error.code >= 500:
-                raise JudgeUnavailable(message, _seconds(error.headers.get("Retry-After"))) from error
-            raise InputError(f"{message}; repair the request, the URL or the token") from error
+                raise JudgeUnavailable(message, _seconds(error.headers.get("Retry-After"))) from None
+            raise InputError(f"{message}; repair the request, the URL or the token") from None
         except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out or incomplete
-            raise JudgeUnavailable(f"judge {self.url}: no answer: {error}") from error
+            raise JudgeUnavailable(said(f"{self._name}: no answer: {error}")) from None
         if len(text) > _LARGEST_ANSWER:
-            raise InputError(f"judge {self.url}: its answer is longer than {_LARGEST_ANSWER} bytes")
+            raise InputError(f"{self._name}: its answer is longer than {_LARGEST_ANSWER} bytes")
+        start = said(repr(text[:80]))
         try:
             answer = json.loads(text)
-        except ValueError as error:
-            raise JudgeUnavailable(f"judge {self.url}: expected JSON, got {text[:80]!r}") from error
+        except (ValueError, RecursionError):  # no JSON, nested without end, or a number of thousands of digits
+            raise JudgeUnavailable(f"{self._name}: expected JSON, got {start}") from None
         scores = answer.get("scores") if isinstance(answer, dict) else answer
         if not isinstance(scores, list):
             raise InputError(
-                f"judge {self.url}: expected a list of numbers or an object with one under 'scores', got {text[:80]!r}"
+                f"{self._name}: expected a list of numbers or an object with one under 'scores', got {start}"
             )
-        return scores
+        # JSON's true is no score, though Python counts it among the numbers, and no square of 1e200 is finite. `Judge`
+        # refuses texts, and keeps the other scores of the batch.
+        return [
+            str(score) if isinstance(score, bool) or (is_number(score) and abs(score) > _LARGEST_SCORE) else score
+            for score in scores
+        ]
+
+    def _answer(self, request: urllib.request.Request) -> bytes:
+        """The body of the answer, within `timeout` in all: a socket's own begins anew with every byte.
+
+        The request is made in a thread, which is left behind where a server drips on; what it gets is dropped.
+        """
+        found: list[bytes | Exception] = []
+
+        def ask() -> None:
+            try:
+                with self._opener.open(request, timeout=self.timeout) as response:
+                    found.append(response.read(_LARGEST_ANSWER + 1))
+            except urllib.error.HTTPError as error:
+                with error:
+                    error.detail = error.read(200).decode(errors="replace").strip()  # type: ignore[attr-defined]
+                found.append(error)
+            except Exception as error:  # raised again where the judge was asked
+                found.append(error)
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if not found:
+            raise TimeoutError(f"timed out after {self.timeout:g} s")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
 
     def _wait_for_the_rate(self) -> None:
         if self.rate is None:

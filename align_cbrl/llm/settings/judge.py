@@ -13,6 +13,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel
 from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.secrets import redact, redacted
 
 PRACTICAL = ("budget", "cache", "retries", "wait", "rate", "timeout", "token_variable")
 """Settings that change no score, so that a run may be resumed with others: a larger budget, say."""
@@ -150,7 +151,7 @@ class RemoteSettings(_Judge):
 
     @property
     def _name(self) -> str:
-        return self.url
+        return redact(self.url)
 
     def _source(self) -> Callable[..., Any]:
         return RemoteJudge(
@@ -174,10 +175,10 @@ JudgeSettings = FunctionSettings | RewardModelJudgeSettings | RemoteSettings
 
 
 def judge_facts(settings: JudgeSettings) -> dict[str, Any]:
-    """The settings that scores depend on.
+    """The settings that scores depend on, without secrets.
 
     Example:
         >>> judge_facts(RewardModelJudgeSettings(reward_model="a/model", budget=9))
         {'batch_size': None, 'reward_model': 'a/model'}
     """
-    return {name: value for name, value in to_dict(settings).items() if name not in PRACTICAL}
+    return {name: value for name, value in redacted(to_dict(settings)).items() if name not in PRACTICAL}
