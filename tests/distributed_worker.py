@@ -290,12 +290,27 @@ def hpgd(folder: Path, *, die_at: int | None = None, inside: bool = True) -> dic
         seen.extend(zip(rollouts.steps["prompt"], rollouts.steps["completion_ids"], strict=True))
         return enumeration.judge(leader, rollouts)
 
+    copies, state_dict = 0, follower.state_dict
+
+    def copied() -> dict[str, Any]:
+        nonlocal copies
+        copies += 1
+        return state_dict()
+
+    follower.state_dict = copied  # type: ignore[method-assign]
     optimizer = torch.optim.Adam(leader.parameters(), lr=0.05, maximize=True)
     config = HPGDConfig(steps=4, contexts_per_step=3, group_size=6, checkpoint_every=1, progress=False)
     run = HPGD(Problem(leader, ExpectedUtility(judge), follower), optimizer, config=config, out=folder / "run")
     run.run(resume=True)
     policy = {name: value.detach() for name, value in follower.policy.named_parameters()}
-    return {"x": leader.x.detach(), "policy": policy, "seen": seen, "steps": len(run.history), "mark": run.fingerprint}
+    return {
+        "x": leader.x.detach(),
+        "policy": policy,
+        "seen": seen,
+        "steps": len(run.history),
+        "mark": run.fingerprint,
+        "copies": copies,
+    }
 
 
 def main(task: str, folder: Path) -> None:

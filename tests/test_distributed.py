@@ -169,6 +169,9 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path: Path) -> No
     assert straddling
     assert first["seen"] != second["seen"]
 
+    # What rank 1 does not write it has not copied either, but for the look before the start.
+    assert (first["copies"], second["copies"]) == (3, 1)
+
     # Rank 0 alone has written, and wrote what both ended with.
     run = {"run/metrics.jsonl"} | {
         f"run/checkpoints/step-{k:08d}/{name}" for k in (3, 4) for name in ("manifest.json", "tensors.safetensors")
@@ -213,7 +216,11 @@ def test_what_a_sharded_policy_cannot_do_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(follower._built(), "is_fsdp_enabled", True)
     follower.state_dict()  # one process holds all of it
     monkeypatch.setattr("align_cbrl.llm.followers.trained.world_size", lambda: 2)
-    for attempt in (follower.state_dict, lambda: follower.sample(torch.arange(2), 2, torch.Generator())):
+    for attempt in (
+        follower.state_dict,
+        lambda: follower.load_state_dict({"policy": {}}),
+        lambda: follower.sample(torch.arange(2), 2, torch.Generator()),
+    ):
         with pytest.raises(InputError, match="got one that FSDP shards"):
             attempt()
 

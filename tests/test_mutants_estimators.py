@@ -24,10 +24,11 @@ from align_cbrl import (
     Problem,
     Rollouts,
 )
+from align_cbrl.estimators import geometric
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.replay import Memory
 from align_cbrl.functional import debiased_gap, effective_sample_size, returns_to_go, tilt_weights
-from toy_cmdp import preferences, random_cmdp
+from toy_cmdp import ExactCritic, preferences, random_cmdp
 
 
 def paths_of(problem: Problem, count: int, seed: int = 0) -> Rollouts:
@@ -317,3 +318,46 @@ def test_every_leader_step_and_every_run_replay_other_batches(monkeypatch: pytes
         config = HPGDConfig(steps=4, contexts_per_step=4, group_size=4, replays=2, progress=False, seed=seed)
         HPGD(problem, optimizer, PolicyResponse(), config).run()
     assert len(seeds) == len(set(seeds)) == 8
+
+
+# ---- GradientEstimator, at horizons of one's choice ----
+
+
+def test_the_gradient_estimator_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sum of its docstring in loops, on paths that end and horizons that reach beyond their ends."""
+    problem = random_cmdp(seed=3, states=2, actions=2, horizon=4)
+    rollouts = paths_of(problem, 4)
+    until, reach, far = torch.tensor([0, 1, 2, 9]), torch.tensor([2, 0, 5, 1]), torch.tensor([3, 1, 2, 2])
+    horizons = iter((until, reach, far))
+    monkeypatch.setattr(geometric, "_geometric", lambda discount, generator: next(horizons))
+    problem.leader.zero_grad(set_to_none=True)
+    geometric.GradientEstimator(ExactCritic()).backward(problem, rollouts)
+    (x,) = problem.parameters
+    assert x.grad is not None
+
+    leader, objective = problem.leader, problem.objective
+    assert rollouts.log_policy is not None and rollouts.log_prior is not None
+    gamma, temperature, gamma_f = 0.9, 0.5, 0.8
+    assert (problem.follower.discount, problem.temperature, objective.discount) == (gamma, temperature, gamma_f)
+    utility = objective.utility(leader, rollouts)  # type: ignore[attr-defined]
+    critique = ExactCritic().evaluate(problem, rollouts, utility.detach())
+    reward, prior = leader.reward(rollouts), leader.log_prior(rollouts)
+    law, first = leader.log_transition(rollouts), leader.log_initial(rollouts)
+    assert prior is not None and law is not None and first is not None and critique.value is not None
+    own = reward.detach() - temperature * (rollouts.log_policy - rollouts.log_prior)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(4):
+        taken = [t for t in range(rollouts.horizon) if rollouts.mask[i, t]]
+        m = int(until[i])
+        total = total + critique.value[i, 0] * first[i]
+        for t in (t for t in taken if t <= m):
+            total = total + utility[i, t] + gamma_f * critique.value[i, t + 1] * law[i, t]
+        if m not in taken:
+            continue
+        weight = critique.advantage[i, m] / ((1 - gamma_f) * temperature)
+        for k in (k for k in taken if m <= k <= m + int(reach[i])):
+            total = total + weight * (reward[i, k] + temperature * prior[i, k])
+        for j in (j for j in taken if m <= j <= m + int(far[i])):
+            total = total + weight * gamma ** ((j - m) / 2) * own[i, j] * law[i, m:j].sum()
+    (want,) = torch.autograd.grad(total / 4, [x])
+    torch.testing.assert_close(x.grad, want, rtol=1e-9, atol=1e-12)

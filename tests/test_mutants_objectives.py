@@ -352,3 +352,26 @@ def test_the_best_bonus_over_a_grid(success: tuple[float, float], cost: float, t
     assert bonus == pytest.approx(float(grid[profits.argmax()]), abs=1e-3) or math.isclose(
         float(profits[(grid - bonus).abs().argmin()]), float(profits.max()), abs_tol=1e-7
     )
+
+
+# ---- a cost that is more than a mean of its utility ----
+
+
+def test_the_lagrangian_of_a_cost_with_a_constant_and_a_credit_of_its_own() -> None:
+    """J_u - mu (J_c - bound), where J_c is itself a Lagrangian, or made of pairs."""
+    rollouts = dataclasses.replace(
+        scored([1.0, 3.0, 2.0, 6.0], [0, 0, 0, 0]),
+        steps={
+            "score": torch.tensor([[1.0], [3.0], [2.0], [6.0]], dtype=torch.float64),
+            "reward": torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64),
+        },
+    )
+    inner = Constrained(SCORE, SCORE, bound=7.0, rate=1.0, multiplier=0.5)
+    pairs = PreferenceLikelihood(SCORE.utility_function, scale=2.0)
+    for cost in (inner, pairs):
+        objective = Constrained(SCORE, cost, bound=0.4, rate=1.0, multiplier=0.25)
+        found, of_cost, plain = (o.evaluate(Rewarded(), rollouts) for o in (objective, cost, SCORE))
+        value, of_u, of_c = (float(part.value.detach()) for part in (found, plain, of_cost))
+        assert value == pytest.approx(of_u - 0.25 * (of_c - 0.4), rel=1e-12)
+        torch.testing.assert_close(found.credit, plain.credit - 0.25 * of_cost.credit)
+    assert not torch.allclose(of_cost.credit, of_cost.credit.mean())
