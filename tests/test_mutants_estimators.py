@@ -26,6 +26,7 @@ from align_cbrl import (
 )
 from align_cbrl.estimators import geometric
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
+from align_cbrl.estimators.random_numbers import generator_for
 from align_cbrl.estimators.replay import Memory
 from align_cbrl.functional import debiased_gap, effective_sample_size, returns_to_go, tilt_weights
 from toy_cmdp import ExactCritic, preferences, random_cmdp
@@ -361,3 +362,12 @@ def test_the_gradient_estimator_by_its_definition(monkeypatch: pytest.MonkeyPatc
             total = total + weight * gamma ** ((j - m) / 2) * own[i, j] * law[i, m:j].sum()
     (want,) = torch.autograd.grad(total / 4, [x])
     torch.testing.assert_close(x.grad, want, rtol=1e-9, atol=1e-12)
+
+
+def test_random_numbers_change_with_what_the_paths_did() -> None:
+    """The same contexts and lengths at the same leader: another batch, other directions and levels."""
+    problem, rollouts = standing(), with_log_ratios(FAR)
+    assert rollouts.log_policy is not None
+    other = dataclasses.replace(rollouts, log_policy=rollouts.log_policy - 1e-9)
+    seeds = [generator_for(problem, batch, 0).initial_seed() for batch in (rollouts, other, rollouts)]
+    assert seeds[0] == seeds[2] != seeds[1]
