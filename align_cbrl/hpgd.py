@@ -373,7 +373,6 @@ class HPGD:
                 "objective": self.problem.objective,
                 "hypergradient": self.hypergradient,
                 "optimizer": self.optimizer,
-                "fingerprint": self.fingerprint,
             }
         )
 
