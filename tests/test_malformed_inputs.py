@@ -297,7 +297,10 @@ def _each_argument() -> list[tuple[str, str]]:
     ]
 
 
-def test_rubbish_is_refused_by_name(valid: dict[str, dict[str, Any]]) -> None:
+def test_rubbish_is_refused_by_name(
+    valid: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a path may be rubbish that can be made
     everything = {**PUBLIC, **SETTINGS}
     bad, refused, named = [], 0, 0
     for name, argument in _each_argument():

@@ -253,7 +253,8 @@ def _repeats(text: Tensor, valid: Tensor, length: int) -> tuple[Tensor, Tensor]:
     earlier = index[None, :] < index[-length:, None]  # [L, T]
     ids = torch.zeros_like(text)  # the n-gram that ends at each place, n = 0
     whole = torch.ones_like(valid)
-    candidates, hits = [], []
+    candidates: list[Tensor] = []
+    hits: list[Tensor] = []
     for _ in range(_ORDERS):
         before = torch.nn.functional.pad(ids, (1, 0))[:, :-1]  # that ends at the place before
         begun = torch.nn.functional.pad(whole, (1, 0), value=False)[:, :-1] if candidates else whole

@@ -317,9 +317,14 @@ def show_evidence(
         ends: tokens that end a completion.
     """
     rows = shown_rows(*completion.shape)
-    of_prompt = (prompt[name][rows, -SHOWN_TOKENS // 2 :] for name in ("input_ids", "attention_mask"))
-    shown = (value[rows, :SHOWN_TOKENS] for value in (logits, completion, mask))
-    evidence.add(*shown, *of_prompt, ends=ends)
+    evidence.add(
+        logits[rows, :SHOWN_TOKENS],
+        completion[rows, :SHOWN_TOKENS],
+        mask[rows, :SHOWN_TOKENS],
+        prompt["input_ids"][rows, -SHOWN_TOKENS // 2 :],
+        prompt["attention_mask"][rows, -SHOWN_TOKENS // 2 :],
+        ends,
+    )
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -136,7 +136,7 @@ class RemoteJudge:
             request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
             text = self._answer(request)
         except urllib.error.HTTPError as error:
-            message = said(f"{self._name}: status {error.code} {error.reason}: {error.detail}")  # type: ignore[attr-defined]
+            message = said(f"{self._name}: status {error.code} {error.reason}: {error.detail}")
             if error.code in (408, 425, 429) or error.code >= 500:
                 raise JudgeUnavailable(message, _seconds(error.headers.get("Retry-After"))) from None
             raise InputError(f"{message}; repair the request, the URL or the token") from None

@@ -135,11 +135,11 @@ class ObservedTrainer(Trainer):
         """Whether what was sampled is the policy's, on a few completions, whose logits cost one small forward pass."""
         rows = shown_rows(*batch["completion_ids"].shape)
         prompt = {"input_ids": batch["prompt_ids"][rows], "attention_mask": batch["prompt_mask"][rows]}
-        completion = [batch[f"completion_{name}"][rows, :SHOWN_TOKENS] for name in ("ids", "mask")]
+        ids, mask = (batch[f"completion_{name}"][rows, :SHOWN_TOKENS] for name in ("ids", "mask"))
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logits = completion_logits(self.model, prompt, *completion)
+            logits = completion_logits(self.model, prompt, ids, mask)
         policy = self.accelerator.unwrap_model(self.model)
-        show_evidence(self.evidence, logits, prompt, *completion, ends=end_tokens(policy, self._tokenizer))
+        show_evidence(self.evidence, logits, prompt, ids, mask, end_tokens(policy, self._tokenizer))
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         policy = self.accelerator.unwrap_model(self.model)
