@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from align_cbrl.recipes.worlds.bench import Bench, BenchSettings
+from align_cbrl.recipes.worlds.replies.policy import make_tokenizer
 from align_cbrl.recipes.worlds.world import Replies
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,3 +224,9 @@ def test_prompts_of_preferences_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="prompts: row 0: ends in a turn of the assistant"):
         load_preferences(str(tmp_path / "pairs.jsonl"))
+
+
+def test_a_blank_text_makes_no_token_of_its_own_where_the_tokenizer_adds_one() -> None:
+    with pytest.raises(InputError, match="row 1: makes no token"):
+        prompt_ids(make_tokenizer(), ["angry buyer", " \n"])
+    assert len(prompt_ids(make_tokenizer(), ["<bos>"])[0]) == 2  # written by the user
