@@ -18,6 +18,8 @@ from align_cbrl.llm import LengthShaping, RewardMixture, Shaped
 from align_cbrl.llm.leaders.mixture import Constraint
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.llm.settings.leader import MixtureSettings
+from align_cbrl.runs.config import load_config
+from align_cbrl.runs.imports import load_recipe, recipes_folder
 
 TEXTS = ["x" * (1 + (3 * i) % 7) for i in range(16)]
 BATCH = Rollouts.bandit(
@@ -111,6 +113,8 @@ def test_directions_end_in_the_constraint_on_the_boundary_of_the_budget(constrai
         assert constraint == "free" or (weight >= 0).all()
         assert constraint != "softmax" or weight.sum().item() == pytest.approx(0.5)
         assert constraint != "positive" or i == 0 or bool((weight[direction < 0] == 0).all())
+    made.aim(torch.tensor([1.0, -1.0, 0.0, 0.0]))  # a term and its copy cancel
+    assert 0.1 < made.effective_weight().detach().abs().max() <= 500
     made.aim(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     share = made.weights()["length"] / sum(made.weights().values())
     assert share == pytest.approx(1 / 1.03 if constraint == "softmax" else 1.0)
@@ -179,3 +183,20 @@ def test_rivals_of_a_learned_temperature_are_refused() -> None:
     Config(leader=leader)
     with pytest.raises(InputError, match=r"leader.beta: tpe, refit search weights at a fixed temperature"):
         Config(leader=leader, methods=["hpgd", "tpe", "refit"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("tune_weights", "search.trials=0", r"trials: expected a whole number >= 1, got 0"),
+        ("reward_model", "strengths=[0.5, .nan]", r"strengths\[1\]: expected a finite number"),
+        ("reward_model", "plain_strength=.inf", "plain_strength: expected a finite number"),
+        ("reward_model", "refit_passes=0", "refit_passes: expected a whole number >= 1, got 0"),
+        ("reward_model", "variants.head.learning_rate=-1", r"head: .*learning_rate: expected a finite number > 0"),
+        ("overoptimization", "grid=[1, 0]", r"grid\[1\]: expected a finite number > 0"),
+    ],
+)
+def test_numbers_of_the_recipes_are_finite_and_in_range(recipe: str, override: str, message: str) -> None:
+    loaded: Any = load_recipe(recipe)
+    with pytest.raises(InputError, match=message):
+        load_config(loaded.Config, recipes_folder() / recipe / "config.yaml", [override])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from align_cbrl import InputError
+from align_cbrl.checks import Positive, check
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
 
 from ..statistics import counted, interval, mean_and_error, shown
@@ -36,8 +37,9 @@ class Config(SeedSettings, BenchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.grid or min(self.grid) <= 0:
-            raise InputError(f"grid: expected positive numbers of nats, got {self.grid}")
+        check("grid", self.grid, list[Positive])
+        if not self.grid:
+            raise InputError("grid: expected at least one number of nats, got none")
 
 
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:

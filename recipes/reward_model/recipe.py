@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from align_cbrl import InputError
+from align_cbrl.checks import Count, Positive, check, checked
 from align_cbrl.llm import RewardModelLeader
 from align_cbrl.llm.leaders.reward_model import Trainable
 from align_cbrl.llm.settings.leader import RewardModelSettings
@@ -25,6 +26,7 @@ SAME = "same"
 WAYS = {"hpgd": "HPGD", "refit": "retrained"}
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class VariantSettings:
     """How a part of the reward model is trained.
@@ -35,9 +37,9 @@ class VariantSettings:
         refit_learning_rate: of iterated retraining's.
     """
 
-    budget: float
-    learning_rate: float
-    refit_learning_rate: float
+    budget: Positive
+    learning_rate: Positive
+    refit_learning_rate: Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +67,13 @@ class Config(SeedSettings, BenchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, kind in (("plain_strength", Positive), ("refit_passes", Count), ("strengths", list[Positive])):
+            check(name, getattr(self, name), kind)
         if not self.variants:
             raise InputError("variants: expected at least one, got none")
         if unknown := set(self.variants) - set(get_args(Trainable)):
             raise InputError(f"variants: expected some of {', '.join(get_args(Trainable))}, got {sorted(unknown)}")
-        if len(self.strengths) != 2 or not 0 < self.strengths[0] < self.strengths[1]:
+        if len(self.strengths) != 2 or not self.strengths[0] < self.strengths[1]:
             raise InputError(f"strengths: expected two positive numbers, the smaller first, got {self.strengths}")
         if SAME in self.followers:
             raise InputError(f"followers: {SAME!r} is the policy itself; choose another name")

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 
 from align_cbrl import InputError
+from align_cbrl.checks import Count, checked
 from align_cbrl.llm import RewardMixture
 from align_cbrl.runs.metrics import MetricsLog
 
 from ..worlds.bench import Bench
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
     """How weights are searched.
@@ -27,15 +29,10 @@ class SearchSettings:
         group_size: completions of each of them.
     """
 
-    trials: int = 20
-    steps: int = 40
-    prompts: int = 16
-    group_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise InputError(f"search.{name}: expected a positive number, got {value}")
+    trials: Count = 20
+    steps: Count = 40
+    prompts: Count = 16
+    group_size: Count = 8
 
 
 def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSettings, out: Path) -> list[dict[str, Any]]:
