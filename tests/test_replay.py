@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from align_cbrl import HPGD, HPGDConfig, InputError, PolicyResponse, Rollouts
 from align_cbrl.estimators.certificate import certify, corrected
 from align_cbrl.estimators.replay import Memory
 from align_cbrl.llm import Judge
+from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
 
 
 def run_of(out: Path | None, steps: int, **settings: Any) -> HPGD:
@@ -123,3 +128,33 @@ def test_paths_of_several_steps_are_refused() -> None:
         run.run()
     with pytest.raises(InputError, match="replays"):
         HPGDConfig(replays=-1)
+
+
+def test_columns_of_any_kind_survive_a_checkpoint(tmp_path: Path) -> None:
+    zone = datetime.timezone(datetime.timedelta(hours=2))
+    columns: dict[str, Any] = {
+        "when": [datetime.datetime(2024, 1, 1, 3, 4, 5, 6, tzinfo=zone), None],
+        "day": [datetime.date(2024, 1, 1), datetime.date(2024, 1, 2)],
+        "at": [datetime.time(3), datetime.time(4)],
+        "took": [datetime.timedelta(days=3, microseconds=1), datetime.timedelta(seconds=-1)],
+        "price": [decimal.Decimal("1.50"), decimal.Decimal("NaN")],
+        "raw": [b"\x00\xff", b""],
+        "share": [math.inf, -math.inf],
+        "nested": [[{"day": datetime.date(2024, 1, 1)}, 1], [{"day": None}]],
+        "array": [np.array([1, 2]), np.float32(0.5)],
+        "follower": torch.tensor([0, 1]),
+    }
+    memory = Memory()
+    memory.add(Rollouts.bandit(contexts=torch.tensor([0, 1]), steps=columns))
+    save_checkpoint(tmp_path, 1, {"memory": memory.state_dict()}, fingerprint="f")
+    again = Memory()
+    again.load_state_dict(load_checkpoint(tmp_path, fingerprint="f")[1]["memory"])
+    steps = dict(again.draw(1, 0)[0].steps)
+    assert steps.pop("array") == [[1, 2], 0.5] and steps.pop("follower").tolist() == [0, 1]
+    assert {name: repr(column) for name, column in steps.items()} == {name: repr(columns[name]) for name in steps}
+    assert len(steps) == len(columns) - 2
+
+
+def test_a_column_that_no_checkpoint_holds_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="replays: the column 'image' holds values that a checkpoint cannot, of type"):
+        Memory().add(Rollouts.bandit(contexts=torch.tensor([0]), steps={"image": [object()]}))
