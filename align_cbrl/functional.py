@@ -14,6 +14,27 @@ from align_cbrl.errors import InputError
 from align_cbrl.groups import Groups
 
 
+def leaves_of(*values: Tensor) -> list[Tensor]:
+    """The tensors that gradients of `values` would end in: parameters, and others that require them.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> [leaf is x for leaf in leaves_of(2 * x.sum(), torch.zeros(3))]
+        [True]
+    """
+    found = {id(value): value for value in values if value.requires_grad and value.grad_fn is None}
+    waiting = [value.grad_fn for value in values if value.grad_fn is not None]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        following = {function for function, _ in node.next_functions if function is not None} - met
+        met |= following
+        waiting += following
+    return list(found.values())
+
+
 def discount_powers(discount: float, steps: int, like: Tensor) -> Tensor:
     """1, g, g^2, ... [steps]; 0^0 = 1, so a discount of zero keeps the first step only."""
     exponents = torch.arange(steps, device=like.device, dtype=like.dtype)

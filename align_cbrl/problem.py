@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from align_cbrl.checks import checked
 from align_cbrl.distributed import rank, share
 from align_cbrl.errors import InputError
+from align_cbrl.functional import leaves_of
 from align_cbrl.rollouts import Rollouts
 
 
@@ -205,9 +206,16 @@ class Objective(abc.ABC):
         return 0.0
 
     def observe(self, leader: Leader, rollouts: Rollouts) -> Observed:
-        """Its observations of a batch; those that the rollouts carry already (`Rollouts.known`) are not made again."""
+        """Its observations of a batch; those that the rollouts carry already (`Rollouts.known`) are not made again.
+
+        Raises:
+            InputError: an observation that is said not to move depends on the leader's parameters, or paths of several
+                steps for an objective of one.
+        """
+        if self.one_step and rollouts.horizon > 1:
+            raise InputError(ONE_STEP.format(name=type(self).__name__, what=f"paths of up to {rollouts.horizon} steps"))
         needed = dict.fromkeys(self.observations())  # equal ones once
-        values = {o: rollouts.known[o] if o in rollouts.known else o.of(leader, rollouts) for o in needed}
+        values = {o: rollouts.known[o] if o in rollouts.known else _observed(o, leader, rollouts) for o in needed}
         return Observed(values, rollouts)
 
     def summarize(self, observed: Observed) -> Evaluation:
@@ -239,6 +247,38 @@ class Objective(abc.ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+ONE_STEP = (
+    "{name}: expected a problem of one step, such as completions, in which every state is terminal, got {what}; an "
+    "ExpectedUtility has to be told its discount there: without one it would be worth its first step alone"
+)
+
+
+def require_still(name: str, leader: Leader | None, *values: Tensor) -> None:
+    """Raise `InputError` if values that are said not to depend on the leader have a graph to its parameters.
+
+    Such a graph would be cut, and with it the direct term of the hypergradient.
+    """
+    if leader is None:
+        return
+    own = {id(parameter) for parameter in leader.parameters() if parameter.requires_grad}
+    if any(id(leaf) in own for leaf in leaves_of(*values)):
+        raise InputError(
+            f"{name}: it depends on the parameters of {type(leader).__name__}, but is said not to, so that its own "
+            "derivative (the direct term) would be left out; pass depends_on_leader=True to ExpectedUtility, or "
+            "moves=True to an observation; detach it where it is meant to be constant"
+        )
+
+
+def _observed(observation: Observation, leader: Leader, rollouts: Rollouts) -> Tensor:
+    """The observation; one that does not move is computed with a graph to see that it does not, and nothing saved."""
+    if observation.moves:
+        return observation.of(leader, rollouts)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: None):
+        value = observation.of(leader, rollouts)
+    require_still(observation.name, leader, value)
+    return value.detach()
 
 
 @checked

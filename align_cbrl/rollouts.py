@@ -36,9 +36,11 @@ class Rollouts:
         known: what has been computed of the paths already, by what computed it: an observation, or a leader whose
             reward is made of features that do not move. First axis B. It saves scoring a completion twice, is never
             looked up by name, and so shares no namespace with `steps`.
+        part: whether these are paths selected from a batch, whose weights need not have mean one. `select` sets it.
 
     Raises:
-        InputError: when shapes disagree, a mask has a hole, a weight is negative, or a log-probability is not finite.
+        InputError: when shapes disagree, a mask has a hole, contexts or groups are no whole numbers, weights are
+            negative or far from mean one, or a log-probability is positive or not finite.
 
     Example:
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0]), steps={"completion": ["yes", "no"]})
@@ -54,6 +56,7 @@ class Rollouts:
     log_prior: Tensor | None = None
     weight: Tensor | None = None
     known: Mapping[Hashable, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    part: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 2 or self.mask.dtype != torch.bool:
@@ -67,15 +70,34 @@ class Rollouts:
             raise InputError("Rollouts.mask: each path must start at step 0 and stay True until it ends")
         _check_shape("contexts", self.contexts, (size,))
         _check_shape("group", self.group, (size, horizon))
+        for name in ("contexts", "group"):
+            value = getattr(self, name)
+            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                raise InputError(
+                    f"Rollouts.{name}: expected whole numbers (torch.long), got {value.dtype}, in which NaN and "
+                    "fractions would name contexts that do not exist; convert it with .long()"
+                )
         for name in ("log_policy", "log_prior"):
             value = getattr(self, name)
             if value is not None:
                 _check_shape(name, value, (size, horizon))
                 check_finite(name, value, self)
+                highest = float(torch.where(self.mask.to(value.device), value.detach(), -torch.inf).max())
+                if highest > _LOG_ROUNDING:
+                    raise InputError(
+                        f"Rollouts.{name}: expected log-probabilities in nats, at most 0, got {highest:g}; pass "
+                        "log_softmax values, not logits or probabilities"
+                    )
         if self.weight is not None:
             _check_shape("weight", self.weight, (size,))
             if not torch.isfinite(self.weight).all() or (self.weight < 0).any():
                 raise InputError("Rollouts.weight: expected finite, non-negative importance weights")
+            mean = float(self.weight.double().mean())
+            if not self.part and not (1 / _WEIGHT_MEAN <= mean <= _WEIGHT_MEAN):
+                raise InputError(
+                    f"Rollouts.weight: expected importance weights with mean one, got mean {mean:g}, by which every "
+                    "gradient would be multiplied; divide them by it"
+                )
         for name, value in self.steps.items():
             came = len(value) if hasattr(value, "__len__") else value
             if came != size:
@@ -135,6 +157,7 @@ class Rollouts:
             **picked,
             steps={name: pick(value) for name, value in self.steps.items()},
             known={key: pick(value) for key, value in self.known.items()},
+            part=True,
         )
 
     def knowing(self, known: Mapping[Any, Tensor]) -> Rollouts:
@@ -179,6 +202,8 @@ class Rollouts:
         return [self.select(slice(start, start + length)) for start in range(0, self.size, length)]
 
 
+_LOG_ROUNDING = 0.01  # of a log-probability of zero; sums of half-precision ones over many tokens are off by less
+_WEIGHT_MEAN = 10.0  # a few paths' importance weights stray from mean one, but not that far
 _OPTIONAL = ("log_policy", "log_prior", "weight")
 
 

@@ -53,8 +53,8 @@ def bandit(size: int = 24, groups: int = 6, **changes: Any) -> Rollouts:
     fields: dict[str, Any] = {
         "contexts": torch.arange(size) % groups,
         "steps": {"features": normal(size, 3), "u": normal(size)},
-        "log_policy": normal(size),
-        "log_prior": normal(size),
+        "log_policy": -normal(size).abs(),
+        "log_prior": -normal(size).abs(),
     }
     return Rollouts.bandit(**{**fields, **changes})
 
@@ -167,12 +167,29 @@ def test_fitted_critic_is_consistent_with_the_exact_hypergradient() -> None:
         ({"log_prior": torch.full((24,), -math.inf)}, r"log_prior: expected finite numbers, got -inf in context 0"),
         ({"log_prior": torch.zeros(5)}, r"log_prior: expected shape \(24, 1\), got \(5, 1\)"),
         ({"weight": -torch.ones(24)}, "weight: expected finite, non-negative"),
+        ({"weight": torch.full((24,), math.nan)}, "weight: expected finite, non-negative"),
+        ({"weight": torch.full((24,), 100.0)}, "weight: expected importance weights with mean one, got mean 100"),
+        ({"weight": torch.zeros(24)}, "weight: expected importance weights with mean one, got mean 0"),
+        ({"log_policy": torch.full((24,), 5.0)}, "log_policy: expected log-probabilities in nats, at most 0, got 5"),
+        ({"log_prior": torch.full((24,), 0.5)}, "log_prior: expected log-probabilities in nats, at most 0, got 0.5"),
+        (
+            {"contexts": torch.full((24,), math.nan)},
+            r"contexts: expected whole numbers \(torch.long\), got torch.float32",
+        ),
         ({"steps": {"u": torch.zeros(3)}}, r"steps\['u'\]: expected 24 paths, got 3"),
     ],
 )
 def test_rollouts_refuse(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         bandit(**changes)
+
+
+def test_rollouts_allow_rounding_and_parts_of_a_weighted_batch() -> None:
+    weight = torch.ones(24)
+    weight[0], weight[1:] = 24.0, 0.0
+    rollouts = bandit(weight=weight, log_policy=torch.full((24,), 1e-3))
+    assert rollouts.select([0]).weight.tolist() == [24.0]
+    assert [float(piece.weight.mean()) for piece in rollouts.knowing({}).chunks(24)] == [24.0, *[0.0] * 23]
 
 
 def test_rollouts_refuse_masks_with_holes() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl.distributed import gather_together, together
-from align_cbrl.problem import Evaluation, Leader, Objective, Observation, Observed, Problem
+from align_cbrl.problem import Evaluation, Leader, Objective, Observation, Observed, Problem, require_still
 from align_cbrl.rollouts import Rollouts, check_finite
 
 Weights = Mapping[Observation, Tensor]
@@ -38,8 +38,11 @@ def of_all_ranks(observed: Observed) -> Observed:
     return Observed(dict(zip(observed.values, gathered, strict=True)), observed.samples.over_ranks())
 
 
-def influence(objective: Objective, observed: Observed) -> tuple[Evaluation, Weights]:
+def influence(objective: Objective, observed: Observed, leader: Leader | None = None) -> tuple[Evaluation, Weights]:
     """The objective's value and credit, and how the value depends on each observation.
+
+    Raises:
+        InputError: terms or a risk that depend on the parameters of `leader` other than through observations.
 
     Example:
         >>> from align_cbrl import ExpectedUtility
@@ -52,6 +55,7 @@ def influence(objective: Objective, observed: Observed) -> tuple[Evaluation, Wei
     leaves = _leaves(observed)
     with torch.enable_grad():
         evaluation = objective.summarize(leaves)
+    require_still(f"{type(objective).__name__}: its terms or risk", leader, evaluation.value)
     return evaluation, _derivatives(evaluation.value, leaves)
 
 

@@ -71,7 +71,7 @@ class PolicyResponse(Hypergradient):
         # processes the judge is asked about a rank's own paths, and every rank then knows the whole batch's numbers.
         observed = of_all_ranks(observe(problem, rollouts, self.chunks))
         whole, own_paths = observed.samples, own_rows(rollouts.size)
-        evaluation, weights = influence(objective, observed)
+        evaluation, weights = influence(objective, observed, leader)
         with torch.no_grad():
             critique = self.critic.evaluate(problem, whole, evaluation.credit)
             check_finite("advantage", critique.advantage, whole)

@@ -73,6 +73,11 @@ class Constrained(Wrapping):
         return self.objective.is_linear and self.cost.is_linear
 
     @property
+    def one_step(self) -> bool:  # type: ignore[override]  # as above
+        """Whether objective or cost is for problems of one step only."""
+        return self.objective.one_step or self.cost.one_step
+
+    @property
     def constant(self) -> float:
         """The objective's own, and mu times what the bound leaves for the cost."""
         return self.objective.constant + self.multiplier * (self.bound - self.cost.constant)

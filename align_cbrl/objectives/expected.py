@@ -32,6 +32,10 @@ class Mean(Risk):
 MEAN = Mean()
 
 
+class _Unstated(float):
+    """A discount that nobody stated: zero, for problems of one step."""
+
+
 @checked
 @dataclasses.dataclass(frozen=True)
 class ExpectedUtility(Objective):
@@ -39,9 +43,9 @@ class ExpectedUtility(Objective):
 
     Attributes:
         utility_function: maps (leader, rollouts) to utilities [B, T].
-        discount: gammaF in [0, 1); irrelevant for rollouts of one step.
+        discount: gammaF in [0, 1). It may be left out for problems of one step only; others refuse such an objective.
         depends_on_leader: True when the utility depends on x, which adds the direct term du/dx. A judge's verdict does
-            not, and is asked for only once per batch.
+            not, and is asked for only once per batch. A utility with a graph to x and False is refused.
 
     Example:
         >>> from align_cbrl import Rollouts
@@ -52,11 +56,16 @@ class ExpectedUtility(Objective):
     """
 
     utility_function: UtilityFunction
-    discount: float = 0.0
+    discount: float = _Unstated()
     depends_on_leader: bool = False
 
     def __post_init__(self) -> None:
         check_discount("ExpectedUtility.discount", self.discount)
+
+    @property
+    def one_step(self) -> bool:  # type: ignore[override]  # a field of the base class
+        """Whether no discount was stated."""
+        return isinstance(self.discount, _Unstated)
 
     @property
     def observed_utility(self) -> Utility:

@@ -56,7 +56,7 @@ class Utility(Observation):
             raise InputError(
                 f"{self.name}: expected shape {tuple(rollouts.mask.shape)} (paths, steps), got {tuple(utility.shape)}"
             )
-        return utility if self.moves else utility.detach()
+        return utility
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Utility) and self.function is other.function and self.moves == other.moves

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from typing import Annotated
 
 import torch
@@ -57,6 +59,7 @@ class OverContexts(Wrapping, Risk):
         if not self.is_linear:
             _check_equal_groups(type(self).__name__, observed)
         mass = groups.sum(weight)  # [K]
+        self._warn_of_few(len(groups.labels))
         if bool((mass == 0).any()):
             raise InputError(
                 f"{type(self).__name__}: every path of context {int(groups.labels[mass == 0][0])} has weight zero, so "
@@ -73,6 +76,16 @@ class OverContexts(Wrapping, Risk):
                 (slope,) = torch.autograd.grad(value, values, retain_graph=True)
         importance = slope.detach() / probabilities
         return Evaluation(value=value, credit=term.credit.detach() * importance[groups.place][:, None])
+
+    def _warn_of_few(self, contexts: int) -> None:
+        """A batch of a single context has no other to weigh it against: its risk is its mean."""
+        if contexts == 1:
+            warnings.warn(
+                f"{type(self).__name__}: the batch holds a single context, whose risk is its mean: the gradient is "
+                "that of the wrapped objective, whatever the risk. Draw more contexts in a step, or remember them: "
+                f"CrossFitted({type(self).__name__}(...), memory=...)",
+                stacklevel=4,
+            )
 
     def aggregate_groups(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """The objective from the values [K] and probabilities [K] of whatever `labels` tells apart."""
@@ -122,6 +135,18 @@ class CVaR(OverContexts):
 
     objective: Objective
     share: Annotated[float, Range(0, 1, open="low")]
+
+    def _warn_of_few(self, contexts: int) -> None:
+        """A share below 1 / K sees the worst of K contexts alone: nature's rank p with weight K (1 - p)^(K - 1)."""
+        if contexts * self.share < 1:
+            worst = 1 - (1 - self.share) ** contexts
+            warnings.warn(
+                f"CVaR: the batch holds {contexts} context{'s' if contexts > 1 else ''}, too few to tell the worst "
+                f"{self.share:.0%}: it takes the worst one, which puts {worst:.0%} of the weight on the worst "
+                f"{self.share:.0%} of nature's contexts instead of all. Draw at least {math.ceil(1 / self.share)} "
+                "contexts in a step, or remember them: CrossFitted(CVaR(...), memory=...)",
+                stacklevel=4,
+            )
 
     def aggregate(self, values: Tensor, probabilities: Tensor) -> Tensor:
         """The mean of the worst contexts, the last of them counted as far as it reaches into the share."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import GroupLabel, LogRatio, Reward, Utility
 from align_cbrl.objectives.preference_data import PairLikelihood
-from align_cbrl.problem import Objective, Observation, Observed, Term
+from align_cbrl.problem import ONE_STEP, Objective, Observation, Observed, Term, require_still
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -41,13 +41,23 @@ def tabulated_terms(
     Raises:
         InputError: an observation that has no table, or an objective for problems of one step on a longer one.
     """
-    if objective.one_step and not bool(cmdp.terminal.all()):
-        raise InputError(
-            f"{type(objective).__name__}: expected a problem of one step, in which every state is terminal"
-        )
     world = World(leader, cmdp, tables, log_policy)
     values = {o: table_of(o, world) for o in dict.fromkeys(objective.observations())}
-    return objective.terms(Observed(values, policy=log_policy.exp()))
+    for observation, table in values.items():
+        if not observation.moves:
+            require_still(observation.name, leader, table)
+    if objective.one_step and not bool(cmdp.terminal.all()):
+        going_on = int((~cmdp.terminal).sum())
+        raise InputError(
+            ONE_STEP.format(name=type(objective).__name__, what=f"{going_on} states of its contexts where it goes on")
+        )
+    policy = log_policy.exp()
+    if torch.is_grad_enabled():  # terms and risks see the leader through observations only
+        probabilities = cmdp.context_probabilities.to(policy.dtype)
+        for term in objective.terms(Observed({o: t.detach() for o, t in values.items()}, policy=policy.detach())):
+            risk = term.risk.aggregate(torch.zeros_like(probabilities), probabilities)
+            require_still(f"{type(objective).__name__}: its terms or risk", leader, term.utility, term.credit, risk)
+    return objective.terms(Observed(values, policy=policy))
 
 
 @singledispatch
