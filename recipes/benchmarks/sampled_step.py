@@ -28,7 +28,7 @@ def main(environment_steps: int = 10_000, repetitions: int = 100) -> None:
         paths = round(environment_steps / length)
         estimators: dict[str, Hypergradient] = {
             "plug-in": toy_cmdp.PlugIn(follower.cmdp),
-            "plug-in, undamped": toy_cmdp.PlugIn(follower.cmdp, damping=0.0),
+            "plug-in, each batch on its own": toy_cmdp.PlugIn(follower.cmdp, 1.0, 1.0, 0.5, memory=None),
             "policy response, fitted critic": PolicyResponse(FittedCritic(follower.cmdp.cell)),
         }
         for name, estimator in estimators.items():

@@ -61,7 +61,7 @@ def sampled_estimators(cmdp: ContextualMDP) -> dict[str, Hypergradient]:
     """Estimators from paths, by name. Those that share the fitted critic follow the one that is charged for it."""
     fitted = SharedCritic(FittedCritic(cmdp.cell))
     return {
-        "plug-in": PlugIn(cmdp, memory=None),
+        "plug-in": PlugIn(cmdp, shrinkage=1.0, damping=0.5, memory=None),  # what helps a batch on its own
         "visit-averaged": VisitAveraged(cmdp.cell),
         "BC-HG": BCHG(SarsaCritic(cmdp.cell), cmdp.cell),
         "policy response": PolicyResponse(fitted),

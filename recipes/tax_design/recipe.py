@@ -58,13 +58,23 @@ class Config:
 
 
 class _Watched(Hypergradient):
-    """Another hypergradient whose metrics also tell the rates and the households' welfare before the step."""
+    """Another hypergradient, clipped as the authors do; its metrics also tell rates and welfare before the step.
 
-    def __init__(self, inner: Hypergradient) -> None:
+    Args:
+        inner: the hypergradient.
+        clip: largest norm of the three VAT rates' gradient, and of the income tax's: the two are clipped apart.
+    """
+
+    def __init__(self, inner: Hypergradient, clip: float) -> None:
         self._inner = inner
+        self._clip = clip
 
     def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
         metrics = self._inner.backward(problem, rollouts)
+        (logits,) = problem.parameters
+        assert logits.grad is not None
+        for tax in (logits.grad[:-1], logits.grad[-1:]):
+            tax.mul_((self._clip / tax.norm().clamp(min=1e-12)).clamp(max=1.0))
         if isinstance(self._inner, ImplicitHypergradient):
             metrics.update({f"objective_{c}": v for c, v in enumerate(context_values(problem).tolist())})
         return {**metrics, **_rates(problem)}
@@ -136,7 +146,7 @@ def _ascend(config: Config, seed: int, out: Path, resume: bool) -> dict[str, flo
         steps=config.steps,
         contexts_per_step=1 if config.follower == "exact" else config.paths,
         group_size=1,
-        max_gradient_norm=config.clip,
+        max_gradient_norm=None,  # clipped before, VAT and income tax apart
         seed=seed,
         checkpoint_every=20,
     )
@@ -144,7 +154,8 @@ def _ascend(config: Config, seed: int, out: Path, resume: bool) -> dict[str, flo
         name: value for name, value in to_dict(config).items() if name not in ("steps", "seed", "seeds", "tail")
     }  # a resumed run may be longer, or have more company
     optimizer = maker(problem.parameters, lr=config.learning_rate, maximize=True)
-    HPGD(problem, optimizer, _Watched(inner), loop, out, fingerprint=fingerprint([settings, seed])).run(resume=resume)
+    hypergradient = _Watched(inner, config.clip)
+    HPGD(problem, optimizer, hypergradient, loop, out, fingerprint=fingerprint([settings, seed])).run(resume=resume)
 
     log = MetricsLog.read(out / "metrics.jsonl")
     tail = log[-max(1, round(config.tail * len(log))) :]
