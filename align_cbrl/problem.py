@@ -275,7 +275,7 @@ def _observed(observation: Observation, leader: Leader, rollouts: Rollouts) -> T
     """The observation; one that does not move is computed with a graph to see that it does not, and nothing saved."""
     if observation.moves:
         return observation.of(leader, rollouts)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: None):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda _: torch.empty(0)):
         value = observation.of(leader, rollouts)
     require_still(observation.name, leader, value)
     return value.detach()
