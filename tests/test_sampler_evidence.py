@@ -186,10 +186,10 @@ def test_power_and_false_alarms(path: Path) -> None:
         taken = [batches_until_found(path, declared, 60, seed) for seed in range(10)]
         print(f"{name:34} batches of 512 tokens until the alarm: {sorted(taken)}")
         assert max(taken) < math.inf
-    most = torch.tensor([largest(seed, 100) for seed in range(1000)])
+    most = torch.tensor([largest(seed, 60) for seed in range(400)])
     for share in (0.1, 0.01, 0.001):
-        print(f"beyond log {1 / share:.0f} nats: {(most > -math.log(share)).double().mean():.4f} of 1000 right runs")
-    assert (most > ALARM).double().mean() <= 0.004  # 1 expected at most; beyond 4 with probability 0.004
+        print(f"beyond log {1 / share:.0f} nats: {(most > -math.log(share)).double().mean():.4f} of 400 right runs")
+    assert (most > ALARM).double().mean() <= 0.005  # at most 0.4 expected; 3 with probability 0.008
 
 
 # ---- in a run ----

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import initialize
@@ -157,7 +158,7 @@ def check_base_model(path: str) -> None:
     """Refuse folders that would silently become another reference policy than is meant.
 
     Raises:
-        InputError: a checkpoint of a trainer, or an adapter without its model.
+        InputError: a checkpoint of a trainer, an adapter, or a hub id that cannot be looked up.
     """
     folder = Path(path)
     if (folder / "trainer_state.json").is_file():
@@ -166,7 +167,13 @@ def check_base_model(path: str) -> None:
             "the reference policy; pass the model that the run started from and let the follower continue from its own "
             "checkpoint, or, if this policy is to be the reference, copy it elsewhere with save_pretrained"
         )
-    if (folder / "adapter_config.json").is_file():
+    try:
+        adapter = find_adapter_config_file(
+            path
+        )  # as transformers, which would load it with the model, also of a hub id
+    except (OSError, ValueError) as error:
+        raise does_not_load(path, error) from error
+    if adapter is not None:
         raise InputError(
             f"model {path!r}: is an adapter (it has an adapter_config.json), and the reference would be its base model "
             "without it; merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import math
 import shutil
 import tempfile
 import warnings
@@ -143,6 +144,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self._fixed: Tensor | None = None  # what the leader's reward of the newest batch is made of
         self._known: dict[Any, Tensor] = {}  # the same of those handed out, for `Rollouts.known`
         self._of_all_ranks: Completions | None = None  # of every process: rank 0 saves these
+        self._sums: list[float] | None = None
         self._initial: dict[str, Tensor] = {}  # an adapter's parameters before training
         self._on_step: Callable[[int], bool] = lambda step: True
 
@@ -379,6 +381,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         return sampler | {
             "policy": {name: value.detach().to("cpu", copy=True) for name, value in self._trainable().items()},
             "optimizer": _copied(self._trainer.optimizer.state_dict()),
+            "reference": self._reference_sums(),
             "steps": self._steps,
             "completions": self._completions,
             "begun": self._begun,
@@ -397,7 +400,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         """Restore what `state_dict` returned; an empty state is the untrained policy.
 
         Raises:
-            InputError: the state of another policy.
+            InputError: the state of another policy, or of one that was trained against another reference.
         """
         if "sampler" in state:
             self._evidence.load_state_dict(state["sampler"])
@@ -406,6 +409,12 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             return
         self._check_whole("checkpoint", with_moments=True)
         trainer = self._built()
+        sums = state.get("reference", self._reference_sums())
+        if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(sums, self._reference_sums(), strict=True)):
+            raise InputError(
+                f"state: its policy was trained against another reference than model {self.model_path!r}, so that it "
+                "is near another best response; continue with the model that the run started from"
+            )
         self._copy(state["policy"])
         trainer.optimizer = None
         trainer.create_optimizer()
@@ -508,6 +517,15 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+
+    def _reference_sums(self) -> list[float]:
+        """Tells one reference from another: the sums of its parameters and of their sizes."""
+        if self._sums is None:
+            reference = self._built().reference
+            frozen = self.policy.parameters() if reference is None else reference.parameters()
+            kept = [p.detach().double() for p in frozen if reference is not None or not p.requires_grad]
+            self._sums = [float(sum(p.sum() for p in kept)), float(sum(p.abs().sum() for p in kept))]
+        return self._sums
 
     def _untrained(self) -> dict[str, Tensor]:
         reference = self._built().reference
