@@ -27,7 +27,7 @@ from align_cbrl.runs.files import storage_failure
 from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names
 from align_cbrl.runs.interrupt import acting_interrupt
 from align_cbrl.runs.lock import only_here
-from align_cbrl.runs.run_folder import ABOUT, claim, finish, nothing_kept, read_about, read_summary
+from align_cbrl.runs.run_folder import ABOUT, DESCRIPTION, claim, finish, nothing_kept, read_about, read_summary
 from align_cbrl.runs.secrets import redact
 
 _DESCRIPTION = """\
@@ -196,6 +196,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError(f"--out {out}: expected a folder, this is a file")
     recipe = _recipe(name)
     config: Any = load_config(recipe.Config, path, options.overrides)
+    ours = not out.exists() or (nothing_kept(out) and {file.name for file in out.iterdir()} <= DESCRIPTION)
     with acting_interrupt(), only_here(out):
         if not options.resume and not nothing_kept(out):
             raise InputError(
@@ -204,7 +205,8 @@ def _run(options: argparse.Namespace) -> int:
         try:
             recipe.run(config, out, options.resume)
         except InputError:
-            _release(out)
+            if ours:
+                _release(out)
             raise
         finally:
             # A user's recipe may leave the description of its folder to us; `report` and `compare` need it.

@@ -36,7 +36,7 @@ from align_cbrl.problem import Observed, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.checkpoints import Identity, load_checkpoint, newest_step, save_checkpoint
 from align_cbrl.runs.facts import optimizer_settings, settings_of, versions
-from align_cbrl.runs.interrupt import noted_interrupt
+from align_cbrl.runs.interrupt import end_with_launcher, noted_interrupt
 from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.metrics import MetricsLog
 
@@ -163,8 +163,9 @@ class HPGD:
                 another process works in `out`.
         """
         with contextlib.ExitStack() as stack:
+            initialize()
+            end_with_launcher()
             if self.out is not None:
-                initialize()
                 with together("taking the folder of the run"):
                     stack.enter_context(only_here(self.out / _CHECKPOINTS))
             self._prepare(resume)
@@ -339,8 +340,7 @@ class HPGD:
         return self.history[-1].get("skipped_steps", 0.0) if self.history else 0.0
 
     def _prepare(self, resume: bool) -> None:
-        """Join the other processes, refuse what cannot work, and restore a checkpoint."""
-        initialize()
+        """Refuse what cannot work, and restore a checkpoint."""
         if world_size() > 1 and not self.hypergradient.over_ranks:
             raise InputError(
                 f"{type(self.hypergradient).__name__}: expected one process, got {world_size()}; only PolicyResponse "

@@ -23,7 +23,7 @@ from align_cbrl import InputError, RunStopped
 from align_cbrl.llm.settings.judge import PRACTICAL
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.files import read_json, sync_tree
-from align_cbrl.runs.imports import load_recipe, recipe_of
+from align_cbrl.runs.imports import load_recipe, recipe_of, require_package
 from align_cbrl.runs.interrupt import Interrupt, acting_interrupt, end_with_parent, noted_interrupt, pass_on
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
@@ -197,6 +197,7 @@ class Study:
         Raises:
             CheckpointError: `out` holds a run of another configuration.
         """
+        require_package("matplotlib", "plots", "curves")
         claim(out, config, recipe=self.recipe, free=["jobs", "tracking", *(f"judge.{name}" for name in PRACTICAL)])
         each_seed(self.one_seed, config, out, config.seeds, config.jobs)
         write_summary(out, self.summarize(config, out))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,11 @@ import pytest
 
 import align_cbrl.recipes
 from align_cbrl import cli
+from align_cbrl.runs import lock
 from align_cbrl.runs.run_folder import read_about
 
 RECIPE = """
-import dataclasses
+import dataclasses, os, signal
 from pathlib import Path
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.runs.run_folder import claim, read_summary, write_summary
@@ -38,6 +41,13 @@ def run(config: Config, out: Path, resume: bool) -> None:
         raise RunStopped("the judge keeps failing")
     if config.end == "checkpoint":
         raise CheckpointError("it belongs to another configuration")
+    if config.end == "mistake":
+        raise ZeroDivisionError("in a recipe's own code, with api_key=v3ry-s3cret")
+    if config.end == "full":
+        raise OSError(28, "No space left on device", "weights.bin")
+    if config.end == "signal":
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
     if config.end == "late":
         raise InputError("leader: its reward is NaN")
     write_summary(out, {"rows": [{"name": "hpgd", "judge": config.steps / 10}], "leader": {"reward": "proxy +1"}})
@@ -120,6 +130,12 @@ def test_an_earlier_run_is_never_overwritten(capsys: pytest.CaptureFixture[str])
         ("interrupt", 130, "stopped; resume with: align-cbrl run toy --set end=interrupt --out 'my runs' --resume\n"),
         ("stop", 3, "stopped: the judge keeps failing\nresume with: align-cbrl run toy --set end=stop --out"),
         ("checkpoint", 3, "error: it belongs to another configuration\n"),
+        ("signal", 143, "stopped; resume with: align-cbrl run toy --set end=signal --out 'my runs' --resume\n"),
+        (
+            "full",
+            3,
+            "stopped: the disk is full (weights.bin); repair that\nresume with: align-cbrl run toy --set end=full",
+        ),
     ],
 )
 def test_a_run_that_ends_early_says_how_to_go_on(
@@ -127,6 +143,44 @@ def test_a_run_that_ends_early_says_how_to_go_on(
 ) -> None:
     assert cli.main(["run", "toy", "--set", f"end={end}", "--out", "my runs"]) == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_mistake_in_anybodys_code_is_shown_and_the_run_can_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 would say that a validation failed."""
+    assert cli.main(["run", "toy", "--set", "end=mistake"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and "in run" in error and "s3cret" not in error
+    assert error.endswith("--resume\n") and "stopped by ZeroDivisionError: in a recipe's own code" in error
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EROFS, 2), (errno.EACCES, 2), (errno.ENOSPC, 3)])
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    def refused(path: object, *arguments: object) -> int:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(lock.os, "open", refused)
+    assert cli.main(["run", "toy"]) == code
+    assert "cannot write to runs/toy: " in capsys.readouterr().err
+
+
+def test_a_run_that_is_under_way_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "_PATIENCE", 0.1)
+    with lock.only_here(Path("runs/toy")):
+        for more in ([], ["--resume"]):
+            assert cli.main(["run", "toy", *more]) == 3
+            assert f"process {os.getpid()} on" in capsys.readouterr().err
+    assert cli.main(["run", "toy"]) == 0
+
+
+def test_what_was_in_the_folder_before_stays_when_the_start_fails() -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.tmp").write_text("of somebody's")
+    assert cli.main(["run", "toy", "--set", "end=wrong", "--out", "mine"]) == 2
+    assert Path("mine/notes.tmp").read_text() == "of somebody's"
 
 
 def test_a_mistake_found_at_the_start_leaves_no_folder_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -207,3 +208,51 @@ def test_the_fingerprint_depends_on_the_values_alone() -> None:
 def test_nearest_without_a_near_name_lists_what_there_is() -> None:
     assert nearest("zzz", ["alpha", "beta"]) == "there are: alpha, beta"
     assert nearest("zzz", []) == "there are none"
+
+
+ALIASES = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, "aliases stand for more than 100,000 values"),
+        ("seed:\n" + "".join(f"  {line}\n" for line in ALIASES.splitlines()), "aliases stand for more than"),
+        ("seed: &a [*a]", "contains itself"),
+        ("seed: &a {b: *a}", "contains itself"),
+        ("? [a, b]\n: 1", "expected a key that is a text, got a list or a mapping"),
+        ("{{a: 1}: 2}", "expected a key that is a text"),
+        ("seed: " + "9" * 32_000, "a number of 32,000 digits"),
+        ("seed: 0x" + "f" * 32_000, "a number of 32,002 digits"),
+        ("rate: " + "9" * 399, "expected a finite number"),
+        ("rate: " + "9" * 32_000 + "x", "expected a number"),
+        ("rate: 1e999", "expected a finite number"),
+        ("rate: .nan", "expected a finite number"),
+        ("seed: " + "[" * 3000, "nested more than 40 deep"),
+        ("seed: " + "{a: " * 3000, "nested more than 40 deep"),
+        ("".join(" " * i + "a:\n" for i in range(300)), "nested more than 40 deep"),
+        ("seed: 2001-99-99", "month must be in 1..12"),
+        ("seed: !!binary '=='", "expected an integer|base64"),
+        ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("name: " + "a" * 300_000, "more than 262,144 characters"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_words_and_soon(tmp_path: Path, text: str, message: str) -> None:
+    @dataclasses.dataclass
+    class Plain:
+        seed: int = 0
+        rate: float = 0.0
+        name: str = ""
+
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    began = time.process_time()
+    with pytest.raises(InputError, match=message) as refused:
+        load_config(Plain, file)
+    assert len(str(refused.value)) < 700
+    assert time.process_time() - began < 2
+    if text.startswith(("seed: ", "rate: ")) and "\n" not in text:  # and as an override
+        with pytest.raises(InputError, match=message):
+            load_config(Plain, None, [text.replace(": ", "=", 1)])

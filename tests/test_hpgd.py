@@ -95,6 +95,95 @@ def test_ctrl_c_finishes_the_step_and_can_be_resumed(tmp_path: Path) -> None:
     assert torch.equal(weights(whole), weights(again))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_what_schedulers_send_is_a_first_ctrl_c(tmp_path: Path, number: int) -> None:
+    """Repeated, as a launcher passes on what its group has got too; and the handlers are put back."""
+    mine = signal.signal(number, handler := lambda *_: None)
+    run = run_of(tmp_path, checkpoint_every=100)
+    rollout = run.problem.follower.rollout
+
+    def interrupting(*arguments: Any) -> Any:
+        if run.step == 7:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return rollout(*arguments)
+
+    run.problem.follower.rollout = interrupting  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run.run()
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, mine)
+    assert stopped.value.args == (number,)
+    assert [c.name for c in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000008"]
+    assert [row["step"] for row in MetricsLog.read(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("where", ["reward", "utility", "observer", "rollout", "disk"])
+def test_every_exception_leaves_the_last_whole_step_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole = run_of(None)
+    whole.run()
+    run = run_of(tmp_path, checkpoint_every=100)
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise ZeroDivisionError("now")
+
+    def broken_from(step: int, usual: Any) -> Any:
+        return lambda *a, **k: broken() if run.step >= step else usual(*a, **k)
+
+    if where == "observer":
+        run.observers = (lambda row, rollouts: broken() if row["step"] == 5 else None,)
+    elif where == "rollout":
+        monkeypatch.setattr(run.problem.follower, "rollout", broken_from(5, run.problem.follower.rollout))
+    elif where == "reward":
+        monkeypatch.setattr(run.problem.leader, "prepare", broken_from(5, run.problem.leader.prepare))
+    elif where == "utility":
+        monkeypatch.setattr(run.hypergradient, "backward", broken_from(5, run.hypergradient.backward))
+    else:
+        monkeypatch.setattr(MetricsLog, "append", broken_from(5, lambda self, row: None))
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    monkeypatch.undo()
+    assert [c.name for c in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000005"]
+    again = run_of(tmp_path)
+    again.run(resume=True)
+    # The follower may answer the same leader twice, hence to the solver's tolerance.
+    torch.testing.assert_close(weights(whole), weights(again), rtol=1e-12, atol=0)
+    assert [row["step"] for row in MetricsLog.read(tmp_path / "metrics.jsonl")] == list(range(1, 13))
+
+
+def test_a_step_that_broke_down_half_way_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path)
+
+    def broken() -> None:
+        if run.step == 4:  # the optimizer has moved the leader already
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(run.problem.leader, "project", broken)
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    assert max(c.name for c in (tmp_path / "checkpoints").glob("step-*")) == "step-00000003"
+
+
+def test_a_run_is_not_destroyed_by_another(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=3).run()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"}
+    with pytest.raises(InputError, match=r"holds a run already, .*run\(resume=True\) continues it"):
+        run_of(tmp_path, steps=3).run()
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_an_emptied_log_is_written_again_from_the_checkpoint(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=6).run()
+    rows = MetricsLog.read(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nno JSON\n')
+    run_of(tmp_path, steps=7).run(resume=True)
+    assert MetricsLog.read(tmp_path / "metrics.jsonl")[:6] == rows
+
+
 def test_a_judge_that_stops_the_run_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_of(tmp_path / "whole")
     whole.run()

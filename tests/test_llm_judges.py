@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import sqlite3
 import threading
 import time
 import warnings
@@ -261,6 +263,11 @@ def test_a_server_that_recovers_is_asked_again_when_it_says(monkeypatch: pytest.
         ((200, {"scores": [float("nan")]}, {}), InputError, "got nan for completion 0"),
         ((200, {"scores": ["high"]}, {}), InputError, "got 'high' for completion 0"),
         ((200, {"scores": []}, {}), InputError, "expected 1 scores, one per completion, got 0"),
+        ((200, {"scores": [True]}, {}), InputError, "got 'True' for completion 0"),
+        ((200, {"scores": [1e200]}, {}), InputError, r"got '1e\+200' for completion 0"),
+        ((200, b'{"scores": [1' + b"0" * 400 + b"]}", {}), InputError, "got 1000"),
+        ((200, b'{"scores": [1' + b"0" * 9000 + b"]}", {}), RunStopped, "expected JSON"),
+        ((200, b"[" * 100_000, {}), RunStopped, "expected JSON"),
         ((200, {"score": [1.0]}, {}), InputError, "an object with one under 'scores'"),
         ((401, b"who are you", {}), InputError, "status 401 .*who are you; repair"),
         ((302, b"", {"Location": "http://127.0.0.1:9/"}), InputError, "status 302"),
@@ -273,7 +280,7 @@ def test_a_server_that_does_not_recover(said: tuple[int, Any, dict[str, str]], e
         judge = Judge(RemoteJudge(url), retries=1, wait=0.0)
         with pytest.raises(error, match=message):
             judge(None, rollouts(["a"]))
-        assert len(seen) == (2 if said[0] == 500 else 1)
+        assert len(seen) == (2 if "JSON" in message or said[0] == 500 else 1)
         assert judge.calls == 0
 
 
@@ -292,6 +299,102 @@ def test_a_server_that_says_nothing_times_out() -> None:
         silent.set()
     with pytest.raises(RunStopped, match="no answer"):  # and now nobody listens
         Judge(RemoteJudge(url, timeout=0.2), retries=0)(None, rollouts(["a"]))
+
+
+@pytest.mark.parametrize("part", ["status", "header", "body"])
+def test_a_server_that_drips_does_not_hold_the_run(part: str) -> None:
+    """A byte every now and then would satisfy a socket's own timeout for ever."""
+    stop = threading.Event()
+    before = {
+        "status": b"",
+        "header": b"HTTP/1.1 200 OK\r\n",
+        "body": b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n",
+    }
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(before[part])
+                while not stop.wait(0.05):
+                    connection.sendall(b"1")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        began = time.monotonic()
+        with pytest.raises(RunStopped, match=r"timed out after 0\.3 s"):
+            Judge(RemoteJudge(url, timeout=0.3), retries=0)(None, rollouts(["a"]))
+        assert time.monotonic() - began < 3
+        stop.set()
+        thread.join()
+
+
+def test_what_a_server_echoes_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_ACCESS", "v3ry-s3cret")  # the variable's name does not give it away
+
+    def echo(body: dict[str, Any], before: int) -> tuple[int, Any, dict[str, str]]:
+        answers: list[tuple[int, bytes]] = [
+            (401, b"token v3ry-s3cret is wrong"),
+            (200, b"v3ry-s3cret"),
+            (200, b'"v3ry-s3cret"'),
+        ]
+        return *answers[before % 3], {}
+
+    with server(echo) as (url, _):
+        judge = Judge(RemoteJudge(f"{url}?api_key=4lso", token_variable="MY_ACCESS"), retries=0)
+        for kind in (InputError, RunStopped, InputError):
+            with pytest.raises(kind) as refused:
+                judge(None, rollouts(["a"]))
+            assert "s3cret" not in str(refused.value) and "4lso" not in str(refused.value)
+
+
+def test_valid_scores_beside_an_invalid_one_are_kept() -> None:
+    def mixed(body: dict[str, Any], before: int) -> tuple[int, Any, dict[str, str]]:
+        return (200, {"scores": [1.0, True, 3.0]}, {}) if before == 0 else good(body, before)
+
+    with server(mixed) as (url, seen):
+        judge = Judge(RemoteJudge(url))
+        with pytest.raises(InputError, match="got 'True' for completion 1"):
+            judge(None, rollouts(["a", "bb", "ccc"]))
+        assert judge(None, rollouts(["a", "bb", "ccc"]))[:, 0].tolist() == [1.0, 2.0, 3.0]
+        assert seen[1]["body"]["completions"] == ["bb"]
+
+
+@pytest.mark.parametrize(
+    ("statements", "message"),
+    [
+        (["CREATE TABLE songs (name TEXT)"], "a database with a table 'songs'"),
+        (["CREATE TABLE scores (team TEXT, points INTEGER)"], "a table 'scores' of"),
+        (["INSERT INTO scores VALUES ('k', 'high')"], "expected a finite number for the key k, got 'high'"),
+        (["INSERT INTO scores VALUES ('k', NULL)"], "expected a finite number for the key k, got None"),
+        (["INSERT INTO scores VALUES ('k', 9e999)"], "expected a finite number for the key k, got inf"),
+    ],
+)
+def test_a_cache_of_foreign_content_is_refused_and_left_alone(
+    tmp_path: Path, statements: list[str], message: str
+) -> None:
+    path = tmp_path / "cache.sqlite"
+    if statements[0].startswith("INSERT"):
+        JudgeCache(path)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        for statement in statements:
+            database.execute(statement)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=message):
+        JudgeCache(path).get(["k"])
+    assert path.read_bytes() == before
+
+
+def test_a_cache_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not a database, but long enough to be read as one" * 100)
+    for path, message in ((tmp_path / "text", "another file, or a damaged one"), (tmp_path / "text" / "c", "text/c: ")):
+        with pytest.raises(InputError, match=message):
+            JudgeCache(path)
+    (tmp_path / "empty").touch()
+    with pytest.warns(UserWarning, match="is empty; what was in it is asked again"):
+        JudgeCache(tmp_path / "empty")
 
 
 def test_the_rate_is_kept() -> None:

@@ -201,3 +201,10 @@ def test_a_picture_is_shown_at_its_printed_size(tmp_path: Path) -> None:
     png = curves_png(tmp_path / "a.png", [Panel("one", "", "", {"x": ([0, 1], [0, 1])})])
     page = write_report(tmp_path / "a.html", title="", sections=[Section("", "", [Figure(png, "")])]).read_text()
     assert f'style="width:{round(5.6 * 96)}px"' in page
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "$", "a $5 and $6 price", r"\$x$", "$$", r"$\undefined$", "_{^$}"])
+def test_any_text_may_name_a_curve(tmp_path: Path, name: str) -> None:
+    line = ([1.0, 2.0], [0.5, 0.6])
+    panel = Panel(name, name, name, {name: line}, points={f"{name} points": line}, levels={f"{name} level": 0.5})
+    assert curves_png(tmp_path / "curves.png", [panel]).stat().st_size > 0

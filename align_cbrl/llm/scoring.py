@@ -8,7 +8,7 @@ import math
 import pickle
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,10 +105,7 @@ def call_patiently(
         InputError: the function raised it, or needs an argument that there is not; another attempt would not help.
         RunStopped: the function raised on every attempt, or raised RunStopped.
     """
-    if missing := sorted(arguments_needed(function) - set(arguments)):
-        raise InputError(
-            f"{name}: takes {', '.join(map(repr, missing))}, which the data do not have; there are {sorted(arguments)}"
-        )
+    check_arguments(name, function, arguments)
     for attempt in range(retries + 1):
         try:
             return call_score_function(function, arguments)
@@ -156,6 +153,14 @@ def arguments_taken(function: Callable[..., Any], arguments: Mapping[str, Any]) 
         return dict(arguments)
     names = {p.name for p in parameters}
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def check_arguments(name: str, function: Callable[..., Any], there: Collection[str]) -> None:
+    """Raise `InputError` unless the function can be called with the arguments that are there."""
+    if missing := sorted(arguments_needed(function) - set(there)):
+        raise InputError(
+            f"{name}: takes {', '.join(map(repr, missing))}, which the data do not have; there are {sorted(there)}"
+        )
 
 
 def arguments_needed(function: Callable[..., Any]) -> set[str]:

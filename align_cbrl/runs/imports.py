@@ -70,6 +70,21 @@ def _import(name: str, path: str) -> ModuleType | None:
         raise InputError(f"{path!r}: importing {name} failed: {type(error).__name__}: {error}") from error
 
 
+def require_package(package: str, extra: str, purpose: str) -> None:
+    """Raise `InputError` unless an optional package is installed, before anything is done that will need it.
+
+    Args:
+        package: its name in an import.
+        extra: of align-cbrl, with which it is installed.
+        purpose: who needs it.
+
+    Example:
+        >>> require_package("json", "plots", "curves")
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{purpose}: need {package}, which is not installed: pip install 'align-cbrl[{extra}]'")
+
+
 def load_recipe(recipe: str | None) -> ModuleType | None:
     """The module recipe.py of a recipe.
 

@@ -6,10 +6,12 @@ Ctrl-C sends SIGINT. A scheduler that is about to kill a job sends SIGTERM or SI
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from types import FrameType
@@ -109,6 +111,21 @@ def pass_on(number: int) -> None:
     """Ask the worker processes of this one to stop too: a scheduler may have told this one only."""
     for child in multiprocessing.active_children():
         child.terminate()
+
+
+@functools.cache  # once a process
+def end_with_launcher() -> None:
+    """Let this rank end when torchrun is gone, which cannot end it any more: there is nobody to give the work to."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with_parent() -> None:

@@ -31,6 +31,8 @@ from align_cbrl.runs.secrets import redact, redacted
 ABOUT = "run.json"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+DESCRIPTION = frozenset({ABOUT, CONFIG, LOCK})
+"""What every run's folder has from its start."""
 PACKAGES = ("align-cbrl", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "numpy")
 """Packages whose versions are kept; one that is not installed has null."""
 
@@ -106,7 +108,7 @@ def nothing_kept(out: Path) -> bool:
 
 
 def _of_a_start(file: Path) -> bool:
-    described = file.name in (ABOUT, CONFIG, LOCK) or file.name.endswith((".tmp", ".sqlite", ".sqlite-journal"))
+    described = file.name in DESCRIPTION or file.name.endswith((".tmp", ".sqlite", ".sqlite-journal"))
     return described or file.stat().st_size == 0 or file.parent.name.startswith(UNMOVED)
 
 

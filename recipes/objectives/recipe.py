@@ -50,6 +50,9 @@ class Config(SeedSettings, BenchSettings):
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """HPGD for every objective, and a fresh follower on each learned reward."""
     bench = Bench(config, seed, folder, cache)
+    for objective in config.objectives.values():
+        bench.check_names(objective)
+    bench.leader()  # refuses what it cannot be built from, before anything is trained
 
     def reached(follower: Any) -> dict[str, Any]:
         found = bench.final(follower)

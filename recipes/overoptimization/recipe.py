@@ -45,6 +45,7 @@ class Config(SeedSettings, BenchSettings):
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """Plain RLHF, HPGD, and a fresh follower on what it learned."""
     bench = Bench(config, seed, folder, cache)
+    bench.leader()  # refuses what it cannot be built from, before anything is trained
 
     def frozen(name: str) -> dict[str, Any]:
         # The same prompts and random numbers for both: what differs is the reward.

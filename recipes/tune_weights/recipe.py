@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from align_cbrl import InputError
 from align_cbrl.llm import RewardMixture
+from align_cbrl.runs.imports import require_package
 from align_cbrl.runs.report import Section, Table
 
 from ..refit import refit
@@ -62,6 +63,8 @@ class Config(SeedSettings, BenchSettings):
         super().__post_init__()
         if "hpgd" not in self.methods:
             raise InputError("methods: expected hpgd among them; it is what the others are compared with")
+        if {"tpe", "random"} & set(self.methods):
+            require_package("optuna", "tune", "methods: tpe and random")
         rivals = [name for name in self.methods if name != "hpgd"]
         if rivals and self.leader.kind != "mixture":
             raise InputError(

@@ -32,7 +32,7 @@ from align_cbrl.llm import (
 )
 from align_cbrl.llm.conversations import answer_text, shown_text
 from align_cbrl.llm.prompts import check_count
-from align_cbrl.llm.scoring import ScoreFunction
+from align_cbrl.llm.scoring import ScoreFunction, check_arguments
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings, judge_facts
@@ -40,7 +40,7 @@ from align_cbrl.llm.settings.leader import LeaderSettings, MixtureSettings
 from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSettings
 from align_cbrl.llm.settings.tracking import TrackingSettings
 from align_cbrl.plain import plain
-from align_cbrl.runs.config import fingerprint, to_dict
+from align_cbrl.runs.config import fingerprint, nearest, to_dict
 from align_cbrl.runs.facts import facts_of
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
@@ -132,11 +132,30 @@ class Bench:
         self.judge = judge
         self.data: DatasetDict = load_prompts(world.data, seed=seed)
         check_count(self.data["test"], 2)  # a standard error needs two
+        self.check_names(settings.objective)
         self.model = world.model or world.make_policy(self.data, seed, cache)
         self.follower(seed).check(self._prompts("test"))  # before a reward model is trained
         self.proxy = world.proxy or world.make_proxy(self.model, self.data, seed, cache)
         self._reference: Rollouts | None = None
         self._plain: LanguageLeader | None = None
+
+    def check_names(self, objective: ObjectiveSettings) -> None:
+        """Refuse what is misnamed before anything is trained: functions, costs, and the columns that they take.
+
+        Raises:
+            InputError: an objective, judge, cost or reward that names what there is not.
+        """
+        world, costs = self.settings.world, self.costs()
+        objective.build(self.judge, costs)
+        needed = {"judge": self.judge.function, **{f"cost {name}": cost.function for name, cost in costs.items()}}
+        needed |= {f"reward {name}": load_object(path) for name, path in world.rewards.items()}
+        for part in ("train", "test"):
+            columns = [name for name in self.data[part].column_names if name not in ("prompt", "completion")]
+            column = getattr(objective, "column", None)
+            if column is not None and column not in columns:
+                raise InputError(f"objective.column: the data have no column {column!r}; {nearest(column, columns)}")
+            for name, function in needed.items():
+                check_arguments(name, function, ["prompts", "completions", "completion_ids", *columns])
 
     # ------------------------------------------------------------------------------------------ what there is
 

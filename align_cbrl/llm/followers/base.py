@@ -167,12 +167,8 @@ def check_base_model(path: str) -> None:
             "the reference policy; pass the model that the run started from and let the follower continue from its own "
             "checkpoint, or, if this policy is to be the reference, copy it elsewhere with save_pretrained"
         )
-    try:
-        adapter = find_adapter_config_file(
-            path
-        )  # as transformers, which would load it with the model, also of a hub id
-    except (OSError, ValueError) as error:
-        raise does_not_load(path, error) from error
+    with loading("model", path):  # as transformers, which would load an adapter with the model, also of a hub id
+        adapter = find_adapter_config_file(path)
     if adapter is not None:
         raise InputError(
             f"model {path!r}: is an adapter (it has an adapter_config.json), and the reference would be its base model "
