@@ -171,10 +171,12 @@ class PlugIn(Hypergradient):
         strength: number of pseudo-transitions in each row, > 0.
         shrinkage: weight of noise in the advantages: A_F is multiplied by A_F^2 / (A_F^2 + shrinkage v), v the variance
             of A_F that its own row's visits explain, and centred again. Small advantages of rarely seen actions are
-            mostly noise. 0 leaves them.
+            mostly noise, so that 1 pays for a small batch on its own. 0 leaves them: along an ascent, with memory, what
+            is shrunk is the way out of a plateau.
         damping: the gradient is multiplied by max(0, 1 - damping v / |gradient|^2), v the trace of its variance (as in
             `project`, along 4 random directions): where noise drowns it, a part of the step is closer to the truth than
-            the whole (James and Stein). 0 leaves it, and saves the time of measuring noise.
+            the whole (James and Stein), such as 0.5 for a small batch on its own. 0 leaves it, and saves the time of
+            measuring noise.
         memory: transitions of earlier outer steps to count in; by default those that this estimator was given. It stays
             empty where the leader moves the transitions, and therefore knows them. None: each batch on its own.
 
@@ -194,7 +196,7 @@ class PlugIn(Hypergradient):
 
     cmdp: ContextualMDP
     strength: Positive = 1.0
-    shrinkage: NonNegative = 1.0
+    shrinkage: NonNegative = 0.0
     damping: NonNegative = 0.0
     memory: TransitionMemory | None = dataclasses.field(default_factory=TransitionMemory)
 
