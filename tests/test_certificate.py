@@ -291,7 +291,7 @@ def test_the_correction_is_an_option_of_the_loop(problem: Problem, correction: s
     run = run_of(stubborn(problem, 0.2), 2, correction=correction)
     run.run()
     assert [row["corrected"] for row in run.history] == [expected] * 2
-    with pytest.raises(InputError, match=r"HPGDConfig.correction: expected 'auto', 'on' or 'off', got 'maybe'"):
+    with pytest.raises(InputError, match=r"HPGDConfig.correction: expected 'auto' or 'on' or 'off', got 'maybe'"):
         HPGDConfig(correction="maybe")
 
 
