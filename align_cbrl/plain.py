@@ -26,7 +26,7 @@ def plain(value: Any, other: Callable[[Any], Any] = type_in_brackets) -> Any:
     Example:
         >>> import datetime
         >>> plain({"day": datetime.date(2024, 5, 17), "picture": b"..."})
-        {'day': '2024-05-17', 'picture': 'sha256 ab5df625bc76dbd4e163bed3dd888df8'}
+        {'day': '2024-05-17', 'picture': 'sha256 ab5df625bc76dbd4e163bed2dd888df8'}
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

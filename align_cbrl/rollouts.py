@@ -77,17 +77,6 @@ class Rollouts:
                     f"Rollouts.{name}: expected whole numbers (torch.long), got {value.dtype}, in which NaN and "
                     "fractions would name contexts that do not exist; convert it with .long()"
                 )
-        for name in ("log_policy", "log_prior"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_shape(name, value, (size, horizon))
-                check_finite(name, value, self)
-                highest = float(torch.where(self.mask.to(value.device), value.detach(), -torch.inf).max())
-                if highest > _LOG_ROUNDING:
-                    raise InputError(
-                        f"Rollouts.{name}: expected log-probabilities in nats, at most 0, got {highest:g}; pass "
-                        "log_softmax values, not logits or probabilities"
-                    )
         if self.weight is not None:
             _check_shape("weight", self.weight, (size,))
             if not torch.isfinite(self.weight).all() or (self.weight < 0).any():
@@ -98,6 +87,19 @@ class Rollouts:
                     f"Rollouts.weight: expected importance weights with mean one, got mean {mean:g}, by which every "
                     "gradient would be multiplied; divide them by it"
                 )
+        for name in ("log_policy", "log_prior"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_shape(name, value, (size, horizon))
+                check_finite(name, value, self)
+                # Of a weighted path it is an estimate, log pi + log W, which its weight may lift above zero.
+                room = 0.0 if self.weight is None else self.weight.detach().to(value).log().clamp(min=0.0)[:, None]
+                highest = float(torch.where(self.mask.to(value.device), value.detach() - room, -torch.inf).max())
+                if highest > _LOG_ROUNDING:
+                    raise InputError(
+                        f"Rollouts.{name}: expected log-probabilities in nats, at most 0, got {highest:g}; pass "
+                        "log_softmax values, not logits or probabilities"
+                    )
         for name, value in self.steps.items():
             came = len(value) if hasattr(value, "__len__") else value
             if came != size:

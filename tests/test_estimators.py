@@ -301,7 +301,7 @@ def test_plug_in_says_what_is_wrong():
     problem = reward_only(0)
     cmdp = problem.follower.cmdp
     rollouts = batch(problem, 4)
-    with pytest.raises(InputError, match=r"PlugIn\.strength: expected a positive number"):
+    with pytest.raises(InputError, match=r"PlugIn\.strength: expected a finite number > 0, got 0.0"):
         PlugIn(cmdp, strength=0.0)
     with pytest.raises(InputError, match=r"PlugIn\.damping: expected a finite number >= 0, got -1"):
         PlugIn(cmdp, damping=-1.0)
