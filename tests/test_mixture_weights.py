@@ -91,6 +91,11 @@ def test_plain_rlhf_on_a_proxy_that_never_varied_says_so() -> None:
         MixtureSettings().build({"proxy": scored(1e-12)}, BATCH)
 
 
+def test_a_start_of_correlated_terms_keeps_the_budget() -> None:
+    made = mixture({"length": scored(1.0), "copy": scored(2.0)}, weights={"length": 0.6, "copy": 0.6}, budget=1.0)
+    assert made.weights() == pytest.approx({"length": 0.5, "copy": 0.5}) and made.spread() == pytest.approx(1.0)
+
+
 TERMS: dict[str, ScoreFunction] = {
     "length": scored(1.0),
     "copy": scored(2.0),

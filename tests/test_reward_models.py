@@ -129,7 +129,7 @@ class Payload:
         return os.system, (f"touch {self.file}",)
 
 
-def test_nothing_that_a_folder_holds_is_executed(tmp_path: Path) -> None:
+def test_nothing_that_a_folder_holds_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touched = tmp_path / "touched"
 
     def hostile(name: str, family: str = "llama") -> Path:
@@ -152,9 +152,13 @@ def test_nothing_that_a_folder_holds_is_executed(tmp_path: Path) -> None:
     (zipped / "model.safetensors").unlink()
     torch.save(Payload(touched), zipped / "pytorch_model.bin")
     adapted = hostile("adapted")
-    (adapted / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "base_model_name_or_path": str(words), "r": 2, "target_modules": ["q_proj"],
-        "megatron_config": {"a": 1}, "megatron_core": "evil"}))  # fmt: skip
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(hostile("plain")), "target_modules": ["q_proj"]}
+    (adapted / "adapter_config.json").write_text(
+        json.dumps({**adapter, "megatron_config": {"a": 1}, "megatron_core": "evil"})
+    )
+    monkeypatch.syspath_prepend(adapted)
+    with pytest.raises(InputError, match="asks for megatron, which is refused"):
+        RewardModel(adapted)
     for folder in (coded, words, pickled, zipped, adapted):
         with pytest.raises(InputError, match=rf"reward model '{folder}': "):
             RewardModel(folder)

@@ -103,7 +103,7 @@ class Own(LanguageLeader):
         return cls()
 
 
-def test_what_is_trusted_loads(tmp_path: Path) -> None:
+def test_what_is_trusted_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixture = RewardMixture({"length": length, "brevity": brevity}, {"length": 0.5, "brevity": 0.25})
     beta = LearnedBeta(mixture, 0.5, low=0.1, high=1.0)
     shaped = Shaped(length, RewardMixture({"brevity": brevity}, {}))
@@ -114,6 +114,8 @@ def test_what_is_trusted_loads(tmp_path: Path) -> None:
         assert load_reward(folder)(prompts=["q"], completions=["An answer."]) == want
         assert "Loading runs no code from this folder." in (folder / "README.md").read_text()
     assert own_function("align_cbrl.recipes.worlds.replies.rewards.length") is length
+    monkeypatch.setattr("align_cbrl.cli.foreign", shout, raising=False)  # found there, and not defined there
+    assert own_function("align_cbrl.cli.foreign") is None
     with pytest.raises(InputError, match=r"load_leader.terms: the saved leader has no terms named \['lenght'\]"):
         load_leader(tmp_path / "RewardMixture", terms={"lenght": shout})
 

@@ -146,7 +146,7 @@ class RewardMixture(Correction):
         """Standardise every term on these rollouts: mean zero, and mean variance within a prompt's group one.
 
         The variance is taken within groups since only differences between completions of one prompt move a policy.
-        The terms' correlations within groups shape the budget.
+        The terms' correlations within groups shape the budget, to which the weights are scaled back.
 
         A term that never varies there, such as a bonus that no completion of the reference earns, is named in a
         warning: its scale is unknown and stays one, and the budget bounds its weight as if its deviation were one.
@@ -171,6 +171,7 @@ class RewardMixture(Correction):
                 "completions differ in it",
                 stacklevel=2,
             )
+        self.project()  # correlated terms may exceed together what their weights' norm kept
 
     @torch.no_grad()
     def spread(self) -> float:
@@ -191,7 +192,7 @@ class RewardMixture(Correction):
         if self.constraint == "positive":
             self.weight.clamp_(min=0.0)
         spread = self.spread()
-        if spread > self.budget:
+        if spread > self.budget * (1 + 1e-9):  # no start is moved by the rounding of its own correlation
             self.weight.mul_(self.budget / spread)
 
     @property
