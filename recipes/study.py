@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from align_cbrl import InputError, RunStopped
-from align_cbrl.llm.settings.judge import PRACTICAL
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.facts import PRACTICAL_OF_JUDGE
 from align_cbrl.runs.files import read_json, sync_tree
 from align_cbrl.runs.imports import load_recipe, recipe_of, require_package
 from align_cbrl.runs.interrupt import Interrupt, acting_interrupt, end_with_parent, noted_interrupt, pass_on
@@ -198,7 +198,12 @@ class Study:
             CheckpointError: `out` holds a run of another configuration.
         """
         require_package("matplotlib", "plots", "curves")
-        claim(out, config, recipe=self.recipe, free=["jobs", "tracking", *(f"judge.{name}" for name in PRACTICAL)])
+        claim(
+            out,
+            config,
+            recipe=self.recipe,
+            free=["jobs", "tracking", *(f"judge.{name}" for name in PRACTICAL_OF_JUDGE)],
+        )
         each_seed(self.one_seed, config, out, config.seeds, config.jobs)
         write_summary(out, self.summarize(config, out))
         self.report(out)

@@ -20,7 +20,6 @@ from align_cbrl import (
     Constrained,
     CVaR,
     ExpectedUtility,
-    FittedCritic,
     GroupCritic,
     HPGDConfig,
     InputError,
@@ -144,7 +143,7 @@ def test_what_a_run_itself_moves_is_no_other_setting() -> None:
     problem = toy_cmdp.random_cmdp(seed=1)
     cost = problem.objective
     objective = Constrained(problem.objective, cost, bound=0.1, rate=0.5)
-    response = PolicyResponse(FittedCritic())
+    response = PolicyResponse(GroupCritic())
     before = settings_of(problem.leader), settings_of(objective), settings_of(response)
     objective.multiplier, response.chunks = 3.0, 2
     with torch.no_grad():

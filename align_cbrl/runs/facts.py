@@ -26,6 +26,8 @@ PACKAGES = ("align-cbrl", "torch", "transformers", "trl")
 """Whose versions change numbers."""
 FILES = ("data", "model", "proxy", "reward_model")
 """Last parts of the keys under which a configuration names files and folders."""
+PRACTICAL_OF_JUDGE = ("budget", "cache", "retries", "wait", "rate", "timeout", "token_variable")
+"""Settings of a judge that change no score, so that a run may be resumed with others: a larger budget, say."""
 UNREADABLE = "what it does cannot be read"
 _OWN_FILE = re.compile(r".+\.py:[A-Za-z_][\w.]*")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

@@ -12,11 +12,9 @@ from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel
 from align_cbrl.runs.config import to_dict
+from align_cbrl.runs.facts import PRACTICAL_OF_JUDGE
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.secrets import redact, redacted
-
-PRACTICAL = ("budget", "cache", "retries", "wait", "rate", "timeout", "token_variable")
-"""Settings that change no score, so that a run may be resumed with others: a larger budget, say."""
 
 
 @checked
@@ -181,4 +179,4 @@ def judge_facts(settings: JudgeSettings) -> dict[str, Any]:
         >>> judge_facts(RewardModelJudgeSettings(reward_model="a/model", budget=9))
         {'batch_size': None, 'reward_model': 'a/model'}
     """
-    return {name: value for name, value in redacted(to_dict(settings)).items() if name not in PRACTICAL}
+    return {name: value for name, value in redacted(to_dict(settings)).items() if name not in PRACTICAL_OF_JUDGE}
