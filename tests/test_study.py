@@ -60,7 +60,7 @@ def started(out: Path, work: str, beginning: str) -> subprocess.Popen[bytes]:
     script = out.parent / "job.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), work=work, out=str(out)))
     process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         files = [out / f"seed-{seed}" / beginning for seed in (0, 1)]
         if all(file.exists() and file.stat().st_size > 0 for file in files):
