@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Positive, checked
+from align_cbrl.checks import NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.conversations import answer_text
 from align_cbrl.llm.leaders.calibration import deviation_within_prompts
@@ -69,7 +69,7 @@ class LengthShaping(FrozenPlus):
         weight: float = 0.0,
         learn_target: bool = False,
         width: Positive = 0.25,
-        strength: Positive = 1.0,
+        strength: NonNegative = 1.0,
         budget: Positive = 1.0,
     ) -> None:
         super().__init__(frozen, strength)

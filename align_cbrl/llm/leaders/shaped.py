@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Positive, checked
+from align_cbrl.checks import NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.base import load_leader
 from align_cbrl.llm.leaders.correction import Correction
@@ -58,7 +58,7 @@ class Shaped(FrozenPlus):
     """
 
     def __init__(
-        self, frozen: ScoreFunction, correction: Correction, strength: Positive = 1.0, budget: Positive = 0.5
+        self, frozen: ScoreFunction, correction: Correction, strength: NonNegative = 1.0, budget: Positive = 0.5
     ) -> None:
         super().__init__(frozen, strength)
         if not isinstance(correction, Correction):
