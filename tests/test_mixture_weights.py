@@ -73,12 +73,13 @@ def test_a_term_that_never_varied_is_named_and_its_weight_stays_within_the_budge
         assert abs(made.weights()["still"]) <= 2.0 * (1 + 1e-9) and made.scale[1] == 1.0
         assert made.spread() <= 2.0 * (1 + 1e-9)
     with pytest.warns(UserWarning, match="'still'"):
-        corrected = Shaped(scored(1.0), RewardMixture({"still": still}, {}), budget=0.5)
+        correction = RewardMixture({"still": still}, {})
+        corrected = Shaped(scored(1.0), correction, budget=0.5)
         corrected.calibrate(BATCH)
     with torch.no_grad():
-        corrected.correction.weight.fill_(1e6)
+        correction.weight.fill_(1e6)
     corrected.project()
-    assert corrected.correction.weight.item() == pytest.approx(0.5)  # type: ignore[operator]
+    assert correction.weight.item() == pytest.approx(0.5)
     with pytest.raises(InputError, match="frozen: cannot be standardised"):
         LengthShaping(still, target=3).calibrate(BATCH)
 

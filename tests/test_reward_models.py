@@ -82,7 +82,7 @@ def test_the_shortest_limit_counts(tmp_path: Path) -> None:
         RewardModel(build(tmp_path / "c", "bert", reads=2))
     for wrong in ({"max_length": 0}, {"batch_size": 0}, {"batch_size": 2.5}):
         with pytest.raises(InputError, match=r"RewardModel\.(max_length|batch_size): expected a whole number"):
-            RewardModel(tmp_path / "b", **wrong)  # type: ignore[arg-type]
+            RewardModel(tmp_path / "b", **wrong)
     term = RewardModel(tmp_path / "b", max_length=5)
     mixture = RewardMixture({"b": term})
     mixture.save_pretrained(tmp_path / "saved")
