@@ -47,6 +47,7 @@ from toy_cmdp.tables.sparse import SparseTransition
 
 REFEREE = "implicit"
 _Z_LIMIT = 4.0
+_ROUNDING = 1e-9  # as a share of the referee: what exact routes may be off by; a sampled one may be exact as well
 _DIRECTIONS = 8
 _SWEEPS = 3_000  # gamma^3000 = 8e-14 at 0.99
 _RADIUS = 1e-4  # of the smoothing
@@ -418,7 +419,7 @@ def deviations(estimates: Tensor, referee: Tensor, *, allowance: float = 0.0, bo
     Args:
         estimates: [R, n], independent.
         referee: [n].
-        allowance: deviations up to this share of |referee| count as zero.
+        allowance: deviations up to this share of |referee|, at least those of rounding, count as zero.
         bound: [n], likewise up to its size along the direction.
     """
     count = min(len(referee), _DIRECTIONS)
@@ -428,7 +429,7 @@ def deviations(estimates: Tensor, referee: Tensor, *, allowance: float = 0.0, bo
     directions = torch.linalg.qr(basis).Q  # [n, count]
     along = (estimates - referee) @ directions  # [R, count]
     mean = along.mean(0)
-    forgiven = allowance * referee.norm()
+    forgiven = max(allowance, _ROUNDING) * referee.norm()
     if bound is not None:
         forgiven = forgiven + (bound @ directions).abs()
     excess = mean.sign() * (mean.abs() - forgiven).clamp(min=0)
