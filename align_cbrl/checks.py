@@ -90,9 +90,10 @@ def checked(target: _T) -> _T:
         align_cbrl.errors.InputError: count: expected a whole number >= 1, got 0
     """
     if isinstance(target, type):
-        target.__init__ = _checked_function(inspect.getattr_static(target, "__init__"), of_class=True)  # type: ignore[misc]
+        constructor = inspect.getattr_static(target, "__init__")
+        target.__init__ = _checked_function(constructor, target)  # type: ignore[misc]
         return target
-    return typing.cast(_T, _checked_function(target, of_class=False))
+    return typing.cast(_T, _checked_function(target))
 
 
 def is_checked(target: Any) -> bool:
@@ -100,17 +101,19 @@ def is_checked(target: Any) -> bool:
     return hasattr(getattr(target, "__init__") if isinstance(target, type) else target, "_hints_of_arguments")  # noqa: B009
 
 
-def _checked_function(function: Callable[..., Any], of_class: bool) -> Callable[..., Any]:
+def _checked_function(function: Callable[..., Any], owner: type | None = None) -> Callable[..., Any]:
     signature = inspect.signature(function)
+    # The constructor of a dataclass takes fields of classes in other modules, too; their annotations use names from there.
+    declared = owner if owner is not None and dataclasses.is_dataclass(owner) else function
 
     @functools.cache
     def hints() -> dict[str, Any]:  # at the first call: a class may name others that come later in its file
-        return typing.get_type_hints(function, include_extras=True)
+        return typing.get_type_hints(declared, include_extras=True)
 
     @functools.wraps(function)
     def checking(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)  # a wrong name is Python's own TypeError, which says it
-        owner = f"{type(args[0]).__name__}." if of_class else ""
+        prefix = "" if owner is None else f"{type(args[0]).__name__}."
         for name, value in bound.arguments.items():
             if name not in hints():
                 continue
@@ -121,7 +124,7 @@ def _checked_function(function: Callable[..., Any], of_class: bool) -> Callable[
             elif kind is inspect.Parameter.VAR_POSITIONAL:
                 given = {f"{name}[{i}]": item for i, item in enumerate(value)}
             for label, item in given.items():
-                check(f"{owner}{label}", item, hints()[name])
+                check(f"{prefix}{label}", item, hints()[name])
         return function(*args, **kwargs)
 
     checking._hints_of_arguments = hints  # type: ignore[attr-defined]

@@ -1,0 +1,60 @@
+"""What `checked` makes of annotations; that every public constructor has it is tested with the malformed inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from align_cbrl.checks import Count, Discount, Positive, Probability, Whole, check, checked
+from align_cbrl.errors import InputError
+from align_cbrl.hpgd import HPGDConfig
+
+
+@pytest.mark.parametrize(
+    ("hint", "taken", "refused"),
+    [
+        (Count, [1, 7], [0, -1, True, 1.0, math.nan, "1", None, 2**63, 10**400]),
+        (Whole, [0], [-1, False]),
+        (Positive, [1e-300, 3, 0.5], [0.0, -0.0, math.nan, math.inf, 10**400, True, "0.5", 1j]),
+        (Positive | None, [None, 1.0], [0, "none"]),
+        (Positive | Tensor, [torch.zeros(2), 0.1], [0.0, [0.1]]),
+        (Probability, [0, 1, 0.5], [1.0000001, -1e-12]),
+        (Discount, [0, 0.999], [1, 1.0]),
+        (Literal["on", "off"], ["on"], ["auto", True, None]),
+        (Sequence[str], [[], ["a"], ("a", "b")], ["a", b"a", [1], None, {"a": 1}]),
+        (tuple[int, float], [(1, 2.0)], [(1,), (1, "2"), [1, 2.0]]),
+        (Mapping[str, float], [{"a": 1.0}], [{"a": math.nan}, {1: 1.0}, [("a", 1.0)]]),
+        (bool, [True, False], [0, 1, "true", None]),
+        (Any, [None, object()], []),
+    ],
+)
+def test_annotations_are_what_they_say(hint: Any, taken: list[Any], refused: list[Any]) -> None:
+    for value in taken:
+        check("x", value, hint)
+    for value in refused:
+        with pytest.raises(InputError, match=r"^x.*: expected .*, got "):
+            check("x", value, hint)
+
+
+def test_inherited_fields_of_another_module_are_found() -> None:
+    @checked
+    @dataclasses.dataclass(frozen=True)
+    class More(HPGDConfig):
+        further: Whole = 0
+
+    assert More(steps=3, further=1).further == 1
+    with pytest.raises(InputError, match=r"More\.steps: expected a whole number >= 1, got 0"):
+        More(steps=0)
+    with pytest.raises(InputError, match=r"More\.further: expected a whole number >= 0, got -1"):
+        More(further=-1)
+
+
+def test_a_number_too_long_to_print_is_refused_in_words() -> None:
+    with pytest.raises(InputError, match=r"HPGDConfig\.steps: expected a whole number, got something that cannot be"):
+        HPGDConfig(steps=10**5000)
