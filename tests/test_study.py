@@ -46,7 +46,7 @@ def stepping(config: dict[str, Any], seed: int, folder: Path, cache: Path) -> No
 
 
 SCRIPT = """
-import sys; sys.path.insert(0, {tests!r})
+import sys; sys.path[:0] = {paths!r}
 from pathlib import Path
 if __name__ == "__main__":
     import test_study
@@ -57,8 +57,8 @@ if __name__ == "__main__":
 
 def started(out: Path, work: str, beginning: str) -> subprocess.Popen[bytes]:
     """A run of three seeds, two at a time, once both have begun."""
-    script = out.parent / "job.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), work=work, out=str(out)))
+    script, tests = out.parent / "job.py", Path(__file__).parent
+    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent)], work=work, out=str(out)))
     process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
