@@ -5,7 +5,6 @@ what the leader wants through that best response, from the follower's samples on
 tabular problems (`toy_cmdp`) and language models (`align_cbrl.llm`). Importing this package imports torch only.
 
 Modules:
-    moved: modules of 0.1.0 by their old names, for one release
     problem: the contracts: Leader, Observation, Objective, Critic, Follower, and the Problem they form
     rollouts: Rollouts, everything that passes from the follower to the leader
     functional: pure tensor mathematics: eligibility trace, group advantage, tilting, best-response gap
@@ -21,7 +20,8 @@ Modules:
     cli: the command line
     identity: what a function or a model is, by its content
     errors: InputError, RunStopped, CheckpointError
-    moved: Names of 0.1.0 that still work in 0.2.0, with a FutureWarning: modules that moved, and recipes that were re
+    checks: what enters a public constructor: its type, finiteness and range
+    moved: names of 0.1.0 that still work in 0.2.0, with a FutureWarning
 """
 
 from align_cbrl.errors import CheckpointError, InputError, RunStopped

@@ -103,7 +103,7 @@ def is_checked(target: Any) -> bool:
 
 def _checked_function(function: Callable[..., Any], owner: type | None = None) -> Callable[..., Any]:
     signature = inspect.signature(function)
-    # The constructor of a dataclass takes fields of classes in other modules, too; their annotations use names from there.
+    # A dataclass takes fields of classes in other modules, too; their annotations use names from there.
     declared = owner if owner is not None and dataclasses.is_dataclass(owner) else function
 
     @functools.cache
