@@ -175,7 +175,7 @@ def stops(folder: Path) -> dict[str, Any]:
             run.run()
         except (RunStopped, KeyboardInterrupt) as error:
             found[name] = (run.step, type(error).__name__, str(error))
-    zero = ExpectedUtility(lambda leader, rollouts: torch.zeros(rollouts.mask.shape))
+    zero = ExpectedUtility(lambda leader, rollouts: torch.zeros(rollouts.mask.shape), discount=0.5)
     for name, run in {
         "estimator": HPGD(problem, optimizer, ZerothOrder(radius=0.1), config),
         "horizon": HPGD(Problem(leader, zero, Scripted(two_steps())), optimizer, config=config),
@@ -290,6 +290,7 @@ def hpgd(folder: Path, *, die_at: int | None = None, inside: bool = True) -> dic
         seen.extend(zip(rollouts.steps["prompt"], rollouts.steps["completion_ids"], strict=True))
         return enumeration.judge(leader, rollouts)
 
+    judge.identity = "the same judge, whether rank 1 dies or not"  # type: ignore[attr-defined]
     copies, state_dict = 0, follower.state_dict
 
     def copied() -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_what_ends_one_rank_ends_all_after_the_same_step(numbers: tuple[Path, li
         assert rank["stops"]["interrupt"][:2] == (3, "KeyboardInterrupt")
     for reason, step in (("judge", 2), ("interrupt", 3)):
         assert [row["step"] for row in MetricsLog.read(folder / reason / "metrics.jsonl")] == list(range(1, step + 1))
-        assert [c.name for c in (folder / reason / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+        assert [c.name for c in (folder / reason / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]
 
 
 def test_what_knows_only_its_own_rows_is_refused(numbers: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -173,7 +173,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path: Path) -> No
     assert (first["copies"], second["copies"]) == (3, 1)
 
     # Rank 0 alone has written, and wrote what both ended with.
-    run = {"run/metrics.jsonl"} | {
+    run = {"run/metrics.jsonl", "run/checkpoints/.lock"} | {
         f"run/checkpoints/step-{k:08d}/{name}" for k in (3, 4) for name in ("manifest.json", "tensors.safetensors")
     }
     assert files(tmp_path) - before == run | {"killed", "run-0.pt", "run-1.pt"}

@@ -120,7 +120,7 @@ def test_random_maps() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 0}, "height: expected at least 1, got 0"),
+        ({"height": 0}, "height: expected a whole number >= 1, got 0"),
         ({"height": 1, "width": 1}, "expected at least two cells"),
         ({"goals": []}, "goals: expected the goals of at least one context"),
         ({"goals": [[(0, 0)], []]}, "goals of context 1: expected at least one cell"),
@@ -128,10 +128,10 @@ def test_random_maps() -> None:
         ({"targets": []}, "targets: expected at least one cell"),
         ({"targets": [(-1, 0)]}, r"targets: expected cells of a 20 x 20 map, got \(-1, 0\)"),
         ({"start": (20, 0)}, r"start: expected cells of a 20 x 20 map, got \(20, 0\)"),
-        ({"walls": 1.0}, r"walls: expected a share in \[0, 1\), got 1.0"),
-        ({"walls": float("nan")}, "walls: expected a share"),
-        ({"slip": 1.1}, r"slip: expected a share in \[0, 1\], got 1.1"),
-        ({"limit": -1.0}, "limit: expected a finite number, at least 0, got -1.0"),
+        ({"walls": 1.0}, "walls: expected a finite number >= 0 and < 1, got 1.0"),
+        ({"walls": float("nan")}, "walls: expected a finite number, got nan"),
+        ({"slip": 1.1}, "slip: expected a finite number >= 0 and <= 1, got 1.1"),
+        ({"limit": -1.0}, "limit: expected a finite number >= 0, got -1.0"),
         ({"price": float("inf")}, "price: expected a finite number"),
         ({"temperature": 0.0}, "temperature"),
         ({"discount": 1.0}, "discount"),

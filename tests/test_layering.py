@@ -19,6 +19,7 @@ CORE = Path(align_cbrl.__file__).parent
 TOYS = Path(toy_cmdp.__file__).parent
 LAYERS = (
     "align_cbrl.errors",
+    "align_cbrl.checks",
     "align_cbrl.identity",
     "align_cbrl.moved",
     "align_cbrl.distributed",

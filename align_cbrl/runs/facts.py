@@ -137,7 +137,9 @@ class _Settings:
         self._inside: set[int] = set()
 
     def of(self, value: Any, depth: int) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, float):
+            return float(value)  # plain, also of a class of its own
+        if value is None or isinstance(value, (bool, int, str)):
             return value
         if depth == 0 or id(value) in self._inside:
             return type(value).__name__

@@ -47,7 +47,7 @@ class GridworldLeader(TabularLeader):
         goal: Tensor,
         target: Tensor,
         initial: Tensor,
-        limit: NonNegative,
+        limit: float,
         price: float,
     ) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def gridworld(
     start: Cell | None = None,
     walls: Annotated[float, Range(0, 1, open="high")] = 0.1,
     slip: Probability = 0.2,
-    limit: float = 0.02,
+    limit: NonNegative = 0.02,
     price: NonNegative = 0.05,
     temperature: float = 0.01,
     discount: float = 0.99,
