@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
 
@@ -217,6 +217,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if getattr(kind, "_is_protocol", False):
         return callable(value) if "__call__" in vars(kind) else True
+    if isinstance(value, nn.Module):  # also one that is wrapped, by an adapter or for several processes
+        return any(isinstance(module, kind) for module in value.modules())
     # Who fulfils a contract need not inherit from it; plain data fulfils none.
     return isinstance(value, kind) or (inspect.isabstract(kind) and not isinstance(value, _DATA))
 

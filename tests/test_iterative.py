@@ -325,7 +325,7 @@ def test_what_is_wrong_is_named() -> None:
     follower = SoftValueIteration(cmdp, 0.5, 0.9, iterations=1)
     with pytest.raises(InputError, match="no policy yet"):
         follower.rollout(torch.tensor([0]), 1, torch.Generator())
-    with pytest.raises(InputError, match=rr"\.iterations"):
+    with pytest.raises(InputError, match=r"^iterations"):
         follower.iterate(problem.leader, torch.tensor([0]), -1, torch.Generator())
     follower.respond(problem.leader, torch.tensor([0]))
     with pytest.raises(InputError, match=r"^contexts"):
