@@ -313,7 +313,7 @@ def test_what_is_wrong_is_named() -> None:
         ({"iterations": 1, "step": 1.5}, "step"),
         ({"iterations": 1, "leader_discount": 1.0}, "leader_discount"),
     ):
-        with pytest.raises(InputError, match=rf"^{name}"):
+        with pytest.raises(InputError, match=rf"^NaturalPolicyGradient\.{name}: expected"):
             NaturalPolicyGradient(cmdp, 0.5, 0.9, **options)  # type: ignore[arg-type]
     for arguments, name in (
         ((0.0, 0.9), "temperature"),
