@@ -61,7 +61,7 @@ Probability = Annotated[float, Range(0, 1)]
 Discount = Annotated[float, Range(0, 1, open="high")]
 """A number from 0 to below 1."""
 
-_DATA = (type(None), numbers.Number, str, bytes, Path, collections.abc.Collection, Tensor, type, types.FunctionType)
+_DATA = (type(None), numbers.Number, collections.abc.Collection, Path, Tensor, type, types.FunctionType)
 
 # Beyond it, torch's integers and seeds end.
 _LARGEST = 2**63
@@ -219,8 +219,11 @@ def _fits(value: Any, kind: Any) -> bool:
         return callable(value) if "__call__" in vars(kind) else True
     if isinstance(value, nn.Module):  # also one that is wrapped, by an adapter or for several processes
         return any(isinstance(module, kind) for module in value.modules())
-    # Who fulfils a contract need not inherit from it; plain data fulfils none.
-    return isinstance(value, kind) or (inspect.isabstract(kind) and not isinstance(value, _DATA))
+    if inspect.isabstract(kind) and not isinstance(value, _DATA):
+        # Who fulfils a contract need not inherit from it; what has nothing of it does not fulfil it.
+        names = {*dir(kind), *(name for base in kind.__mro__ for name in inspect.get_annotations(base))}
+        return isinstance(value, kind) or any(hasattr(value, name) for name in names if not name.startswith("_"))
+    return isinstance(value, kind)
 
 
 def _is_finite(value: Any) -> bool:

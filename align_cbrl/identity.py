@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError, first_line
 
 
+@checked
 def identity_of(thing: Any) -> str | None:
     """The identity of a function, a model or another object: its name and a digest of its content; None without one.
 

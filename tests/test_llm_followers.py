@@ -478,10 +478,10 @@ def test_an_estimator_that_trains_cannot_do_so_inside_the_training_loop(folder: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 0}, "expected interval >= 1"),
-        ({"warmup": -1}, "warmup >= 0"),
+        ({"interval": 0}, "interval: expected at least 1, got 0"),
+        ({"warmup": -1}, "warmup: expected a whole number >= 0, got -1"),
         ({"tolerance": 0.1}, "tolerance=0.1 and limit=None go together"),
-        ({"tolerance": -1.0, "limit": 10}, "expected a positive gap in nats"),
+        ({"tolerance": -1.0, "limit": 10}, "tolerance: expected a finite number > 0, got -1.0"),
         ({"tolerance": 0.1, "limit": 3}, "expected at least interval=5 steps, got 3"),
         ({"levels": 2}, "expected K >= 1 with inside=False"),
     ],

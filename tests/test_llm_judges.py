@@ -410,10 +410,10 @@ def test_the_rate_is_kept() -> None:
         (lambda: RemoteJudge("file:///etc/hosts"), "expected http://"),
         (lambda: RemoteJudge("https://me:pw@example.org"), "expected no password"),
         (lambda: RemoteJudge("http://example.org", token_variable="T"), "unencrypted; use https"),
-        (lambda: RemoteJudge("https://example.org", rate=0.0), "rate: expected a positive number, got 0"),
-        (lambda: Judge(words, budget=0), "budget: expected a positive number or None, got 0"),
+        (lambda: RemoteJudge("https://example.org", rate=0.0), "rate: expected a finite number > 0, got 0.0"),
+        (lambda: Judge(words, budget=0), "budget: expected a whole number >= 1, got 0"),
         (lambda: Judge(words, batch_size=0), "batch_size"),
-        (lambda: Judge(words, retries=-1), "retries and wait of at least 0"),
+        (lambda: Judge(words, retries=-1), "retries: expected a whole number >= 0, got -1"),
     ],
 )
 def test_refused(make: Any, message: str) -> None:
@@ -481,7 +481,7 @@ def test_settings_build_judges(tmp_path: Path) -> None:
         (["function=a:b", "url=https://x.example"], "got .'function', 'url'"),
         (["reward_model=x", "pairwise=true"], "pairwise: unknown key; there are: batch_size"),
         (["function=a:b", "rate=2"], "rate: unknown key; did you mean 'wait'"),
-        (["function=a:b", "budget=0"], "budget: expected a positive number or null, got 0"),
+        (["function=a:b", "budget=0"], "budget: expected a whole number >= 1, got 0"),
     ],
 )
 def test_settings_of_judges_refused(values: list[str], message: str) -> None:
@@ -514,9 +514,9 @@ def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
         (["kind=cvar", "shaer=0.2"], "did you mean 'share'"),
         (["kind=cvar"], "share: is required: expected a number"),
         (["kind=cvar", "share=0.2", "scale=1"], "scale: unknown key; did you mean 'share'"),
-        (["kind=cvar", "share=2"], r"CVaR.share: expected a share in \(0, 1\], got 2"),
+        (["kind=cvar", "share=2"], r"share: expected a finite number > 0 and <= 1, got 2"),
         (["kind=constrained", "cost=c"], "bound: is required: expected a number"),
-        (["kind=kl_priced", "price=-1"], "KLPriced.price"),
+        (["kind=kl_priced", "price=-1"], "price: expected a finite number >= 0, got -1"),
         (["kind=expected", "share=0.3"], "share: unknown key; there are: kind"),
     ],
 )

@@ -236,7 +236,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: CrossFitted(SCORE), "expected a risk over contexts .* got ExpectedUtility"),  # type: ignore[arg-type]
-        (lambda: CrossFitted(CVaR(SCORE, 0.5), memory=-1), "memory: expected a number of contexts >= 0, got -1"),
+        (lambda: CrossFitted(CVaR(SCORE, 0.5), memory=-1), "memory: expected a whole number >= 0, got -1"),
         (lambda: CrossFitted(CVaR(SCORE, 0.5)).evaluate(None, batch([[0, 1], [1, 1, 0]])), "at least 3 completions"),
         (lambda: WorstGroup(SCORE, "subject").evaluate(None, batch([[0], [1]])), "a column 'subject'.*'topic'"),
         (lambda: WorstGroup(SCORE, "topic").aggregate(torch.ones(2), torch.ones(2)), "no exact value on a table"),

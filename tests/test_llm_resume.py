@@ -112,6 +112,8 @@ class Stop(BaseException):
 class Judge:
     """The enumeration's utility, until it is told to break."""
 
+    identity = "the enumeration's utility"  # whether and how it breaks does not make it another one
+
     def __init__(self, breaks_at: int | None = None, error: type[BaseException] = Stop) -> None:
         self.calls, self.breaks_at, self.error = 0, breaks_at, error
 

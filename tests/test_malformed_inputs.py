@@ -28,7 +28,7 @@ import align_cbrl
 import toy_cmdp
 from align_cbrl import llm
 from align_cbrl.checks import is_checked
-from align_cbrl.errors import CheckpointError, InputError
+from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.llm.settings import follower, hpgd, judge, leader, objective, tracking
 
 # Raised and caught, or met only as the base of a user's class; numbers never enter them.
@@ -214,7 +214,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "load_prompts": {"source": str(rows)},
         "load_preferences": {"source": str(rows)},
         "Preferences": {"data": DatasetDict({"train": prompts}), "dropped": 0},
-        "judge_identity": {"function": length_reward},
+        "judge_identity": {"thing": length_reward},
         "call_score_function": {
             "function": length_reward,
             "arguments": {"prompts": ["a"], "completions": ["b"]},
@@ -254,8 +254,9 @@ rubbish = st.one_of(
     st.lists(st.integers(0, 4), min_size=1, max_size=4).map(torch.zeros),
 )
 
-# Those that need minutes or a second process to be valid; their arguments are checked by the same mechanism.
-ELSEWHERE = {"train_follower", "sample_completions"}
+# Those that need minutes to be valid, and one that hands the caller's arguments to the caller's function; checked by
+# the same mechanism.
+ELSEWHERE = {"train_follower", "sample_completions", "call_score_function"}
 
 
 @contextmanager
@@ -278,7 +279,7 @@ def _outcome(thing: Callable[..., Any], arguments: dict[str, Any], name: str) ->
         with _limit(10), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             thing(**arguments)
-    except (InputError, CheckpointError) as error:
+    except (InputError, CheckpointError, RunStopped) as error:
         return "named" if name in str(error) else f"refused: {error}"
     except TimeoutError:
         return "hang"

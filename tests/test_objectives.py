@@ -307,7 +307,8 @@ def test_small_groups_and_long_paths_are_refused():
     with pytest.raises(InputError, match=r"PreferenceLikelihood.score: expected shape \(2, 1\)"):
         bad.evaluate(Rewards(rewards), pair)
     base = random_cmdp()
-    long = Problem(base.leader, PreferenceLikelihood(base.objective.utility_function), base.follower)
+    still = TabularUtility(lambda leader: torch.zeros(2, 4, 3, dtype=torch.float64))
+    long = Problem(base.leader, PreferenceLikelihood(still), base.follower)
     with pytest.raises(InputError, match="every state is terminal"):
         leader_value(long)
 

@@ -73,7 +73,7 @@ def test_of_equal_values_the_first_stay() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0, "cuts": ()}, "steps: expected a positive number, got 0"),
+        ({"steps": 0, "cuts": ()}, "steps: expected a whole number >= 1, got 0"),
         ({"steps": 10, "cuts": ((5, 2), (5, 1))}, "growing steps, from 1 to below 10"),
         ({"steps": 10, "cuts": ((10, 2),)}, "growing steps, from 1 to below 10"),
         ({"steps": 10, "cuts": ((0, 2),)}, "growing steps, from 1 to below 10"),
@@ -91,7 +91,7 @@ def test_values_that_cannot_be_compared_are_refused() -> None:
         successive_halving(Lines([0.0, float("nan")], [1.0, 1.0]), 2, Halving())
     with pytest.raises(InputError, match="expected 3 finite numbers"):
         successive_halving(Lines([0.0, 1.0], [1.0, 1.0]), 3, Halving())
-    with pytest.raises(InputError, match="expected starts to be positive, got 0"):
+    with pytest.raises(InputError, match="starts: expected a whole number >= 1, got 0"):
         successive_halving(Lines([], []), 0, Halving())
 
 
