@@ -144,7 +144,9 @@ def check(name: str, value: Any, hint: Any) -> None:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        _check_annotated(name, value, *arguments)
+        ranges = [extra for extra in arguments[1:] if isinstance(extra, Range)]
+        if not _fits(value, arguments[0]) or any(value not in extra for extra in ranges):
+            _refuse(name, value, hint)
     elif origin in (Union, types.UnionType):
         _check_union(name, value, hint, arguments)
     elif origin is Literal:
@@ -160,13 +162,6 @@ def check(name: str, value: Any, hint: Any) -> None:
             check(f"{name}[{key!r:.40}]", item, arguments[1])
     elif not _fits(value, origin or hint):
         _refuse(name, value, hint)
-
-
-def _check_annotated(name: str, value: Any, hint: Any, *extras: Any) -> None:
-    check(name, value, hint)
-    for extra in extras:
-        if isinstance(extra, Range) and value not in extra:
-            raise InputError(f"{name}: expected {_described(Annotated[hint, extra])}, got {_brief(value)}")
 
 
 def _check_union(name: str, value: Any, hint: Any, choices: tuple[Any, ...]) -> None:

@@ -135,8 +135,12 @@ class _Worker:
         if self.interrupt.asked:
             raise self.interrupt.stop()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // task[-1]))
-        with acting_interrupt(first=self._note):
-            _one_seed(task)
+        try:
+            with acting_interrupt(first=self._note):
+                _one_seed(task)
+        except KeyboardInterrupt:  # also one that leader steps noted for themselves; the next seed waits in the queue
+            self.interrupt.asked = True
+            raise
 
     def _note(self, number: int) -> None:
         self.interrupt.asked, self.interrupt.signal = True, number

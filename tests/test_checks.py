@@ -56,5 +56,7 @@ def test_inherited_fields_of_another_module_are_found() -> None:
 
 
 def test_a_number_too_long_to_print_is_refused_in_words() -> None:
-    with pytest.raises(InputError, match=r"HPGDConfig\.steps: expected a whole number, got something that cannot be"):
+    with pytest.raises(
+        InputError, match=r"HPGDConfig\.steps: expected a whole number >= 1, got something that cannot be"
+    ):
         HPGDConfig(steps=10**5000)

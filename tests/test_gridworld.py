@@ -129,7 +129,7 @@ def test_random_maps() -> None:
         ({"targets": [(-1, 0)]}, r"targets: expected cells of a 20 x 20 map, got \(-1, 0\)"),
         ({"start": (20, 0)}, r"start: expected cells of a 20 x 20 map, got \(20, 0\)"),
         ({"walls": 1.0}, "walls: expected a finite number >= 0 and < 1, got 1.0"),
-        ({"walls": float("nan")}, "walls: expected a finite number, got nan"),
+        ({"walls": float("nan")}, "walls: expected a finite number >= 0 and < 1, got nan"),
         ({"slip": 1.1}, "slip: expected a finite number >= 0 and <= 1, got 1.1"),
         ({"limit": -1.0}, "limit: expected a finite number >= 0, got -1.0"),
         ({"price": float("inf")}, "price: expected a finite number"),

@@ -608,7 +608,7 @@ def test_settings_build_followers(folder: Path) -> None:
     assert isinstance(TiltedSettings().build(folder, prompts, 0), TiltedFollower)
     for wrong, message in (
         (["trainer=ppo"], "trainer: got the string 'ppo'; did you mean 'grpo'"),
-        (["group_size=1"], "group_size: expected at least 2, got 1"),
+        (["group_size=1"], "group_size: expected a whole number >= 2, got 1"),
         (["temperature=0"], "temperature: expected a finite number > 0, got 0.0"),
         (["trainer=tilted", "vllm=true"], "vllm: unknown key"),
     ):

@@ -839,7 +839,7 @@ def test_followers_refused(folder: Path, tmp_path: Path) -> None:
         InputError, match="prompts: expected at least 8 rows, the prompts of one generation batch, got 4"
     ):
         RLOOFollower(folder, prompts, 1.0, prompts_per_step=8)
-    with pytest.raises(InputError, match="group_size: expected at least 2 completions a prompt, got 1"):
+    with pytest.raises(InputError, match="group_size: expected a whole number >= 2, got 1"):
         RLOOFollower(folder, prompts, 1.0, prompts_per_step=2, group_size=1)
     with pytest.raises(InputError, match="neither a hub id nor a folder that loads"):
         RLOOFollower(tmp_path / "nowhere", prompts, 1.0, prompts_per_step=2)

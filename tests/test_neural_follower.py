@@ -188,7 +188,7 @@ def test_what_is_wrong_is_named() -> None:
         {"action_features": torch.zeros(3)},
     ]
     for options in wrong:
-        with pytest.raises(InputError, match=rf"^{next(iter(options))}"):
+        with pytest.raises(InputError, match=rf"^(NeuralSoftQFollower\.)?{next(iter(options))}: expected"):
             NeuralSoftQFollower(cmdp, 0.5, 0.9, **options)
     for arguments, name in (((0.0, 0.9), "temperature"), ((0.5, 1.0), "discount"), ((0.5, torch.ones(3)), "discount")):
         with pytest.raises(InputError, match=rf"^{name}"):

@@ -76,7 +76,9 @@ def test_a_file_of_pairs_is_all_it_takes(material: Path, tmp_path: Path, overrid
     assert rows["base"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert ("truth" in rows["base"]) == ("truth=null" not in overrides)
     assert all(0 <= share["mean"] <= 1 for share in summary["agreement"].values())
-    assert len(load_reward(out / "seed-0" / "hpgd" / "reward")(prompts=["a b"], completions=["a"])) == 1
+    assert (
+        len(load_reward(out / "seed-0" / "hpgd" / "reward", trust_code=True)(prompts=["a b"], completions=["a"])) == 1
+    )
     assert report_is_rebuilt(out)
     assert main([*command(material, out, *overrides), "--resume"]) == 0
     assert json.loads((out / "summary.json").read_text())["rows"] == summary["rows"]

@@ -195,10 +195,10 @@ def test_how_far_a_model_reads() -> None:
 
 
 def test_what_is_no_dataset_is_refused(models: Path) -> None:
-    with pytest.raises(InputError, match=r"expected a datasets\.Dataset, got list"):
+    with pytest.raises(InputError, match=r"prompts: expected a Dataset, got \['a b'\], a list"):
         TiltedFollower(models / "llama", ["a b"], 0.5)  # type: ignore[arg-type]  # on purpose
     splits = DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})})
-    with pytest.raises(InputError, match=r"got DatasetDict; take one of its splits, \['train'\]"):
+    with pytest.raises(InputError, match=r"prompts: expected a Dataset, got DatasetDict"):
         TiltedFollower(models / "llama", splits, 0.5)
 
 

@@ -260,7 +260,7 @@ def test_a_context_that_was_not_drawn_is_left_out():
         ({"grid": 1}, "grid"),
         ({"rates": (0.3, 0.3)}, "rates: expected vat_1"),
         ({"rates": (0.3, 0.3, 0.3, 2.0)}, "each in"),
-        ({"rates": (math.nan, 0.3, 0.3, 0.3)}, "each in"),
+        ({"rates": (math.nan, 0.3, 0.3, 0.3)}, r"rates\[0\]: expected a finite number, got nan"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

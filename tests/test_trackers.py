@@ -169,7 +169,7 @@ def test_what_cannot_track_is_refused_before_the_run(
 
 
 def test_counts_are_positive() -> None:
-    with pytest.raises(InputError, match=r"every: expected a positive number, got 0"):
+    with pytest.raises(InputError, match=r"every: expected a whole number >= 1, got 0"):
         Tracker(every=0)
 
 
