@@ -30,6 +30,7 @@ def test_exact_ascent_ends_where_it_was_measured_to_end(
     assert report_is_rebuilt(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exact", "steps"), [("true", 1000), ("false", 600)])
 def test_five_kills_at_random_moments_leave_no_trace(tmp_path: Path, exact: str, steps: int) -> None:
     settings = [f"exact={exact}", f"steps={steps}", "paths=4"]

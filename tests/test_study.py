@@ -74,6 +74,7 @@ def paid(out: Path) -> list[int]:
     return [(out / f"seed-{seed}" / "paid").stat().st_size for seed in (0, 1)]
 
 
+@pytest.mark.slow
 def test_no_worker_pays_when_the_one_that_started_it_is_gone(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = started(out, "working", "paid")
@@ -86,6 +87,7 @@ def test_no_worker_pays_when_the_one_that_started_it_is_gone(tmp_path: Path) -> 
     assert not (out / "seed-2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_run_reaches_its_workers(tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
@@ -96,6 +98,7 @@ def test_a_signal_to_the_run_reaches_its_workers(tmp_path: Path, number: int) ->
     assert not (out / "seed-2").exists()  # what had not begun does not begin
 
 
+@pytest.mark.slow
 def test_leader_steps_in_workers_are_finished_and_saved(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = started(out, "stepping", "metrics.jsonl")
