@@ -164,7 +164,7 @@ def optimal_prices(
         InputError: sizes below one, a temperature or discount out of range.
 
     Example:
-        >>> prices, revenue = optimal_prices(1.0, inventory=2, horizon=2, temperature=0.2, leader_discount=1.0 - 1e-9)
+        >>> prices, revenue = optimal_prices(1.0, inventory=2, horizon=2, temperature=0.2, leader_discount=1.0 - 1e-8)
         >>> bool(prices[0, 0] > prices[0, 1]) and bool(prices[0, 0] > prices[1, 0])
         True
     """
