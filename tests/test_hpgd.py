@@ -247,6 +247,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> 
     assert torch.equal(weights(whole), weights(again))
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_is_bit_identical(tmp_path: Path) -> None:
     """Five kills at moments of their own choosing, in a process of their own."""
     script = tmp_path / "job.py"
