@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, Discount, Range, Whole, checked
+from align_cbrl.checks import Count, Discount, Range, Whole, check, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.truncated import IterativeFollower
 from align_cbrl.problem import Leader, step_seed, temperature_of
@@ -56,7 +56,6 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
         seed: Whole = 0,
     ) -> None:
         super().__init__(cmdp, temperature, discount, horizon=horizon, leader_discount=leader_discount)
-        _check_count("iterations", iterations)
         self.iterations = iterations
         self.warm = warm
         self.seed = seed
@@ -86,7 +85,7 @@ class TabularIterativeFollower(TabularFollower, IterativeFollower):
         Raises:
             InputError: a leader without tables, tables that are no laws, or a negative number of iterations.
         """
-        _check_count("iterations", iterations)
+        check("iterations", iterations, Whole)
         with torch.no_grad():
             tables = require_tabular(leader).tables().detach()
             self._warmth = temperature_of(leader, self)
@@ -279,8 +278,3 @@ def policy_q(
     earned = tables.reward - log_ratio * by_context(temperature, log_ratio)
     value = policy_system(tables.transition, go_on * policy).solve((policy * earned).sum(-1))
     return tables.reward + go_on * expected_next(tables.transition, value), value
-
-
-def _check_count(name: str, count: int) -> None:
-    if count < 0:
-        raise InputError(f"{name}: expected a number that is not negative, got {count}")

@@ -12,7 +12,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import check_sizes, finite_tensor
+from toy_cmdp.tables.arguments import finite_tensor
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -77,7 +77,6 @@ def free_rewards(
         >>> tuple(free_rewards(contexts=2, actions=4).leader.rewards.shape)
         (2, 4)
     """
-    check_sizes(contexts=contexts, actions=actions)
     check_bounds(bounds)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(contexts, actions, generator=generator, dtype=torch.float64)

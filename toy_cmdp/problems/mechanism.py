@@ -8,16 +8,16 @@ Management" (2004), chapter 7.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Discount, NonNegative, Whole, checked
+from align_cbrl.checks import Count, Discount, Probability, Range, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import check_between, check_sizes, finite_tensor, nature_law
+from toy_cmdp.tables.arguments import finite_tensor, nature_law
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -71,8 +71,8 @@ def mechanism(
     inventory: Count = 2,
     horizon: Count = 3,
     max_quantity: Count = 1,
-    satiation: NonNegative = 1.0,
-    welfare_weight: float = 0.0,
+    satiation: Annotated[float, Range(0, 1, open="low")] = 1.0,
+    welfare_weight: Probability = 0.0,
     temperature: float | Tensor = 0.2,
     discount: float | Tensor = 0.0,
     leader_discount: Discount = 0.95,
@@ -107,9 +107,6 @@ def mechanism(
         >>> tuple(problem.leader.prices().shape), tuple(problem.leader.tables().reward.shape)
         ((2, 3), (2, 7, 2))
     """
-    check_sizes(inventory=inventory, horizon=horizon, max_quantity=max_quantity)
-    check_between("satiation", satiation, 0, 1, above=True)
-    check_between("welfare_weight", welfare_weight, 0, 1)
     worth = finite_tensor("valuations", valuations, ("C",))
     contexts, states, actions = len(worth), inventory * horizon + 1, max_quantity + 1
 

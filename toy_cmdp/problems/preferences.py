@@ -15,7 +15,6 @@ from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import check_between, check_sizes
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -82,8 +81,6 @@ def preferences(
         >>> tuple(problem.leader.score.shape), tuple(problem.leader.tables().reward.shape)
         ((2, 1, 5), (2, 1, 5))
     """
-    check_sizes(prompts=prompts, responses=responses, features=features)
-    check_between("misspecification", misspecification, 0)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

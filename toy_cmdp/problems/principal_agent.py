@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Discount, Whole, checked
+from align_cbrl.checks import Count, Discount, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import check_between, check_sizes, finite_tensor, law_tensor, nature_law
+from toy_cmdp.tables.arguments import finite_tensor, law_tensor, nature_law
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -74,7 +74,7 @@ def principal_agent(
     costs: Any = ((0.0, 0.1), (0.0, 0.2)),
     type_probabilities: Any = None,
     periods: Count = 1,
-    max_payment: float | None = None,
+    max_payment: Positive | None = None,
     temperature: float | Tensor = 0.05,
     discount: float | Tensor = 0.95,
     leader_discount: Discount = 0.95,
@@ -106,7 +106,6 @@ def principal_agent(
         >>> tuple(problem.leader.payments().shape), tuple(problem.leader.tables().reward.shape)
         ((3, 2), (2, 3, 2))
     """
-    check_sizes(periods=periods)
     cost = finite_tensor("costs", costs, ("C", "A"))
     contexts, efforts = cost.shape
     if bool((cost < 0).any()):
@@ -118,8 +117,6 @@ def principal_agent(
     if outcomes < 2:
         raise InputError(f"output: expected two or more outcomes, got {outcomes}")
     law = law_tensor("outcome_law", outcome_law, (efforts, outcomes))
-    if max_payment is not None:
-        check_between("max_payment", max_payment, 0, above=True)
 
     first = [sum(outcomes**k for k in range(t)) for t in range(periods + 1)]  # where a period's histories begin
     states, last = first[periods], first[periods - 1]

@@ -16,7 +16,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import check_sizes, finite_tensor
+from toy_cmdp.tables.arguments import finite_tensor
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -101,7 +101,6 @@ def stackelberg_game(
         >>> tuple(problem.leader.policy().shape), tuple(problem.leader.tables().transition.shape)
         ((4, 3), (1, 4, 3, 4))
     """
-    check_sizes(contexts=contexts, states=states, actions=actions, leader_actions=leader_actions, successors=successors)
     if successors > states:
         raise InputError(f"successors: expected at most states = {states}, got {successors}")
     generator = torch.Generator().manual_seed(seed)

@@ -12,12 +12,12 @@ from align_cbrl.checks import Count, Discount, NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import check_discount, check_temperature
 from toy_cmdp.problems.free_rewards import check_bounds
-from toy_cmdp.tables.arguments import check_between, check_sizes, finite_tensor
+from toy_cmdp.tables.arguments import finite_tensor
 
 
 @checked
 def optimal_bonus(
-    success: tuple[float, float], cost: float, output: float = 1.0, temperature: NonNegative = 0.0
+    success: tuple[float, float], cost: NonNegative, output: NonNegative = 1.0, temperature: NonNegative = 0.0
 ) -> tuple[float, float]:
     """The best contract for one period, one type, two efforts and two outcomes: (bonus, profit).
 
@@ -51,8 +51,6 @@ def optimal_bonus(
     low, high = success
     if not 0 <= low < high <= 1:
         raise InputError(f"success: expected probabilities 0 <= p < P <= 1, got {success}")
-    for name, value in (("cost", cost), ("output", output), ("temperature", temperature)):
-        check_between(name, value, 0)
     lift, idle = high - low, low * output
     if temperature == 0:
         bonus = cost / lift
@@ -168,7 +166,6 @@ def optimal_prices(
         >>> bool(prices[0, 0] > prices[0, 1]) and bool(prices[0, 0] > prices[1, 0])
         True
     """
-    check_sizes(inventory=inventory, horizon=horizon)
     check_temperature("temperature", temperature)
     check_discount("leader_discount", leader_discount)
     prices = torch.zeros(inventory, horizon, dtype=torch.float64)

@@ -13,31 +13,6 @@ from align_cbrl.errors import InputError
 _SUM_TOLERANCE = 1e-9
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise `InputError` unless every size is a whole number of at least one.
-
-    Example:
-        >>> check_sizes(states=3, actions=2)
-    """
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise InputError(f"{name}: expected a whole number of at least 1, got {size!r}")
-
-
-def check_between(name: str, value: float, low: float, high: float = float("inf"), *, above: bool = False) -> None:
-    """Raise `InputError` unless `value` is finite and lies in [low, high], or in (low, high] if it must be `above`.
-
-    Example:
-        >>> check_between("slip", 0.1, 0, 1)
-    """
-    # Written so that a NaN fails it.
-    if not (low <= value <= high and abs(value) < float("inf")) or (above and value == low):
-        span = f"{'>' if above else '>='} {low:g}"
-        if high < float("inf"):
-            span = f"in {'(' if above else '['}{low:g}, {high:g}]"
-        raise InputError(f"{name}: expected a finite number {span}, got {value}")
-
-
 def finite_tensor(name: str, value: Any, shape: Sequence[int | str]) -> Tensor:
     """`value` as a new float64 tensor of the given shape, every entry finite.
 
