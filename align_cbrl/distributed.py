@@ -9,16 +9,11 @@ communicates, and no function changes what it is given.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import hashlib
-import inspect
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,8 +25,6 @@ from align_cbrl.errors import InputError, RunStopped
 # How long a rank waits for another, who may be asking a slow judge. A rank that died is noticed at once: its
 # connections close, and the launcher ends the others.
 _PATIENCE = timedelta(minutes=30)
-_SHOWN = 60  # characters of a value in messages
-_SMALL = 10_000  # numbers of a tensor that is compared by content
 _COMMANDS = (
     "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 ...`, or `ACCELERATE_USE_CPU=true accelerate launch "
     "--multi_gpu --num_processes 2 ...`; on GPUs leave ACCELERATE_USE_CPU out"
@@ -247,28 +240,21 @@ def sum_gradients_(parameters: Sequence[Tensor]) -> None:
             parameter.grad = total.to(grad.device)
 
 
-def check_same(parts: Mapping[str, Any]) -> None:
+def check_same(facts: Mapping[str, Any]) -> None:
     """Refuse a run whose ranks were built from different things; every rank has to ask.
 
-    Compared are a digest of settings, texts, tables of data, code, and an object's arguments as far as it keeps them
-    under their names. Of modules only the shapes are, since `broadcast_` makes their numbers equal. An object with
-    an `identity`, a text, is compared by that and by its arguments that are numbers, texts or functions; a function
-    with one, by that alone.
-
     Args:
-        parts: by name, what the ranks are to have in common.
+        facts: plain values by name, such as `align_cbrl.runs.facts.settings_of` describes objects with, flat.
 
     Raises:
         InputError: what differs first, on which rank, and both values.
 
     Example:
-        >>> check_same({"config": {"steps": 3}})  # in one process: nothing happens
+        >>> check_same({"config.steps": 3})  # in one process: nothing happens
     """
     if world_size() == 1:
         return
-    mine: dict[str, str] = {}
-    for name, part in parts.items():
-        _describe(name, part, mine, set())
+    mine = {name: repr(value) for name, value in facts.items()}
     digest = hashlib.sha256(repr(sorted(mine.items())).encode("utf-8", "surrogatepass")).digest()[:8]
     of_ranks = gather_rows(torch.tensor([int.from_bytes(digest, "big", signed=True)]))
     if bool((of_ranks == of_ranks[0]).all()):
@@ -326,92 +312,6 @@ def together(what: str) -> Iterator[None]:
         raise error
     if failed.any():
         raise RunStopped(f"{what} failed on rank {int(failed.nonzero()[0])}, whose message says why")
-
-
-def _describe(name: str, value: Any, found: dict[str, str], seen: set[int]) -> None:
-    """Put what a value is made of into `found`, by the path that leads there."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, enum.Enum, Path, torch.dtype)):
-        text = repr(value)
-        found[name] = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (digest {_digest(text)})"
-    elif id(value) in seen:
-        return
-    elif isinstance(value, Tensor):
-        content = f", digest {_digest(value.detach().tolist())}" if value.numel() <= _SMALL else ""
-        found[name] = f"a tensor {tuple(value.shape)} of {value.dtype}{content}"
-    elif isinstance(value, FunctionType):
-        _describe_function(name, value, found)
-    elif isinstance(value, Mapping):
-        found[name] = f"{len(value)} entries"
-        for key, part in value.items():
-            _describe(f"{name}[{key!r}]", part, found, seen | {id(value)})
-    elif isinstance(value, (list, tuple)):
-        found[name] = f"{len(value)} values"
-        for number, part in enumerate(value):
-            _describe(f"{name}[{number}]", part, found, seen | {id(value)})
-    elif isinstance(value, (set, frozenset)):
-        found[name] = f"a set, digest {_digest(sorted(map(repr, value)))}"
-    elif hasattr(value, "column_names") and hasattr(value, "iter"):  # a table of data, read in pieces
-        pieces = [_digest(piece) for piece in value.iter(batch_size=1000)]
-        found[name] = f"{len(value)} rows of {value.column_names}, digest {_digest(pieces)}"
-    else:
-        _describe_object(name, value, found, seen | {id(value)})
-
-
-def _describe_function(name: str, function: FunctionType, found: dict[str, str]) -> None:
-    found[name] = f"function {function.__qualname__}"
-    if isinstance(own := getattr(function, "identity", None), str):
-        found[f"{name}.identity"] = own
-        return
-    codes, known = [function.__code__], list[Any]()
-    while codes:
-        code = codes.pop()
-        known.append([code.co_code.hex(), code.co_names, [repr(c) for c in code.co_consts if not inspect.iscode(c)]])
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    found[f"{name}.code"] = _digest(known)
-    kept: dict[str, Any] = {f"defaults[{i}]": value for i, value in enumerate(function.__defaults__ or ())}
-    kept |= {f"defaults.{key}": value for key, value in (function.__kwdefaults__ or {}).items()}
-    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # not assigned yet
-            kept[f"closure.{key}"] = cell.cell_contents
-    for key, value in kept.items():
-        if _is_plain(value):  # others may be memories of its own
-            _describe(f"{name}.{key}", value, found, set())
-
-
-def _describe_object(name: str, value: Any, found: dict[str, str], seen: set[int]) -> None:
-    """The type, and the arguments that it keeps under their names; counters and caches are none."""
-    found[name] = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, torch.optim.Optimizer):
-        options = [{key: part for key, part in group.items() if key != "params"} for group in value.param_groups]
-        _describe(f"{name}.options", options, found, seen)
-        return
-    if isinstance(value, nn.Module):
-        shapes = {n: (tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in value.named_parameters()}
-        found[f"{name}.parameters"] = f"{len(shapes)} tensors, digest {_digest(list(shapes.items()))}"
-    if dataclasses.is_dataclass(value):
-        kept = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
-    else:
-        try:
-            kept = list(inspect.signature(type(value).__init__).parameters)
-        except (TypeError, ValueError):  # written in C
-            kept = []
-    own = value.__dict__ if hasattr(value, "__dict__") else {}
-    identity = getattr(value, "identity", None)
-    if isinstance(identity, str):
-        found[f"{name}.identity"] = identity
-    for key in [*kept, "model_path"]:
-        if key not in own or key == "identity" or isinstance(own[key], nn.Module):
-            continue
-        if not isinstance(identity, str) or _is_plain(own[key]) or isinstance(own[key], FunctionType):
-            _describe(f"{name}.{key}", own[key], found, seen)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def _row_counts(count: int) -> list[int]:

@@ -35,7 +35,7 @@ from align_cbrl.estimators.replay import Memory
 from align_cbrl.problem import Observed, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.checkpoints import Identity, load_checkpoint, newest_step, save_checkpoint
-from align_cbrl.runs.facts import optimizer_settings, settings_of, versions
+from align_cbrl.runs.facts import flat, optimizer_settings, settings_of, versions
 from align_cbrl.runs.interrupt import end_with_launcher, noted_interrupt
 from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.metrics import MetricsLog
@@ -132,7 +132,9 @@ class HPGD:
         self.hypergradient = PolicyResponse() if hypergradient is None else hypergradient
         self.config = HPGDConfig() if config is None else config
         self.out = None if out is None else Path(out)
-        self.fingerprint: Identity = self._default_fingerprint() if fingerprint is None else fingerprint
+        self.fingerprint: Identity = (
+            self._facts(but=("steps", "checkpoint_every", "progress")) if fingerprint is None else fingerprint
+        )
         self.observers = tuple(observers)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -365,16 +367,8 @@ class HPGD:
 
     def _check_ranks(self) -> None:
         """Refuse processes that were built from different things, which would compute something that nobody asked."""
-        check_same(
-            {
-                "config": dataclasses.replace(self.config, progress=True),  # a bar on one rank is no difference
-                "leader": self.problem.leader,
-                "follower": self.problem.follower,
-                "objective": self.problem.objective,
-                "hypergradient": self.hypergradient,
-                "optimizer": self.optimizer,
-            }
-        )
+        if world_size() > 1:
+            check_same(flat(self._facts(but=("progress",), practical=True)))  # a bar on one rank is no difference
 
     def _open_log(self, stack: contextlib.ExitStack) -> MetricsLog | None:
         if self.out is None:
@@ -392,17 +386,15 @@ class HPGD:
             warnings.warn(message, stacklevel=2)
         self._told.add(subject)
 
-    def _default_fingerprint(self) -> dict[str, Any]:
+    def _facts(self, but: tuple[str, ...], practical: bool = False) -> dict[str, Any]:
+        """What the run is made of, without the settings `but` of the loop; `practical`: see `settings_of`."""
         problem = self.problem
-        settings = dataclasses.asdict(self.config)
-        for name in ("steps", "checkpoint_every", "progress"):  # a resumed run may be longer, or quieter
-            del settings[name]
         return {
-            "config": settings,
-            "leader": settings_of(problem.leader),
-            "follower": settings_of(problem.follower),
-            "objective": settings_of(problem.objective),
-            "hypergradient": settings_of(self.hypergradient),
+            "config": {name: value for name, value in dataclasses.asdict(self.config).items() if name not in but},
+            "leader": settings_of(problem.leader, practical),
+            "follower": settings_of(problem.follower, practical),
+            "objective": settings_of(problem.objective, practical),
+            "hypergradient": settings_of(self.hypergradient, practical),
             "optimizer": optimizer_settings(self.optimizer),
             "version": versions(),
         }

@@ -118,8 +118,8 @@ def test_what_knows_only_its_own_rows_is_refused(numbers: tuple[Path, list[dict[
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("data", "follower.prompts: expected the same on every process, got 4 rows of ['prompt'], digest "),
-        ("leader", "leader: expected the same on every process, got "),
+        ("data", "follower.prompts: expected the same on every process, got '4 rows "),
+        ("leader", "leader.kind: expected the same on every process, got 'Budgeted' on rank 0 and 'Other' on rank 1"),
         ("leader's budget", "leader.budget: expected the same on every process, got 1.0 on rank 0 and 2.0 on rank 1"),
         ("reward", "leader.enumeration.features: expected the same"),
         ("judge", "objective.objective.utility_function"),
@@ -128,7 +128,7 @@ def test_what_knows_only_its_own_rows_is_refused(numbers: tuple[Path, list[dict[
         ("objective", "objective.share: expected the same on every process, got 0.5 on rank 0 and 0.6 on rank 1"),
         ("config", "config.seed: expected the same on every process, got 0 on rank 0 and 1 on rank 1"),
         ("chunks", "hypergradient.chunks: expected the same on every process, got 1 on rank 0 and 2 on rank 1"),
-        ("optimizer", "optimizer.options[0]['lr']: expected the same on every process, got 0.05 on rank 0 and 0.1 "),
+        ("optimizer", "optimizer.groups.lr: expected the same on every process, got 0.05 on rank 0 and 0.1 "),
         ("learning rate", "follower.learning_rate: expected the same on every process, got 0.001 on rank 0"),
     ],
 )

@@ -70,10 +70,14 @@ def facts_of(config: Any) -> dict[str, Any]:
     return found
 
 
-def settings_of(thing: Any) -> Any:
+def settings_of(thing: Any, practical: bool = False) -> Any:
     """What an object was made with, as plain data: the arguments of its constructor that it keeps under their names.
 
     Numbers that training moves are left out: of parameters only the shapes count. Functions are their content.
+
+    Args:
+        thing: any object.
+        practical: with settings that change no number, such as a judge's budget, and those that a run moves.
 
     Example:
         >>> settings_of(torch.nn.Linear(2, 1))["in_features"]
@@ -81,7 +85,7 @@ def settings_of(thing: Any) -> Any:
         >>> settings_of({"a": torch.zeros(2)}) == settings_of({"a": torch.ones(2)})
         False
     """
-    return _Settings().of(thing, _DEEP)
+    return _Settings(practical).of(thing, _DEEP)
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -133,7 +137,8 @@ def differences(trees: list[Any]) -> dict[str, list[Any]]:
 class _Settings:
     """Objects as plain data; one that contains itself ends there."""
 
-    def __init__(self) -> None:
+    def __init__(self, practical: bool) -> None:
+        self._practical = practical
         self._inside: set[int] = set()
 
     def of(self, value: Any, depth: int) -> Any:
@@ -165,13 +170,15 @@ class _Settings:
             return {name: self.of(module, depth) for name, module in value.items()}
         if hasattr(value, "column_names") and hasattr(value, "__len__"):  # a dataset
             rows = hashlib.sha256()
-            for row in value:
-                rows.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+            for start in range(0, len(value), 1000):  # columns of many rows, which are read much faster than rows
+                columns = value[start : start + 1000]
+                rows.update(json.dumps(columns, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
             return f"{len(value)} rows {rows.hexdigest()[:12]}"
         if inspect.isroutine(value) or inspect.isclass(value):
             return identity_of(value) or UNREADABLE
         if not isinstance(value, nn.Module) and hasattr(value, "identity"):  # a judge, say, however often it is asked
-            besides = {name: getattr(value, name) for name in ("columns", "both_orders") if hasattr(value, name)}
+            names = ("columns", "both_orders", *(PRACTICAL_OF_JUDGE if self._practical else ()))
+            besides = {name: self.of(getattr(value, name), depth) for name in names if hasattr(value, name)}
             return {"identity": value.identity or UNREADABLE, **besides}
         return {"kind": type(value).__qualname__, **self._arguments(value, depth)}
 
@@ -183,7 +190,8 @@ class _Settings:
                 names = list(inspect.signature(type(value)).parameters)
             except (TypeError, ValueError):
                 names = []
-        kept = {name: getattr(value, name) for name in names if hasattr(value, name) and name not in _moving(value)}
+        left_out = set() if self._practical else _moving(value)
+        kept = {name: getattr(value, name) for name in names if hasattr(value, name) and name not in left_out}
         found = {name: self.of(part, depth) for name, part in kept.items() if not isinstance(part, torch.dtype)}
         if isinstance(value, nn.Module):
             found["parameters"] = {name: list(p.shape) for name, p in value.named_parameters() if p.requires_grad}
