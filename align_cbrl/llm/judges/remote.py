@@ -38,6 +38,14 @@ class JudgeUnavailable(RuntimeError):
         self.retry_after = retry_after
 
 
+class _Refused(Exception):
+    """A status that says no, with what the server said beside it."""
+
+    def __init__(self, error: urllib.error.HTTPError, detail: str) -> None:
+        super().__init__(detail)
+        self.error, self.detail = error, detail
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, and would carry the token to another host."""
 
@@ -135,13 +143,14 @@ class RemoteJudge:
         try:
             request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
             text = self._answer(request)
-        except urllib.error.HTTPError as error:
-            message = said(f"{self._name}: status {error.code} {error.reason}: {error.detail}")
+        except _Refused as refused:
+            error = refused.error
+            message = said(f"{self._name}: status {error.code} {error.reason}: {refused.detail}")
             if error.code in (408, 425, 429) or error.code >= 500:
                 raise JudgeUnavailable(message, _seconds(error.headers.get("Retry-After"))) from None
             raise InputError(f"{message}; repair the request, the URL or the token") from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out or incomplete
-            raise JudgeUnavailable(said(f"{self._name}: no answer: {error}")) from None
+        except (OSError, http.client.HTTPException) as broken:  # refused, reset, timed out or incomplete
+            raise JudgeUnavailable(said(f"{self._name}: no answer: {broken}")) from None
         if len(text) > _LARGEST_ANSWER:
             raise InputError(f"{self._name}: its answer is longer than {_LARGEST_ANSWER} bytes")
         start = said(repr(text[:80]))
@@ -174,8 +183,7 @@ class RemoteJudge:
                     found.append(response.read(_LARGEST_ANSWER + 1))
             except urllib.error.HTTPError as error:
                 with error:
-                    error.detail = error.read(200).decode(errors="replace").strip()  # type: ignore[attr-defined]
-                found.append(error)
+                    found.append(_Refused(error, error.read(200).decode(errors="replace").strip()))
             except Exception as error:  # raised again where the judge was asked
                 found.append(error)
 

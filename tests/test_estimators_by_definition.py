@@ -1,7 +1,4 @@
-"""Faults that were put into estimators, critics and the certificate by hand, and that no other test noticed.
-
-Each test computes by definition, mostly in loops, what the code computes at once.
-"""
+"""Estimators, critics and the certificate by their definitions; each test notices a fault that was put in by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that were put into the followers that trl trains by hand, and that no other test noticed."""
+"""Followers that trl trains against their definitions; each test notices a fault that was put in by hand."""
 
 from __future__ import annotations
 

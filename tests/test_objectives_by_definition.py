@@ -1,4 +1,4 @@
-"""Faults that were put into objectives and the referee by hand, and that no other test noticed."""
+"""Objectives and the referee against their definitions; each test notices a fault that was put in by hand."""
 
 from __future__ import annotations
 
