@@ -35,8 +35,8 @@ laboratory: $(READY)  ## every tabular table and figure, the slow tests and benc
 	for benchmark in exact_step sampled_step gridworld leader_memory; do $(BIN)/python -m align_cbrl.recipes.benchmarks.$$benchmark; done
 	$(BIN)/python -m pytest -m slow
 
-test: lint  ## linter, type checker, and all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: lint  ## linter, type checker, and all tests but the slow ones, a file at a time on every core
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 docs: $(READY)  ## the site with its API pages, in site/
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"

@@ -30,6 +30,7 @@ from align_cbrl.estimators.certificate import Certificate, certify
 from align_cbrl.estimators.critics import FittedCritic, GroupCritic
 from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.natural import Natural
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.search import Climb, Halving, successive_halving
 from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
@@ -110,6 +111,7 @@ __all__ = [
     # the loop
     "HPGD",
     "HPGDConfig",
+    "Natural",
     # how close the follower is
     "Certificate",
     "certify",

@@ -89,12 +89,12 @@ def group_advantage(credit: Tensor, group: Tensor, weight: Tensor) -> Tensor:
     sum to one over the group it is (c_i - sum_j W_j c_j) / (1 - sum_j W_j^2).
 
     Args:
-        credit: [N], one number a sample.
+        credit: [N], one number a sample; or [N, K], several, each for itself.
         group: long [N], samples with the same number are independent draws from one decision point.
         weight: [N], non-negative importance weights.
 
     Returns:
-        [N]. Samples of a group whose whole weight lies on one sample get zero: it has nothing to be compared with.
+        As `credit`. Samples of a group whose whole weight lies on one sample get zero: it has nothing to be compared with.
 
     Raises:
         InputError: a group of a single sample.
@@ -113,8 +113,10 @@ def group_advantage(credit: Tensor, group: Tensor, weight: Tensor) -> Tensor:
             "completions a prompt, or use a critic that does not compare samples with each other"
         )
     share = _share(groups, weight)
-    mean = groups.sum(share * credit)[groups.place]
     spread = 1 - groups.sum(share * share)[groups.place]
+    if credit.ndim > 1:
+        share, spread = share[:, None], spread[:, None]
+    mean = groups.sum(share * credit)[groups.place]
     lone = spread < 1e-9
     return torch.where(lone, torch.zeros_like(credit), (credit - mean) / torch.where(lone, 1.0, spread))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from align_cbrl.checks import Count, Positive, Whole, checked
@@ -27,12 +28,14 @@ from align_cbrl.distributed import (
     world_size,
 )
 from align_cbrl.errors import CheckpointError, InputError, first_line
-from align_cbrl.estimators.certificate import Certificate, certify, corrected
+from align_cbrl.estimators.certificate import Certificate, can_be_weighted, certify, corrected
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
-from align_cbrl.estimators.replay import Memory
-from align_cbrl.problem import Observed, Problem, step_seed
+from align_cbrl.estimators.natural import Natural, natural_step
+from align_cbrl.estimators.replay import Memory, all_at_present, at_present
+from align_cbrl.functional import effective_sample_size
+from align_cbrl.problem import Leader, Observed, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.checkpoints import Identity, load_checkpoint, newest_step, save_checkpoint
 from align_cbrl.runs.facts import flat, optimizer_settings, settings_of, versions
@@ -59,9 +62,13 @@ class HPGDConfig:
         correction: of samples of a follower that lags, by importance weights within each prompt's group: "on", "off",
             or "auto", where `Certificate.correction_pays` decides at every leader step. For one-step problems with
             log-probabilities; elsewhere there is none.
-        replays: further updates after each leader step, each on a batch of an earlier step (or this one), drawn at
-            random and weighted as samples of the best response to the leader as it is by then. They cost no samples
-            of the follower; a `Judge` remembers its scores. For one-step problems with log-probabilities.
+        natural: take natural steps, on all remembered batches, instead of the optimizer's (`Natural`): the default
+            for language models (`hpgd.step` of their recipes). For one-step problems with log-probabilities, and for
+            estimators with a model; None: the optimizer's.
+        replays: further updates of the optimizer after each leader step, each on a batch of an earlier step (or this
+            one), drawn at random and weighted as samples of the best response to the leader as it is by then. They
+            cost no samples of the follower; a `Judge` remembers its scores. For one-step problems with
+            log-probabilities. Natural steps use all batches anyway.
         seed: of contexts and paths.
         checkpoint_every: leader steps between checkpoints.
         progress: show a progress bar.
@@ -72,10 +79,18 @@ class HPGDConfig:
     group_size: Count = 8
     max_gradient_norm: Positive | None = 1.0
     correction: Literal["auto", "on", "off"] = "auto"
+    natural: Natural | None = None
     replays: Whole = 0
     seed: Whole = 0
     checkpoint_every: Count = 10
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.natural is not None and self.replays:
+            raise InputError(
+                f"HPGDConfig.replays: expected 0 with natural steps, which use all remembered batches each time, got "
+                f"{self.replays}"
+            )
 
 
 @checked
@@ -84,7 +99,8 @@ class HPGD:
 
     Args:
         problem: leader, objective and follower.
-        optimizer: over the leader's parameters, made with `maximize=True`, since `.grad` holds the ascent direction.
+        optimizer: over the leader's parameters, made with `maximize=True`, since `.grad` holds the ascent direction;
+            None for natural steps (`HPGDConfig.natural`), which need none.
         hypergradient: the estimator; HPGD's own by default.
         config: the loop's settings.
         out: folder for metrics.jsonl and checkpoints/; None keeps everything in memory.
@@ -101,7 +117,7 @@ class HPGD:
             `Certificate.metrics` and `corrected` (1 where the samples were weighted).
 
     Raises:
-        InputError: an optimizer that would descend; in `run`, a gradient that is not finite.
+        InputError: an optimizer that would descend, or one beside natural steps, or neither; in `run`, a gradient that is not finite.
 
     Example:
         >>> import toy_cmdp
@@ -118,19 +134,30 @@ class HPGD:
     def __init__(
         self,
         problem: Problem,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None = None,
         hypergradient: Hypergradient | None = None,
         config: HPGDConfig | None = None,
         out: str | Path | None = None,
         fingerprint: Identity | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        if not all(group.get("maximize", False) for group in optimizer.param_groups):
+        config = HPGDConfig() if config is None else config
+        if (optimizer is None) == (config.natural is None):
+            raise InputError(
+                "optimizer: expected one, or natural steps, HPGDConfig(natural=Natural()), which need none; got "
+                f"{'neither' if optimizer is None else 'both'}"
+            )
+        if optimizer is not None and not all(group.get("maximize", False) for group in optimizer.param_groups):
             raise InputError("optimizer: expected maximize=True, since the leader ascends; it would descend as it is")
+        if config.natural is not None and problem.objective.remembers:
+            raise InputError(
+                f"{type(problem.objective).__name__}: expected no memory of its own with natural steps, which are "
+                "taken on all remembered batches, where it would count them twice; use CrossFitted(..., memory=0)"
+            )
         self.problem = problem
         self.optimizer = optimizer
         self.hypergradient = PolicyResponse() if hypergradient is None else hypergradient
-        self.config = HPGDConfig() if config is None else config
+        self.config = config
         self.out = None if out is None else Path(out)
         self.fingerprint: Identity = (
             self._facts(but=("steps", "checkpoint_every", "progress")) if fingerprint is None else fingerprint
@@ -139,7 +166,8 @@ class HPGD:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._seconds = {"leader": 0.0, "follower": 0.0}
-        self._memory = Memory()
+        saved = self.out is not None
+        self._memory = Memory(saved=saved) if config.natural is None else Memory(config.natural.memory - 1, saved)
         self._between_steps = True  # not while a step has moved some of what a checkpoint holds
         self._told: set[str] = set()  # what has been warned of
 
@@ -236,9 +264,16 @@ class HPGD:
             observed = observe(problem, seen, self.hypergradient.chunks)
             seen = seen.knowing(observed.values)
 
+        # A natural step is taken on all that was judged so far, weighted to the present best response.
+        batch = seen
+        if self.config.natural is not None and observed is not None and can_be_weighted(problem, seen):
+            self._memory.batches = [self._known(older) for older in self._memory.batches]
+            batch = all_at_present(problem, self._memory.batches, seen, self.hypergradient.chunks)
+            batch = batch.knowing(observe(problem, batch, self.hypergradient.chunks).values)
+
         # The hypergradient, through the follower's response, into the leader's `.grad`.
-        self.optimizer.zero_grad(set_to_none=True)
-        row = self.hypergradient.backward(problem, seen)
+        leader.zero_grad(set_to_none=True)
+        row = self.hypergradient.backward(problem, batch)
         if not math.isfinite(row["gradient_norm"]):
             raise InputError(
                 f"{type(leader).__name__}: its gradient is not finite at leader step {self.step + 1} "
@@ -256,9 +291,14 @@ class HPGD:
 
         # The step, back into the leader's budget, and again on remembered batches.
         self._between_steps = False
-        row["skipped_steps"] = self._skipped_before() + self._apply(row["gradient_norm"])
-        if self.config.replays:
+        if self.config.natural is not None and row["gradient_norm"] > 0:
+            row |= self._natural_step(batch, self.config.natural)
+            row["skipped_steps"] = self._skipped_before()
+        else:
+            row["skipped_steps"] = self._skipped_before() + self._apply(row["gradient_norm"])
+        if self.config.replays or (self.config.natural is not None and can_be_weighted(problem, rollouts)):
             self._memory.add(rollouts.knowing({} if observed is None else observed.lasting))
+        if self.config.replays:
             row |= self._replay()
         if certificate is not None:
             row |= {**certificate.metrics(), "corrected": float(seen.weight is not rollouts.weight)}
@@ -276,24 +316,42 @@ class HPGD:
             return True
         if self.config.max_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.problem.parameters, self.config.max_gradient_norm)
+        assert self.optimizer is not None  # or the step would be a natural one
         self.optimizer.step()
         self.problem.leader.project()
         return False
+
+    def _natural_step(self, batch: Rollouts, settings: Natural) -> dict[str, float]:
+        """A natural step, on a batch whose gradient is in `.grad`; metrics: `step_nats`, how far the response moves."""
+        problem = self.problem
+        gradient = torch.cat([_flat(p.grad, p) for p in problem.parameters])
+        metric = self.hypergradient.metric(problem, batch)
+        plain = None if batch.weight is None else dataclasses.replace(batch, weight=None, log_policy=None)
+        sampled = None if plain is None else self.hypergradient.metric(problem, plain)
+        step = natural_step(gradient, metric, settings, problem.objective.price_of_a_nat, sampled)
+        if step.copies is not None:
+            first, second = (_parameter_name(problem.leader, number) for number in step.copies)
+            self._tell_once(
+                "copies",
+                f"{first} and {second} of {type(problem.leader).__name__} reward the same: completions of a prompt "
+                "differ in both alike, so that only their sum is learned, and shared between them; drop one of the two",
+            )
+        with torch.no_grad():
+            pieces = step.change.split([p.numel() for p in problem.parameters])
+            for parameter, piece in zip(problem.parameters, pieces, strict=True):
+                parameter += piece.view_as(parameter).to(parameter)
+            problem.leader.project_in(step.metric)
+        return {"step_nats": step.nats}
 
     def _replay(self) -> dict[str, float]:
         """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
         shares = []
         for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
-            batch = self._prepared(batch)
-            certificate = certify(self.problem, batch, chunks=self.hypergradient.chunks)
-            if certificate is None:
-                raise InputError(
-                    "HPGDConfig.replays: expected rollouts of one step with log_policy and log_prior, which can be "
-                    "weighted; set replays=0 for this follower"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            found = self.hypergradient.backward(self.problem, corrected(batch, certificate))
-            shares.append(certificate.effective_sample_size)
+            batch = at_present(self.problem, self._prepared(batch), self.hypergradient.chunks)
+            assert batch.weight is not None
+            shares.append(float(effective_sample_size(batch.weight, batch.group[:, 0]).sum() / batch.size))
+            self.problem.leader.zero_grad(set_to_none=True)
+            found = self.hypergradient.backward(self.problem, batch)
             if 0 < found["gradient_norm"] < math.inf:
                 self._apply(found["gradient_norm"])
         return {"replay_effective_sample_size": sum(shares) / len(shares)}
@@ -301,6 +359,13 @@ class HPGD:
     def _prepared(self, rollouts: Rollouts) -> Rollouts:
         with together("scoring the completions"):
             return self.problem.leader.prepare(rollouts)
+
+    def _known(self, batch: Rollouts) -> Rollouts:
+        """A remembered batch with its scores, which a resumed run has to look up once."""
+        batch = self._prepared(batch)
+        if all(o in batch.known for o in self.problem.objective.observations() if o.lasting):
+            return batch
+        return batch.knowing(observe(self.problem, batch, self.hypergradient.chunks).lasting)
 
     def _certify(self, rollouts: Rollouts) -> Certificate | None:
         certificate = certify(
@@ -351,8 +416,6 @@ class HPGD:
         self._check_ranks()
         if self.out is not None:
             self.problem.follower.state_dict()  # what cannot be saved should be known before anything is trained
-        if world_size() > 1 and self.config.replays:
-            raise InputError("HPGDConfig.replays: expected 0 in several processes, whose batches one checkpoint lacks")
         if self.out is not None and resume:
             self._restore(self.out)
         elif self.out is not None and self.step == 0:
@@ -395,7 +458,7 @@ class HPGD:
             "follower": settings_of(problem.follower, practical),
             "objective": settings_of(problem.objective, practical),
             "hypergradient": settings_of(self.hypergradient, practical),
-            "optimizer": optimizer_settings(self.optimizer),
+            "optimizer": None if self.optimizer is None else optimizer_settings(self.optimizer),
             "version": versions(),
         }
 
@@ -404,7 +467,7 @@ class HPGD:
             return
         state = {
             "leader": self.problem.leader.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
             "follower": self.problem.follower.state_dict(),
             "objective": self.problem.objective.state_dict(),
             "hypergradient": self.hypergradient.state_dict(),
@@ -429,13 +492,29 @@ class HPGD:
             return
         self.step, state = found
         self.problem.leader.load_state_dict(state["leader"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.problem.follower.load_state_dict(state["follower"])
         self.problem.objective.load_state_dict(state["objective"])
         self.hypergradient.load_state_dict(state["hypergradient"])
         self._memory.load_state_dict(state.get("memory", []))
         self.history = state["history"]
         self._seconds = state["seconds"]
+
+
+def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """A gradient as numbers in a row, float64; zeros where nothing depends on the parameter."""
+    return (torch.zeros_like(parameter) if gradient is None else gradient).detach().double().flatten()
+
+
+def _parameter_name(leader: Leader, number: int) -> str:
+    """The name of the leader's trainable number with this place among all of them, such as weight[2]."""
+    for name, parameter in leader.named_parameters():
+        if parameter.requires_grad:
+            if number < parameter.numel():
+                return f"{name}[{number}]"
+            number -= parameter.numel()
+    raise IndexError(number)
 
 
 def _refuse_a_run_in(out: Path) -> None:

@@ -69,6 +69,16 @@ class Leader(nn.Module, abc.ABC):
     def project(self) -> None:
         """Bring the parameters back into the leader's budget; called after every leader step. Default: no budget."""
 
+    def project_in(self, metric: Tensor) -> None:
+        """As `project`, to the point of the budget that is nearest in a metric; called after a natural step.
+
+        A natural step whose projection is another one ends where the budget and the metric, not the objective, say.
+
+        Args:
+            metric: [n, n], positive definite, of all trainable parameters, one after the other. Default: `project`.
+        """
+        self.project()
+
 
 class Observation(abc.ABC):
     """A number of every step that an objective is made of: a utility, a log-ratio, a group label.
@@ -182,12 +192,14 @@ class Objective(abc.ABC):
         is_mean: whether every term is a mean over contexts, so that a risk may be put around the objective.
         is_linear: whether the credit of every term is its utility, so that f_c is linear in the policy.
         one_step: whether it is defined for problems of one step only, such as completions.
+        remembers: whether it keeps values of earlier batches, and evaluates a batch together with them.
     """
 
     discount: float = 0.0
     is_mean: bool = True
     is_linear: bool = True
     one_step: bool = False
+    remembers: bool = False
 
     @abc.abstractmethod
     def observations(self) -> tuple[Observation, ...]:
@@ -203,6 +215,11 @@ class Objective(abc.ABC):
     @property
     def constant(self) -> float:
         """What J holds besides its terms."""
+        return 0.0
+
+    @property
+    def price_of_a_nat(self) -> float:
+        """What J charges for a nat of divergence from the prior, which bounds how long a natural step is of use."""
         return 0.0
 
     def observe(self, leader: Leader, rollouts: Rollouts) -> Observed:

@@ -128,6 +128,42 @@ class Rollouts:
             **columns,
         )
 
+    @classmethod
+    def joined(cls, batches: Sequence[Rollouts]) -> Rollouts:
+        """The paths of several batches as one; decision points of different batches stay apart.
+
+        Each batch has weights or log-probabilities where the others have them, and `steps` of the same names; of what
+        is `known`, that which is known of all stays.
+
+        Example:
+            >>> one = Rollouts.bandit(contexts=torch.tensor([4, 4]), steps={"completion": ["yes", "no"]})
+            >>> both = Rollouts.joined([one, one])
+            >>> both.contexts.tolist(), both.group[:, 0].tolist(), both.steps["completion"]
+            ([4, 4, 4, 4], [0, 0, 1, 1], ['yes', 'no', 'yes', 'no'])
+        """
+        numbers, count = [], 0
+        for batch in batches:
+            labels, places = torch.unique(batch.group, return_inverse=True)
+            numbers.append(places + count)
+            count += len(labels)
+        first = batches[0]
+        fields = {name: [getattr(batch, name) for batch in batches] for name in ("contexts", "mask", *_OPTIONAL)}
+        whole: dict[str, Any] = {
+            name: None if getattr(first, name) is None else torch.cat(values) for name, values in fields.items()
+        }
+
+        def column(name: str) -> Any:
+            values = [batch.steps[name] for batch in batches]
+            return torch.cat(values) if isinstance(values[0], Tensor) else [row for value in values for row in value]
+
+        common = [key for key in first.known if all(key in batch.known for batch in batches)]
+        return cls(
+            **whole,
+            group=torch.cat(numbers),
+            steps={name: column(name) for name in first.steps},
+            known={key: torch.cat([batch.known[key] for batch in batches]) for key in common},
+        )
+
     @property
     def size(self) -> int:
         """Number of paths, B."""

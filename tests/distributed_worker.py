@@ -27,6 +27,7 @@ from align_cbrl import (
     InputError,
     KLPriced,
     MeanVariance,
+    Natural,
     PolicyResponse,
     PreferenceLikelihood,
     Problem,
@@ -129,6 +130,18 @@ def gradients() -> dict[str, Any]:
                     "x": leader.x.detach().double(),
                     "row": row,
                 }
+    return found
+
+
+def natural() -> dict[str, Any]:
+    """Two natural steps of every objective, the second on both batches: metrics of both, and the leader after them."""
+    enumeration = lm.Enumeration.random(1)
+    follower, found = scripted(enumeration), {}
+    for name, objective in objectives(enumeration).items():
+        leader = start_of(enumeration)
+        run = HPGD(Problem(leader, objective, follower), config=HPGDConfig(natural=Natural(nats=0.02)))
+        rows = [run.leader_step(follower.rollouts) for _ in range(2)]
+        found[name] = {"x": leader.x.detach().clone(), "rows": rows}
     return found
 
 
@@ -319,7 +332,8 @@ def main(task: str, folder: Path) -> None:
     initialize()
     found: dict[str, Any]
     if task == "numbers":
-        found = {"gradients": gradients(), "twice": twice(), "stops": stops(folder)}
+        found = {"gradients": gradients(),
+            "natural": natural(), "twice": twice(), "stops": stops(folder)}
         found |= {"different": different(folder), "messages": messages()}
     elif task == "die":
         found = hpgd(folder, die_at=2)

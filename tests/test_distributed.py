@@ -80,6 +80,19 @@ def test_two_processes_take_the_step_of_one(numbers: tuple[Path, list[dict[str, 
     torch.testing.assert_close(ranks[0]["twice"], twice, rtol=1e-12, atol=0)
 
 
+def test_two_processes_take_the_natural_steps_of_one(numbers: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The second step is on the remembered batch as well, whose groups straddle the processes too."""
+    whole = worker.natural()
+    start = worker.start_of(lm.Enumeration.random(1)).x.detach()
+    for name, one in whole.items():
+        assert (one["x"] - start).norm() > 0.01, name
+        for rank in numbers[1]:
+            two = rank["natural"][name]
+            assert (two["x"] - one["x"]).norm() <= 1e-9 * one["x"].norm(), name
+            for row, same in zip(two["rows"], one["rows"], strict=True):
+                assert row == pytest.approx(same, rel=1e-6, abs=1e-9), name
+
+
 def test_the_parts_alone_would_give_another_gradient() -> None:
     """The comparison above can fail: a rank that centred on its own rows only is far from one process."""
     enumeration = lm.Enumeration.random(1)

@@ -75,7 +75,7 @@ def test_a_recipe_that_is_killed_in_every_stage_ends_the_same_and_pays_nothing_t
         + "judge: {function: align_cbrl.recipes.worlds.replies.judge.reply_judge, budget: 1000000}\n"
     )  # fmt: skip
     command = [sys.executable, "-W", "ignore", "-m", "align_cbrl.cli", "run", "tune_weights", "--config",
-               str(tmp_path / "mine.yaml"), "--set", "hpgd.steps=8", "hpgd.replays=1", "follower.steps=16",
+               str(tmp_path / "mine.yaml"), "--set", "hpgd.steps=8", "follower.steps=16",
                "--resume", "--out"]  # fmt: skip
     subprocess.run([*command, str(tmp_path / "whole" / "run")], check=True, capture_output=True, timeout=600)
     moments, kills = random.Random(0), 0

@@ -34,6 +34,7 @@ from toy_cmdp.problems.stackelberg_game import stackelberg_game
 from toy_cmdp.problems.tax_design import tax_design
 from toy_cmdp.referee import exact
 from toy_cmdp.referee.closed_forms import logit_price, optimal_bonus, optimal_prices, threshold_rewards
+from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.referee.exact import (
     ExactCritic,
     ImplicitHypergradient,
@@ -67,6 +68,7 @@ __all__ = [
     "parallel",
     # the referee
     "exact",
+    "exact_metric",
     "ExactCritic",
     "ImplicitHypergradient",
     "enumerate_paths",

@@ -12,6 +12,7 @@ Modules:
     certificate: Certificate, the estimated divergence of the follower from its best response
     sampler_evidence: SamplerEvidence, whether completions are samples of the policy at all
     degenerate: completions whose group contributes no gradient
+    natural: Natural, steps in the Fisher metric of the best response
     replay: remembered batches, reweighted and used again
     search: successive halving over many starts
     random_numbers: reproducible random numbers for estimators that draw

@@ -139,26 +139,16 @@ def certify(
         >>> round(found.gap, 9), round(found.effective_sample_size, 9)  # the follower is exact
         (0.0, 1.0)
     """
-    one_step = rollouts.horizon == 1 and bool(torch.as_tensor(problem.follower.discount).max() == 0)
-    if not one_step or rollouts.log_policy is None or rollouts.log_prior is None:
+    if not can_be_weighted(problem, rollouts):
         return None
     with torch.no_grad():
-        with together("scoring the completions"):
-            scored = torch.cat([problem.leader.reward(piece).double() for piece in rollouts.chunks(chunks)])
-            check_reward(problem.leader, scored, rollouts)
-        reward = scored[:, 0]
-        # In several processes a group may straddle ranks: the certificate is that of the whole batch.
-        reward, whole = gather_rows(reward), rollouts.over_ranks()
-        temperature = per_path(problem.temperature, whole.contexts.to(reward.device))
-        assert whole.log_policy is not None and whole.log_prior is not None
-        divergence = (whole.log_policy - whole.log_prior)[:, 0].to(reward)
-        group = whole.group[:, 0].to(reward.device)
+        log_ratio, divergence, whole = log_ratio_to_response(problem, rollouts, chunks)
+        group = whole.group[:, 0].to(log_ratio.device)
         groups = int(group.unique().numel())
-        weight = None if whole.weight is None else whole.weight.to(reward)
+        weight = None if whole.weight is None else whole.weight.to(log_ratio)
         plain: tuple[float | None, float | None] = (None, None)
         debiased = plain
         if weight is None:
-            log_ratio = reward / temperature - divergence
             weight = tilt_weights(log_ratio, group)
             plain = _mean_and_error(best_response_gap(log_ratio, group), log_ratio)
             debiased = _mean_and_error(debiased_gap(log_ratio, group), log_ratio)
@@ -167,7 +157,7 @@ def certify(
             *plain,
             *debiased,
             effective_sample_size=size,
-            kl=float((whole.path_weight().to(reward) * divergence).mean()),
+            kl=float((whole.path_weight().to(divergence) * divergence).mean()),
             paths=whole.size,
             group_size=whole.size / groups,
             weight=weight[own_rows(rollouts.size)] if whole.weight is None else None,
@@ -179,6 +169,24 @@ def certify(
         alarm=_alarm(found, history, correctable) if wrong is None else wrong,
         sampler_evidence=total_evidence(evidence) if evidence else None,
     )
+
+
+def can_be_weighted(problem: Problem, rollouts: Rollouts) -> bool:
+    """Whether these are paths of one step with the log-probabilities that importance weights are made of."""
+    one_step = rollouts.horizon == 1 and bool(torch.as_tensor(problem.follower.discount).max() == 0)
+    return one_step and rollouts.log_policy is not None and rollouts.log_prior is not None
+
+
+def log_ratio_to_response(problem: Problem, rollouts: Rollouts, chunks: int) -> tuple[Tensor, Tensor, Rollouts]:
+    """rho and log(pi / prior) [B], and the paths they belong to: those of all ranks, where a group may straddle them."""
+    with together("scoring the completions"):
+        scored = torch.cat([problem.leader.reward(piece).double() for piece in rollouts.chunks(chunks)])
+        check_reward(problem.leader, scored, rollouts)
+    reward, whole = gather_rows(scored[:, 0]), rollouts.over_ranks()
+    temperature = per_path(problem.temperature, whole.contexts.to(reward.device))
+    assert whole.log_policy is not None and whole.log_prior is not None  # `can_be_weighted`
+    divergence = (whole.log_policy - whole.log_prior)[:, 0].to(reward)
+    return reward / temperature - divergence, divergence, whole
 
 
 def corrected(rollouts: Rollouts, certificate: Certificate) -> Rollouts:

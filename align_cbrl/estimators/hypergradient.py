@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from align_cbrl.errors import InputError
+from align_cbrl.estimators.natural import response_metric
 from align_cbrl.problem import Leader, Problem
 from align_cbrl.rollouts import Rollouts, check_finite
 
@@ -35,6 +36,13 @@ class Hypergradient(abc.ABC):
 
         Metrics: `objective` (the estimated J), `gradient_norm` (of all parameters together).
         """
+
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Tensor:
+        """The Fisher metric F of x -> pi*_x that a natural step divides by, [n, n] float64 over all parameters.
+
+        Default: that of samples of one step (`response_metric`), whatever the estimator.
+        """
+        return response_metric(problem, rollouts)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of earlier steps; the same types as `Follower.state_dict`. Default: nothing."""

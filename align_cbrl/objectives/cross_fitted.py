@@ -78,6 +78,11 @@ class CrossFitted(Wrapping, Risk):
         self._past: list[tuple[int, float, float]] = []  # label, value, mass relative to the mean of its step
         self._seen: list[tuple[int, float, float]] = []  # the same of the batch that was evaluated last
 
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]  # a field of the base class
+        """Whether there is a memory."""
+        return self.memory > 0
+
     def terms(self, observed: Observed) -> list[Term]:
         """The wrapped objective's; the risk of the first is cross-fitted."""
         first, *others = self.objective.terms(observed)

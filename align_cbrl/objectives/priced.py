@@ -32,6 +32,11 @@ class KLPriced(Wrapping):
     objective: Objective
     price: NonNegative
 
+    @property
+    def price_of_a_nat(self) -> float:
+        """The price, and that of the priced objective."""
+        return self.price + self.objective.price_of_a_nat
+
     def observations(self) -> tuple[Observation, ...]:
         """Those of the priced objective, and the log-ratio to the prior."""
         return (*self.objective.observations(), _LOG_RATIO)

@@ -38,9 +38,19 @@ class Wrapping(Objective):
         return self.objective.one_step
 
     @property
+    def remembers(self) -> bool:  # type: ignore[override]  # as above
+        """Whether the wrapped objective keeps values of earlier batches."""
+        return self.objective.remembers
+
+    @property
     def constant(self) -> float:
         """The wrapped objective's."""
         return self.objective.constant
+
+    @property
+    def price_of_a_nat(self) -> float:
+        """The wrapped objective's."""
+        return self.objective.price_of_a_nat
 
     def observations(self) -> tuple[Observation, ...]:
         """The wrapped objective's."""

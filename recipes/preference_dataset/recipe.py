@@ -222,7 +222,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         return {**referee.measure(follower), "curve": other.curve(name), "agreement": referee.agreement(reward)}
 
     def tuned() -> dict[str, Any]:
-        leader, objective = bench.leader(), config.objective.build(bench.judge)
+        leader, objective = bench.leader(), config.objective.build(bench.judge, natural=config.hpgd.step == "natural")
         if config.label_weight > 0:
             labels = pairs(models.parts.judge)
             data = PreferenceData(*labels, min(config.pairs_per_step, labels[0].size), seed)

@@ -11,6 +11,7 @@ from align_cbrl import InputError
 from align_cbrl.checks import Count, Positive, check, checked
 from align_cbrl.llm import RewardModelLeader
 from align_cbrl.llm.leaders.reward_model import Trainable
+from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.leader import RewardModelSettings
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
 
@@ -33,13 +34,13 @@ class VariantSettings:
 
     Attributes:
         budget: HPGD's, the largest relative change of what is trained.
-        learning_rate: of HPGD's Adam.
+        learning_rate: of HPGD's Adam; null: natural steps.
         refit_learning_rate: of iterated retraining's.
     """
 
     budget: Positive
-    learning_rate: Positive
     refit_learning_rate: Positive
+    learning_rate: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,9 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
             rate, passes = variant.refit_learning_rate, config.refit_passes
             _, curve = refit(bench, name, leader, spread=settings.strength, passes=passes, learning_rate=rate)
             return {"curve": curve}
-        hpgd = dataclasses.replace(config.hpgd, learning_rate=variant.learning_rate)
+        hpgd = HPGDSettings(steps=config.hpgd.steps, nats=config.hpgd.nats)
+        if variant.learning_rate is not None:
+            hpgd = dataclasses.replace(config.hpgd, learning_rate=variant.learning_rate)
         finished = bench.tune(name, leader, follower=follower, hpgd=hpgd)
         return {**bench.final(follower), **bench.cost_of(finished, follower), "curve": bench.curve(name)}
 

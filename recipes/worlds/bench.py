@@ -146,7 +146,7 @@ class Bench:
             InputError: an objective, judge, cost or reward that names what there is not.
         """
         world, costs = self.settings.world, self.costs()
-        objective.build(self.judge, costs)
+        objective.build(self.judge, costs, natural=self.settings.hpgd.step == "natural")
         needed = {"judge": self.judge.function, **{f"cost {name}": cost.function for name, cost in costs.items()}}
         needed |= {f"reward {name}": load_object(path) for name, path in world.rewards.items()}
         for part in ("train", "test"):
@@ -274,7 +274,9 @@ class Bench:
         tracker = self.settings.tracking.build(out, to_dict(self.settings), leader)
         objective = objective or self.settings.objective
         if not isinstance(objective, Objective):
-            objective = objective.build(tracker.watch(self.judge), self.costs())
+            objective = objective.build(
+                tracker.watch(self.judge), self.costs(), natural=hpgd.step == "natural"
+            )
         curve, every = MetricsLog(out / "curve.jsonl"), self.settings.measure.every
 
         def observe(row: dict[str, float], rollouts: Rollouts) -> None:

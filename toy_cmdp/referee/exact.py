@@ -15,6 +15,7 @@ from align_cbrl.problem import Critic, Critique, Problem, Term
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.exact import ExactFollower, make_rollouts, require_exact
 from toy_cmdp.followers.solve import SoftSolution, by_context, continuation, per_state, soft_logits
+from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.referee.tabulated import linearised, of_contexts, tabulated_terms, worth
 from toy_cmdp.tables.cmdp import Tables, TabularLeader, gather_steps, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
@@ -102,6 +103,10 @@ class ImplicitHypergradient(Hypergradient):
         gradients = torch.autograd.grad(value, problem.parameters, allow_unused=True)
         norm = accumulate(problem, gradients)
         return {"objective": value.item(), "gradient_norm": norm}
+
+    def metric(self, problem: Problem, rollouts: Rollouts | None = None) -> Tensor:
+        """The exact metric; the rollouts are not looked at."""
+        return exact_metric(problem)
 
 
 def context_values(problem: Problem) -> Tensor:

@@ -15,6 +15,7 @@ from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.calibration import constant, deviations, within_prompts
 from align_cbrl.llm.leaders.correction import Correction
+from align_cbrl.llm.leaders.ellipsoid import minimum_above_zero, nearest_in_ellipsoid
 from align_cbrl.llm.leaders.terms import load_term, save_terms
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments, scores_of
 from align_cbrl.rollouts import Rollouts
@@ -27,7 +28,6 @@ _LEAST_SHARE = (
     0.01  # of the largest one: a softmax weight's gradient is proportional to it, and one at zero never moves
 )
 _LOWEST_LOGIT = math.log(_LEAST_SHARE)
-_PASSES = 200  # over the weights of a constrained least squares, of a few terms
 
 
 @checked
@@ -195,6 +195,15 @@ class RewardMixture(Correction):
         if spread > self.budget * (1 + 1e-9):  # no start is moved by the rounding of its own correlation
             self.weight.mul_(self.budget / spread)
 
+    @torch.no_grad()
+    def project_in(self, metric: Tensor) -> None:
+        """As `project`, to the nearest weights in the metric; a softmax has no budget, and is projected as always."""
+        if self.constraint != "softmax":
+            own, shape = metric.to(self.weight), self.correlation.to(self.weight)
+            positive = self.constraint == "positive"
+            self.weight.copy_(nearest_in_ellipsoid(self.weight.detach(), own, shape, self.budget, positive))
+        self.project()
+
     @property
     def lowest_direction(self) -> float:
         """The least entry of a direction that `aim` tells apart, the largest being 1."""
@@ -227,12 +236,7 @@ class RewardMixture(Correction):
         # gelsd: terms that are copies of each other share their weight instead of blowing it up
         aimed = torch.linalg.lstsq(features, labels[:, None], driver="gelsd").solution[:, 0]
         if self.constraint != "free" and (aimed < 0).any():
-            squares, products = features.T @ features, features.T @ labels
-            aimed = aimed.clamp(min=0.0)
-            for _ in range(_PASSES):  # weight by weight, which cannot get stuck: the problem is convex
-                for k, square in enumerate(squares.diagonal()):
-                    rest = products[k] - squares[k] @ aimed + square * aimed[k]
-                    aimed[k] = (rest / square).clamp(min=0.0) if square > 0 else 0.0
+            aimed = minimum_above_zero(features.T @ features, features.T @ labels)
         self.aim(aimed)
 
     @torch.no_grad()

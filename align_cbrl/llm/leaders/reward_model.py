@@ -17,6 +17,7 @@ from align_cbrl.llm.leaders.calibration import deviation_within_prompts
 from align_cbrl.llm.leaders.correction import Correction
 from align_cbrl.llm.leaders.lora import Adapter, LoRA
 from align_cbrl.llm.reward_models import RewardModel
+from align_cbrl.llm.sampling import batches
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import nearest
@@ -119,7 +120,31 @@ class RewardModelLeader(Correction):
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """r_x [B]."""
-        return self.strength * (self.reward_model.score(prompts, completions) - self.shift) / self.scale
+        return self._standardised(self.reward_model.score(prompts, completions))
+
+    def fixed_scores(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor | None:
+        """What a linear head reads, where it is all that moves, [B, H]: the body is then run once per completion.
+
+        It is found as the derivative of the score with respect to the head's weights, whatever the architecture does
+        between the body and the head.
+        """
+        head = self._linear_head()
+        if head is None:
+            return None
+        found = []
+        for piece in batches(len(completions), self.reward_model.batch_size):
+            with torch.enable_grad():
+                scores = self.reward_model.score(prompts[piece], completions[piece])  # [b]
+            each = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+            (read,) = torch.autograd.grad(scores, [head.weight], each, is_grads_batched=True)  # [b, 1, H]
+            found.append(read[:, 0])
+        return torch.cat(found)
+
+    def score_from(self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """r_x [B], given what the head reads."""
+        head = self._linear_head()
+        assert head is not None  # or there would be nothing fixed
+        return self._standardised(nn.functional.linear(fixed.to(head.weight), head.weight, head.bias)[:, 0])
 
     def deviation(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """r_x - r_{x_0} [B], the change of the reward since the start; it costs one forward pass more than `score`."""
@@ -248,6 +273,14 @@ class RewardModelLeader(Correction):
             leader._origin.forget()
             leader._origin_path, leader._origin_norm = record["start"], record["start_norm"]
         return leader
+
+    def _standardised(self, score: Tensor) -> Tensor:
+        return self.strength * (score - self.shift) / self.scale
+
+    def _linear_head(self) -> nn.Linear | None:
+        """The head where it alone is trained and is one linear layer."""
+        head = self.reward_model.head if self.trainable == "head" else None
+        return head if isinstance(head, nn.Linear) else None
 
     def _moving(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}

@@ -44,13 +44,18 @@ class _Objective(abc.ABC):
         """The objective around the expected score, without memory of earlier batches."""
 
     def build(
-        self, judge: UtilityFunction | PairwiseJudge, costs: Mapping[str, UtilityFunction] | None = None
+        self,
+        judge: UtilityFunction | PairwiseJudge,
+        costs: Mapping[str, UtilityFunction] | None = None,
+        *,
+        natural: bool = False,
     ) -> Objective:
         """The objective.
 
         Args:
             judge: a utility such as `Judge`; or a `PairwiseJudge`, for kind "preference" only.
             costs: utilities by name, of which "constrained" bounds one.
+            natural: whether it is climbed by natural steps, which remember whole batches.
 
         Raises:
             InputError: a judge of pairs with another kind, or a cost that is not among `costs`.
@@ -60,9 +65,9 @@ class _Objective(abc.ABC):
                 f"kind: {self.kind!r} needs a judge that scores completions, got one that compares pairs; use kind "
                 "'preference'"
             )
-        return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})))
+        return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})), natural)
 
-    def _fitted(self, objective: Objective) -> Objective:
+    def _fitted(self, objective: Objective, natural: bool) -> Objective:
         return objective
 
     def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
@@ -81,10 +86,16 @@ class _Priced(_Objective):
 @checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Risk(_Priced):
-    memory: Whole = _MEMORY
+    memory: Whole | None = None
 
-    def _fitted(self, objective: Objective) -> Objective:
-        return CrossFitted(objective, self.memory)
+    def _fitted(self, objective: Objective, natural: bool) -> Objective:
+        if natural and self.memory:
+            raise InputError(
+                f"memory: natural steps are taken on all remembered batches, got {self.memory} contexts besides; "
+                "remove it, or set hpgd.step: gradient"
+            )
+        memory = _MEMORY if self.memory is None else self.memory
+        return CrossFitted(objective, 0 if natural else memory)
 
 
 @checked
@@ -137,11 +148,15 @@ class PreferenceSettings(_Objective):
         return PreferenceLikelihood(score.utility_function, scale=scale, partners=self.partners)
 
     def build(
-        self, judge: UtilityFunction | PairwiseJudge, costs: Mapping[str, UtilityFunction] | None = None
+        self,
+        judge: UtilityFunction | PairwiseJudge,
+        costs: Mapping[str, UtilityFunction] | None = None,
+        *,
+        natural: bool = False,
     ) -> Objective:
         """The objective; a judge of pairs says probabilities, which have no scale."""
         if not isinstance(judge, PairwiseJudge):
-            return super().build(judge, costs)
+            return super().build(judge, costs, natural=natural)
         if self.scale is not None:
             raise InputError("scale: a judge of pairs says probabilities, which have no scale")
         return PreferenceLikelihood(preference=judge, partners=self.partners)
@@ -155,7 +170,8 @@ class CVaRSettings(_Risk):
     Attributes:
         share: of prompts, in (0, 1].
         price: of divergence; null: none.
-        memory: how many contexts of earlier steps are remembered beside the batch's own.
+        memory: how many contexts of earlier steps are remembered beside the batch's own, with hpgd.step: gradient;
+            null: 64.
     """
 
     kind: Literal["cvar"] = "cvar"
@@ -175,7 +191,8 @@ class WorstGroupSettings(_Risk):
         column: of the data, with each prompt's group.
         temperature: of a soft minimum over groups, in units of score; 0 is the minimum.
         price: of divergence; null: none.
-        memory: how many contexts of earlier steps are remembered beside the batch's own.
+        memory: how many contexts of earlier steps are remembered beside the batch's own, with hpgd.step: gradient;
+            null: 64.
     """
 
     kind: Literal["worst_group"] = "worst_group"
@@ -195,7 +212,8 @@ class MeanVarianceSettings(_Risk):
     Attributes:
         aversion: per unit of score.
         price: of divergence; null: none.
-        memory: how many contexts of earlier steps are remembered beside the batch's own.
+        memory: how many contexts of earlier steps are remembered beside the batch's own, with hpgd.step: gradient;
+            null: 64.
     """
 
     kind: Literal["mean_variance"] = "mean_variance"

@@ -1,0 +1,364 @@
+"""Natural steps: the metric against its definition, the step against refitting, and what they make of labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import toy_cmdp
+from align_cbrl import (
+    HPGD,
+    CrossFitted,
+    CVaR,
+    ExpectedUtility,
+    HPGDConfig,
+    InputError,
+    KLPriced,
+    Leader,
+    Natural,
+    PolicyResponse,
+    Problem,
+    Rollouts,
+    certify,
+)
+from align_cbrl.estimators.natural import natural_step, response_gradients, response_metric
+from align_cbrl.estimators.replay import all_at_present, at_present
+from align_cbrl.llm.leaders.ellipsoid import minimum_above_zero, nearest_in_ellipsoid
+from toy_cmdp.referee.exact import exact_world
+
+
+def priced(seed: int, price: float, **sizes: int) -> Problem:
+    return toy_cmdp.preferences(seed=seed, objective=lambda u: KLPriced(ExpectedUtility(u), price), **sizes)
+
+
+def enumerated(problem: Problem) -> Rollouts:
+    """Every response to every prompt once, weighted as the best response draws it."""
+    leader = problem.leader
+    world = exact_world(problem)
+    policy = world.policy[:, 0]  # [C, A]
+    contexts, actions = policy.shape
+    pairs = torch.cartesian_prod(torch.arange(contexts), torch.arange(actions))
+    return Rollouts.bandit(
+        contexts=pairs[:, 0],
+        steps={
+            "state": torch.stack([torch.zeros(len(pairs), dtype=torch.long), -torch.ones(len(pairs), dtype=torch.long)], 1),
+            "action": pairs[:, 1:],
+        },
+        log_policy=policy.log().flatten(),
+        log_prior=leader.tables().log_prior[:, 0].flatten(),  # type: ignore[operator]
+        weight=(policy * actions).flatten(),
+    )  # fmt: skip
+
+
+def exact_metric(problem: Problem) -> Tensor:
+    """E Cov(dr, dr) / lambda^2, of the definition."""
+    leader: Any = problem.leader
+    world = exact_world(problem)
+    policy = world.policy[:, 0]
+    features = leader.features / problem.temperature  # [C, A, D]
+    mean = (policy[..., None] * features).sum(1, keepdim=True)
+    within = torch.einsum("ca,cai,caj->cij", policy, features - mean, features - mean)
+    return torch.einsum("c,cij->ij", problem.follower.cmdp.context_probabilities.to(policy), within)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_fixed_point_of_refitting_is_the_stationary_point_of_a_kl_priced_mean(seed: int) -> None:
+    """natural step of length 1 / price = least squares of the score on the features, times lambda / price."""
+    price = 0.3
+    problem = priced(seed, price)
+    (x,) = problem.parameters
+    leader: Any = problem.leader
+
+    def refit() -> Tensor:
+        """Weights that describe the score best on the present best response, at strength lambda / price."""
+        policy = exact_world(problem).policy[:, 0]
+        within = leader.features - (policy[..., None] * leader.features).sum(1, keepdim=True)
+        score = leader.score[:, 0] - (policy * leader.score[:, 0]).sum(1, keepdim=True)
+        share = problem.follower.cmdp.context_probabilities.to(policy)[:, None] * policy  # type: ignore[attr-defined]
+        root = share.sqrt()[..., None]
+        fitted = torch.linalg.lstsq((root * within).flatten(0, 1), (root[..., 0] * score).flatten()[:, None])
+        return problem.temperature / price * fitted.solution[:, 0]
+
+    def natural(scale: float = 1.0) -> Tensor:
+        x.grad = None
+        toy_cmdp.leader_value(problem).backward()
+        assert x.grad is not None
+        settings = Natural(nats=1e9, ridge=1e-14)
+        return x.detach() + natural_step(x.grad, exact_metric(problem), settings, scale * price).change
+
+    with torch.no_grad():
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype))
+    assert torch.allclose(natural(), refit(), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(natural(1.05), refit(), rtol=1e-3)  # the test can fail
+    for _ in range(200):  # damped refits
+        with torch.no_grad():
+            x.copy_((x + refit()) / 2)
+    x.grad = None
+    toy_cmdp.leader_value(problem).backward()
+    assert x.grad is not None and float(x.grad.norm()) < 1e-8
+    with torch.no_grad():
+        x.mul_(1.05)  # as if price or temperature were off by 5 %
+    x.grad = None
+    toy_cmdp.leader_value(problem).backward()
+    assert x.grad is not None and float(x.grad.norm()) > 1e-4
+
+
+def test_the_metric_of_samples_is_the_exact_one() -> None:
+    problem = toy_cmdp.preferences(seed=3)
+    exact = exact_metric(problem)
+    contexts = torch.arange(4)
+    problem.follower.respond(problem.leader, contexts)
+    found = []
+    for i in range(200):
+        batch = problem.follower.rollout(contexts, 16, torch.Generator().manual_seed(i))
+        found.append(response_metric(problem, batch))
+    rows = torch.stack(found)
+    error = rows.std(0) / len(rows) ** 0.5
+    assert ((rows.mean(0) - exact).abs() < 4.5 * error).all()
+    assert ((1.1 * rows.mean(0) - exact).abs() > 4.5 * error).any()  # the test can fail
+
+
+def test_the_metric_moves_with_prior_and_temperature() -> None:
+    class Everything(Leader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reward_, self.prior, self.heat = (
+                torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.7, 0.2, -0.3)
+            )
+
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            return self.reward_ * rollouts.steps["a"][:, None]
+
+        def log_prior(self, rollouts: Rollouts) -> Tensor:
+            return torch.log_softmax(self.prior * torch.arange(5, dtype=torch.float64), 0)[rollouts.steps["i"]][:, None]
+
+        def follower_temperature(self) -> Tensor:
+            return self.heat.exp()
+
+    leader = Everything()
+    a = torch.tensor([0.1, 0.9, -0.4, 0.3, 1.2], dtype=torch.float64)
+    rollouts = Rollouts.bandit(contexts=torch.zeros(5, dtype=torch.long), steps={"a": a, "i": torch.arange(5)})
+
+    def log_best(values: Tensor) -> Tensor:
+        return torch.log_softmax(
+            values[0] * a / values[2].exp() + values[1] * torch.arange(5.0, dtype=torch.float64), 0
+        )
+
+    x = torch.tensor([0.7, 0.2, -0.3], dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(log_best, x)  # [5, 3]
+    problem = Problem(leader, ExpectedUtility(lambda leader, rollouts: rollouts.steps["a"][:, None]), known_follower())
+    slope = response_gradients(problem, rollouts)
+    policy = log_best(x).exp()
+    centred = slope - policy @ slope
+    assert torch.allclose(centred, jacobian, atol=1e-12)
+
+
+def known_follower() -> Any:
+    return toy_cmdp.preferences(seed=0).follower
+
+
+def test_a_step_is_as_long_as_it_says() -> None:
+    """d'F d / 2 is the divergence between the best responses, to second order, and the bound holds."""
+    problem = toy_cmdp.preferences(seed=1)
+    (x,) = problem.parameters
+    toy_cmdp.leader_value(problem).backward()
+    assert x.grad is not None
+    before = exact_world(problem).policy
+    for nats in (1e-6, 1e-4):
+        step = natural_step(x.grad, exact_metric(problem), Natural(nats=nats, ridge=1e-12))
+        assert step.nats == pytest.approx(nats)
+        with torch.no_grad():
+            x += step.change
+        after = exact_world(problem).policy
+        weight = problem.follower.cmdp.context_probabilities  # type: ignore[attr-defined]
+        moved = float((weight * (before * (before / after).log()).sum((1, 2))).sum())
+        assert moved == pytest.approx(nats, rel=20 * nats**0.5)
+        with torch.no_grad():
+            x -= step.change
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_the_nearest_point_of_a_budget_meets_the_conditions_of_optimality(positive: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(30):
+        size = int(torch.randint(1, 7, (1,), generator=generator))
+        a, b, point = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((size, size), (size, size + 1), (size,)))  # fmt: skip
+        metric, shape = a @ a.T + 0.02 * torch.eye(size), b @ b.T
+        z = nearest_in_ellipsoid(3 * point, metric, shape, 1.0, positive)
+        slope, normal = metric @ (z - 3 * point), shape @ z
+        free = z > 0 if positive else torch.ones(size, dtype=torch.bool)
+        on_it = abs(float(z @ shape @ z) - 1) < 1e-9
+        multiplier = -float(slope[free] @ normal[free]) / float(normal[free] @ normal[free]) if on_it else 0.0
+        rest = slope + multiplier * normal
+        assert float(z @ shape @ z) < 1 + 1e-9 and multiplier > -1e-9
+        assert float(rest[free].abs().sum()) < 1e-8 * (1 + float(slope.abs().max()))
+        assert not positive or (z >= 0).all() and (rest[~free] > -1e-8).all()
+    copies = torch.ones(2, 2, dtype=torch.float64)
+    assert minimum_above_zero(copies, torch.tensor([1.0, 1.0], dtype=torch.float64)).sum().item() == pytest.approx(1)
+
+
+def run_of(problem: Problem, out: Path | None = None, **settings: Any) -> HPGD:
+    kept = {"steps": 20, "contexts_per_step": 8, "group_size": 8, "progress": False, "natural": Natural(), **settings}
+    optimizer = None
+    if kept["natural"] is None:
+        optimizer = torch.optim.Adam(problem.leader.parameters(), lr=0.1, maximize=True)
+    return HPGD(problem, optimizer, config=HPGDConfig(**kept), out=out)
+
+
+def test_natural_steps_make_more_of_labels_than_adam_with_replays() -> None:
+    """Share of the possible gain after 10 and 30 leader steps of 64 labels, over 6 problems not tuned on."""
+    shares = {"natural": [], "replays": []}  # type: ignore[var-annotated]
+    for seed in range(6):
+        sizes = {"prompts": 8, "responses": 12, "features": 6}
+        problem = priced(seed, 0.1, **sizes)
+        start = toy_cmdp.leader_value(problem).item()
+        ascent = torch.optim.LBFGS(problem.leader.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss(ascent: Any = ascent, problem: Problem = problem) -> Tensor:
+            ascent.zero_grad()
+            value = -toy_cmdp.leader_value(problem)
+            value.backward()
+            return value
+
+        ascent.step(loss)
+        best = toy_cmdp.leader_value(problem).item()
+        for name, settings in (("natural", {}), ("replays", {"natural": None, "replays": 4})):
+            run = run_of(priced(seed, 0.1, **sizes), steps=30, seed=seed, **settings)
+            run.run()
+            shares[name].append((toy_cmdp.leader_value(run.problem).item() - start) / (best - start))
+    natural, replays = (torch.tensor(shares[name]) for name in ("natural", "replays"))
+    difference = natural - replays
+    assert float(natural.mean()) > 0.97
+    assert float(difference.mean()) > 2 * float(difference.std()) / len(difference) ** 0.5
+
+
+def test_a_resumed_run_takes_the_same_steps(tmp_path: Path) -> None:
+    whole = run_of(priced(2, 0.1), tmp_path / "whole", steps=7)
+    whole.run()
+    first = run_of(priced(2, 0.1), tmp_path / "cut", steps=4)
+    first.run()
+    second = run_of(priced(2, 0.1), tmp_path / "cut", steps=7)
+    second.run(resume=True)
+    assert torch.equal(whole.problem.parameters[0], second.problem.parameters[0])
+    assert [row["objective"] for row in whole.history] == [row["objective"] for row in second.history]
+
+
+def test_remembered_batches_stand_for_the_present_best_response() -> None:
+    """The gradient on all of them is the exact one where they were drawn from other leaders' responses."""
+    problem = toy_cmdp.preferences(seed=2)
+    (x,) = problem.parameters
+    contexts = torch.arange(4)
+    generator = torch.Generator().manual_seed(0)
+    start, estimates = x.detach().clone(), []
+    with torch.no_grad():
+        x += 0.2
+    exact = torch.autograd.grad(toy_cmdp.leader_value(problem), x)[0]
+    for _ in range(30):
+        batches = []
+        for shift in (0.0, 0.1, 0.4):
+            with torch.no_grad():
+                x.copy_(start + shift)
+            problem.follower.respond(problem.leader, contexts)
+            batches.append(problem.follower.rollout(contexts, 128, generator))
+        with torch.no_grad():
+            x.copy_(start + 0.2)
+        x.grad = None
+        whole = all_at_present(problem, batches[:-1], at_present(problem, batches[-1]))
+        PolicyResponse().backward(problem, whole)
+        assert x.grad is not None
+        estimates.append(x.grad)
+    rows = torch.stack(estimates)
+    error = rows.std(0) / len(rows) ** 0.5
+    assert ((rows.mean(0) - exact).abs() < 4 * error + 0.01 * exact.norm()).all()
+
+
+def test_weighted_batches_are_weighted_anew_and_not_past_four() -> None:
+    problem = toy_cmdp.preferences(seed=2)
+    (x,) = problem.parameters
+    contexts = torch.arange(4)
+    problem.follower.respond(problem.leader, contexts)
+    rollouts = problem.follower.rollout(contexts, 64, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x += 0.3
+    once = at_present(problem, rollouts)
+    again = at_present(problem, once)
+    assert once.weight is not None and again.weight is not None and float(once.weight.max()) <= 4.2
+    assert torch.allclose(once.weight, again.weight)  # nothing has moved since
+    with torch.no_grad():
+        x += 0.3
+    direct, through = at_present(problem, rollouts).weight, at_present(problem, once).weight
+    assert direct is not None and through is not None and torch.allclose(direct, through, rtol=0.05)
+
+
+def test_terms_that_are_copies_share_their_weight_and_it_is_said_once() -> None:
+    class Copies(Leader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            return (rollouts.steps["features"] @ self.x)[:, None]
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(32, 2, generator=generator, dtype=torch.float64)
+    steps = {"features": torch.cat([features, features[:, :1]], 1), "score": features[:, 0]}
+    leader = Copies()
+    problem = Problem(leader, ExpectedUtility(lambda leader, r: r.steps["score"][:, None]), known_follower())
+    run = HPGD(problem, config=HPGDConfig(natural=Natural(), progress=False))
+    batch = Rollouts.bandit(contexts=torch.arange(4).repeat_interleave(8), steps=steps)
+    with pytest.warns(UserWarning, match=r"x\[0\] and x\[2\] of Copies reward the same"):
+        run.leader_step(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.leader_step(batch)
+    x = leader.x.detach()
+    assert float(x[0]) == pytest.approx(float(x[2])) and float(x[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"nats": 0.0}, "nats: expected a positive number"),
+        ({"nats": float("nan")}, "nats"),
+        ({"ridge": -0.1}, "ridge: expected a positive number"),
+        ({"memory": 0}, "memory"),
+    ],
+)
+def test_a_step_that_is_none_is_refused(settings: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Natural(**settings)
+
+
+def test_what_natural_steps_cannot_do_is_refused_in_words() -> None:
+    problem = toy_cmdp.preferences(seed=0)
+    adam = torch.optim.Adam(problem.leader.parameters(), maximize=True)
+    with pytest.raises(InputError, match="which need none; got both"):
+        HPGD(problem, adam, config=HPGDConfig(natural=Natural()))
+    with pytest.raises(InputError, match="which need none; got neither"):
+        HPGD(problem)
+    with pytest.raises(InputError, match="replays: expected 0 with natural steps"):
+        HPGDConfig(natural=Natural(), replays=2)
+    remembering = toy_cmdp.preferences(seed=0, objective=lambda u: CrossFitted(CVaR(ExpectedUtility(u), 0.5), memory=8))
+    with pytest.raises(InputError, match="use CrossFitted"):
+        HPGD(remembering, config=HPGDConfig(natural=Natural()))
+    longer = toy_cmdp.random_cmdp(seed=0)
+    with pytest.raises(InputError, match="expected rollouts of one step"):
+        run_of(longer, steps=1).run()
+    with pytest.raises(InputError, match="does not depend on the leader's parameters"):
+        natural_step(torch.ones(2), torch.zeros(2, 2), Natural())
+
+
+def test_without_log_probabilities_a_step_uses_its_own_batch() -> None:
+    problem = toy_cmdp.preferences(seed=0)
+    contexts = torch.arange(4)
+    problem.follower.respond(problem.leader, contexts)
+    batch = problem.follower.rollout(contexts, 8, torch.Generator().manual_seed(0))
+    run = HPGD(problem, config=HPGDConfig(natural=Natural(), progress=False))
+    row = run.leader_step(dataclasses.replace(batch, log_policy=None, log_prior=None))
+    assert row["step_nats"] == pytest.approx(0.1) and certify(problem, batch) is not None and len(run._memory) == 0
