@@ -94,7 +94,8 @@ def group_advantage(credit: Tensor, group: Tensor, weight: Tensor) -> Tensor:
         weight: [N], non-negative importance weights.
 
     Returns:
-        As `credit`. Samples of a group whose whole weight lies on one sample get zero: it has nothing to be compared with.
+        As `credit`. Samples of a group whose whole weight lies on one sample get zero: it has nothing to be compared
+        with.
 
     Raises:
         InputError: a group of a single sample.

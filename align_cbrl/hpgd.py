@@ -30,9 +30,9 @@ from align_cbrl.distributed import (
 from align_cbrl.errors import CheckpointError, InputError, first_line
 from align_cbrl.estimators.certificate import Certificate, can_be_weighted, certify, corrected
 from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.natural import Natural, natural_step
 from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
-from align_cbrl.estimators.natural import Natural, natural_step
 from align_cbrl.estimators.replay import Memory, all_at_present, at_present
 from align_cbrl.functional import effective_sample_size
 from align_cbrl.problem import Leader, Observed, Problem, step_seed
@@ -117,7 +117,8 @@ class HPGD:
             `Certificate.metrics` and `corrected` (1 where the samples were weighted).
 
     Raises:
-        InputError: an optimizer that would descend, or one beside natural steps, or neither; in `run`, a gradient that is not finite.
+        InputError: an optimizer that would descend, or one beside natural steps, or neither; in `run`, a gradient that
+            is not finite.
 
     Example:
         >>> import toy_cmdp
@@ -339,7 +340,7 @@ class HPGD:
         with torch.no_grad():
             pieces = step.change.split([p.numel() for p in problem.parameters])
             for parameter, piece in zip(problem.parameters, pieces, strict=True):
-                parameter += piece.view_as(parameter).to(parameter)
+                parameter.add_(piece.view_as(parameter).to(parameter))
             problem.leader.project_in(step.metric)
         return {"step_nats": step.nats}
 

@@ -332,8 +332,7 @@ def main(task: str, folder: Path) -> None:
     initialize()
     found: dict[str, Any]
     if task == "numbers":
-        found = {"gradients": gradients(),
-            "natural": natural(), "twice": twice(), "stops": stops(folder)}
+        found = {"gradients": gradients(), "natural": natural(), "twice": twice(), "stops": stops(folder)}
         found |= {"different": different(folder), "messages": messages()}
     elif task == "die":
         found = hpgd(folder, die_at=2)

@@ -37,25 +37,6 @@ def priced(seed: int, price: float, **sizes: int) -> Problem:
     return toy_cmdp.preferences(seed=seed, objective=lambda u: KLPriced(ExpectedUtility(u), price), **sizes)
 
 
-def enumerated(problem: Problem) -> Rollouts:
-    """Every response to every prompt once, weighted as the best response draws it."""
-    leader = problem.leader
-    world = exact_world(problem)
-    policy = world.policy[:, 0]  # [C, A]
-    contexts, actions = policy.shape
-    pairs = torch.cartesian_prod(torch.arange(contexts), torch.arange(actions))
-    return Rollouts.bandit(
-        contexts=pairs[:, 0],
-        steps={
-            "state": torch.stack([torch.zeros(len(pairs), dtype=torch.long), -torch.ones(len(pairs), dtype=torch.long)], 1),
-            "action": pairs[:, 1:],
-        },
-        log_policy=policy.log().flatten(),
-        log_prior=leader.tables().log_prior[:, 0].flatten(),  # type: ignore[operator]
-        weight=(policy * actions).flatten(),
-    )  # fmt: skip
-
-
 def exact_metric(problem: Problem) -> Tensor:
     """E Cov(dr, dr) / lambda^2, of the definition."""
     leader: Any = problem.leader
@@ -198,7 +179,7 @@ def test_the_nearest_point_of_a_budget_meets_the_conditions_of_optimality(positi
         rest = slope + multiplier * normal
         assert float(z @ shape @ z) < 1 + 1e-9 and multiplier > -1e-9
         assert float(rest[free].abs().sum()) < 1e-8 * (1 + float(slope.abs().max()))
-        assert not positive or (z >= 0).all() and (rest[~free] > -1e-8).all()
+        assert not positive or ((z >= 0).all() and (rest[~free] > -1e-8).all())
     copies = torch.ones(2, 2, dtype=torch.float64)
     assert minimum_above_zero(copies, torch.tensor([1.0, 1.0], dtype=torch.float64)).sum().item() == pytest.approx(1)
 
@@ -211,11 +192,11 @@ def run_of(problem: Problem, out: Path | None = None, **settings: Any) -> HPGD:
     return HPGD(problem, optimizer, config=HPGDConfig(**kept), out=out)
 
 
-def test_natural_steps_make_more_of_labels_than_adam_with_replays() -> None:
-    """Share of the possible gain after 10 and 30 leader steps of 64 labels, over 6 problems not tuned on."""
-    shares = {"natural": [], "replays": []}  # type: ignore[var-annotated]
-    for seed in range(6):
-        sizes = {"prompts": 8, "responses": 12, "features": 6}
+def shares_of_the_gain(problems: int, steps: int) -> tuple[Tensor, Tensor]:
+    """What part of the possible gain natural steps reach from 64 labels a step, and Adam with four replays."""
+    shares: dict[str, list[float]] = {"natural": [], "replays": []}
+    sizes = {"prompts": 8, "responses": 12, "features": 6}
+    for seed in range(problems):
         problem = priced(seed, 0.1, **sizes)
         start = toy_cmdp.leader_value(problem).item()
         ascent = torch.optim.LBFGS(problem.leader.parameters(), max_iter=300, line_search_fn="strong_wolfe")
@@ -229,11 +210,26 @@ def test_natural_steps_make_more_of_labels_than_adam_with_replays() -> None:
         ascent.step(loss)
         best = toy_cmdp.leader_value(problem).item()
         for name, settings in (("natural", {}), ("replays", {"natural": None, "replays": 4})):
-            run = run_of(priced(seed, 0.1, **sizes), steps=30, seed=seed, **settings)
+            run = run_of(priced(seed, 0.1, **sizes), steps=steps, seed=seed, **settings)
             run.run()
             shares[name].append((toy_cmdp.leader_value(run.problem).item() - start) / (best - start))
-    natural, replays = (torch.tensor(shares[name]) for name in ("natural", "replays"))
+    return torch.tensor(shares["natural"]), torch.tensor(shares["replays"])
+
+
+@pytest.mark.filterwarnings("ignore:the leader's gradient is zero")
+def test_natural_steps_find_what_a_few_labels_tell() -> None:
+    natural, _ = shares_of_the_gain(problems=2, steps=12)
+    assert float(natural.min()) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the leader's gradient is zero")
+def test_natural_steps_make_more_of_labels_than_adam_with_replays() -> None:
+    """After 30 leader steps, over problems that nothing was tuned on."""
+    natural, replays = shares_of_the_gain(problems=16, steps=30)
     difference = natural - replays
+    print(f"natural {natural.mean():.3f}, replays {replays.mean():.3f}, difference {difference.mean():+.3f} "
+          f"+- {difference.std() / len(difference) ** 0.5:.3f}")  # fmt: skip
     assert float(natural.mean()) > 0.97
     assert float(difference.mean()) > 2 * float(difference.std()) / len(difference) ** 0.5
 
@@ -324,9 +320,9 @@ def test_terms_that_are_copies_share_their_weight_and_it_is_said_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"nats": 0.0}, "nats: expected a positive number"),
+        ({"nats": 0.0}, "nats: expected a finite number > 0"),
         ({"nats": float("nan")}, "nats"),
-        ({"ridge": -0.1}, "ridge: expected a positive number"),
+        ({"ridge": -0.1}, "ridge: expected a finite number > 0"),
         ({"memory": 0}, "memory"),
     ],
 )

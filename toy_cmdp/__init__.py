@@ -34,7 +34,6 @@ from toy_cmdp.problems.stackelberg_game import stackelberg_game
 from toy_cmdp.problems.tax_design import tax_design
 from toy_cmdp.referee import exact
 from toy_cmdp.referee.closed_forms import logit_price, optimal_bonus, optimal_prices, threshold_rewards
-from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.referee.exact import (
     ExactCritic,
     ImplicitHypergradient,
@@ -43,6 +42,7 @@ from toy_cmdp.referee.exact import (
     leader_value,
 )
 from toy_cmdp.referee.frozen_policy import PresentCritic, PresentPolicyResponse
+from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 from toy_cmdp.tables.sparse import SparseTransition
 

@@ -178,7 +178,7 @@ def can_be_weighted(problem: Problem, rollouts: Rollouts) -> bool:
 
 
 def log_ratio_to_response(problem: Problem, rollouts: Rollouts, chunks: int) -> tuple[Tensor, Tensor, Rollouts]:
-    """rho and log(pi / prior) [B], and the paths they belong to: those of all ranks, where a group may straddle them."""
+    """rho and log(pi / prior) [B], and their paths: those of all ranks, since a group may straddle them."""
     with together("scoring the completions"):
         scored = torch.cat([problem.leader.reward(piece).double() for piece in rollouts.chunks(chunks)])
         check_reward(problem.leader, scored, rollouts)

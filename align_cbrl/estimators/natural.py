@@ -109,7 +109,7 @@ def response_metric(problem: Problem, rollouts: Rollouts) -> Tensor:
     """F, the Fisher metric of x -> pi*_x, from samples of one step, [n, n] float64 in nats.
 
     It is the mean over paths of the covariance within groups of d log pi* = d(r / lambda) + d log prior, estimated as
-    the hypergradient estimates its own covariance (`group_advantage`), so that both are of the same samples and weights.
+    the hypergradient estimates its own covariance (`group_advantage`): both are of the same samples and weights.
 
     Args:
         problem: its leader's trainable parameters are x, n numbers in all.
@@ -140,7 +140,8 @@ def response_metric(problem: Problem, rollouts: Rollouts) -> Tensor:
 
 def response_gradients(problem: Problem, rollouts: Rollouts) -> Tensor:
     """d(r_x / lambda + log prior_x)/dx of every path of one step, [B, n] float64: d log pi* but for a constant of the
-    group."""
+    group.
+    """
     parameters = problem.parameters
     rows = []
     for piece in rollouts.chunks(-(-rollouts.size // _ROWS)):

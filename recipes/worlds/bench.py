@@ -274,9 +274,7 @@ class Bench:
         tracker = self.settings.tracking.build(out, to_dict(self.settings), leader)
         objective = objective or self.settings.objective
         if not isinstance(objective, Objective):
-            objective = objective.build(
-                tracker.watch(self.judge), self.costs(), natural=hpgd.step == "natural"
-            )
+            objective = objective.build(tracker.watch(self.judge), self.costs(), natural=hpgd.step == "natural")
         curve, every = MetricsLog(out / "curve.jsonl"), self.settings.measure.every
 
         def observe(row: dict[str, float], rollouts: Rollouts) -> None:
