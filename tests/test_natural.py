@@ -169,7 +169,9 @@ def test_the_nearest_point_of_a_budget_meets_the_conditions_of_optimality(positi
     generator = torch.Generator().manual_seed(5)
     for _ in range(30):
         size = int(torch.randint(1, 7, (1,), generator=generator))
-        a, b, point = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((size, size), (size, size + 1), (size,)))  # fmt: skip
+        a = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        b = torch.randn(size, size + 1, generator=generator, dtype=torch.float64)
+        point = torch.randn(size, generator=generator, dtype=torch.float64)
         metric, shape = a @ a.T + 0.02 * torch.eye(size), b @ b.T
         z = nearest_in_ellipsoid(3 * point, metric, shape, 1.0, positive)
         slope, normal = metric @ (z - 3 * point), shape @ z
