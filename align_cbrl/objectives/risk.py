@@ -39,7 +39,8 @@ class OverContexts(Wrapping, Risk):
         if not self.objective.is_mean:
             raise InputError(
                 f"{type(self).__name__}.objective: expected a mean over contexts, got "
-                f"{type(self.objective).__name__}, which is a risk already; a second one has nothing left to weigh"
+                f"{type(self.objective).__name__}, which is a risk already, or a function of means over all contexts; "
+                "that leaves no value of a context to be weighed"
             )
 
     def labels(self, observed: Observed) -> Tensor:
