@@ -10,23 +10,30 @@ from typing import Literal
 from torch import Tensor
 
 from align_cbrl import (
+    BestOf,
     Constrained,
     CrossFitted,
     CVaR,
+    Distinct,
     ExpectedUtility,
+    FunctionOfMeans,
     KLPriced,
     Leader,
     MeanVariance,
     Objective,
+    PassAt,
     PreferenceLikelihood,
     Rollouts,
+    SetUtility,
     WorstGroup,
 )
 from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
-from align_cbrl.llm import PairwiseJudge
+from align_cbrl.llm import AnswerKind, PairwiseJudge, SetJudge
+from align_cbrl.objectives import SetScore, harmonic_mean, ratio, target_shares
 from align_cbrl.objectives.observations import UtilityFunction
 from align_cbrl.runs.config import nearest
+from align_cbrl.runs.imports import load_object
 
 _MEMORY = 64  # contexts: eight steps of eight prompts
 
@@ -44,22 +51,23 @@ class _Objective(abc.ABC):
         """The objective around the expected score, without memory of earlier batches."""
 
     def build(
-        self, judge: UtilityFunction | PairwiseJudge, costs: Mapping[str, UtilityFunction] | None = None
+        self, judge: UtilityFunction | PairwiseJudge | SetJudge, costs: Mapping[str, UtilityFunction] | None = None
     ) -> Objective:
         """The objective.
 
         Args:
-            judge: a utility such as `Judge`; or a `PairwiseJudge`, for kind "preference" only.
-            costs: utilities by name, of which "constrained" bounds one.
+            judge: a utility such as `Judge`; or a `PairwiseJudge`, for kind "preference" only, or a `SetJudge`, for
+                kind "set" only.
+            costs: utilities by name, of which "constrained" bounds one and "means" takes one.
 
         Raises:
-            InputError: a judge of pairs with another kind, or a cost that is not among `costs`.
+            InputError: a judge of pairs or of sets with another kind, or a cost that is not among `costs`.
         """
-        if isinstance(judge, PairwiseJudge):
-            raise InputError(
-                f"kind: {self.kind!r} needs a judge that scores completions, got one that compares pairs; use kind "
-                "'preference'"
-            )
+        for other, does, kind in ((PairwiseJudge, "compares pairs", "preference"), (SetJudge, "scores sets", "set")):
+            if isinstance(judge, other):
+                raise InputError(
+                    f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}; use kind {kind!r}"
+                )
         return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})))
 
     def _fitted(self, objective: Objective) -> Objective:
@@ -137,7 +145,7 @@ class PreferenceSettings(_Objective):
         return PreferenceLikelihood(score.utility_function, scale=scale, partners=self.partners)
 
     def build(
-        self, judge: UtilityFunction | PairwiseJudge, costs: Mapping[str, UtilityFunction] | None = None
+        self, judge: UtilityFunction | PairwiseJudge | SetJudge, costs: Mapping[str, UtilityFunction] | None = None
     ) -> Objective:
         """The objective; a judge of pairs says probabilities, which have no scale."""
         if not isinstance(judge, PairwiseJudge):
@@ -230,9 +238,117 @@ class ConstrainedSettings(_Priced):
         return Constrained(self._priced(score), cost, self.bound, self.rate, self.multiplier)
 
     def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
-        if self.cost not in costs:
-            raise InputError(f"cost: there is none named {self.cost!r}; {nearest(self.cost, costs)}")
-        return ExpectedUtility(costs[self.cost])
+        return _named(self.cost, costs)
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetSettings(_Priced):
+    """What several completions of a prompt are worth together; see `SetUtility`.
+
+    Attributes:
+        size: k, how many; `group_size` has to be larger.
+        score: pass: whether any of them passes. best: the highest score. distinct: the number of kinds of answers
+            among those that pass. null: what a judge of sets says.
+        least: the judge's score from which on a completion passes; null, for distinct: all do.
+        answer: for distinct, the function that names the kind of answer that each completion is:
+            `package.module.function` or `file.py:function`.
+        subsets: the most sets of a prompt that a judge of sets is asked about.
+        price: of divergence; null: none.
+    """
+
+    kind: Literal["set"] = "set"
+    size: Count
+    score: Literal["pass", "best", "distinct"] | None = None
+    least: float | None = None
+    answer: str | None = None
+    subsets: Count = 256
+
+    def __post_init__(self) -> None:
+        if (self.score == "distinct") != (self.answer is not None):
+            raise InputError("answer: expected with score distinct, which needs it, and with no other")
+        if self.least is not None and self.score not in ("pass", "distinct"):
+            raise InputError("least: expected with score pass or distinct, where completions pass or do not")
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The mean over sets, by the score of single completions."""
+        assert isinstance(score, ExpectedUtility)
+        return self._priced(SetUtility(self._score(score.utility_function), self.size, self.subsets))
+
+    def build(
+        self, judge: UtilityFunction | PairwiseJudge | SetJudge, costs: Mapping[str, UtilityFunction] | None = None
+    ) -> Objective:
+        """The objective; a judge of sets says what they are worth."""
+        if not isinstance(judge, SetJudge):
+            return super().build(judge, costs)
+        if self.score is not None:
+            raise InputError(f"score: a judge of sets says what they are worth, got {self.score!r}; leave it out")
+        return self._priced(SetUtility(judge, self.size, self.subsets))
+
+    def _score(self, score: UtilityFunction) -> SetScore:
+        if self.score == "best":
+            return BestOf(score)
+        if self.score == "pass":
+            return PassAt(score) if self.least is None else PassAt(score, self.least)
+        if self.score is None:
+            raise InputError("score: expected pass, best or distinct, of a judge that scores single completions")
+        kind = _kind_of(self.answer)
+        return Distinct(kind) if self.least is None else Distinct(kind, score, self.least)
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetSettings(_Priced):
+    """Shares of kinds of answers that should hit a target, -KL(target || shares); see `FunctionOfMeans`.
+
+    The judge is not asked: all that counts is what kinds of answers there are.
+
+    Attributes:
+        answer: the function that names the kind of answer that each completion is: `package.module.function` or
+            `file.py:function`.
+        shares: the targets, by the names that it gives; they sum to one.
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own.
+    """
+
+    kind: Literal["targets"] = "targets"
+    answer: str
+    shares: dict[str, NonNegative]
+    memory: Whole = _MEMORY
+
+    def __post_init__(self) -> None:
+        target_shares(list(self.shares.values()))
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """How near the shares are to their targets."""
+        shares = _kind_of(self.answer).shares(list(self.shares))
+        return self._priced(FunctionOfMeans(target_shares(list(self.shares.values())), shares, self.memory))
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeansSettings(_Priced):
+    """A function of the judge's mean score and the mean of a cost; see `FunctionOfMeans`.
+
+    Attributes:
+        function: harmonic_mean, of two scores that both should be high; ratio, the score per unit of cost.
+        cost: name of one of the world's costs.
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own.
+    """
+
+    kind: Literal["means"] = "means"
+    function: Literal["harmonic_mean", "ratio"]
+    cost: str
+    memory: Whole = _MEMORY
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The function of both means."""
+        h = harmonic_mean if self.function == "harmonic_mean" else ratio
+        return self._priced(FunctionOfMeans(h, [score, cost], self.memory))
+
+    def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
+        return _named(self.cost, costs)
 
 
 ObjectiveSettings = (
@@ -243,8 +359,24 @@ ObjectiveSettings = (
     | WorstGroupSettings
     | MeanVarianceSettings
     | ConstrainedSettings
+    | SetSettings
+    | TargetSettings
+    | MeansSettings
 )
 """What the leader wants, by `kind`."""
+
+
+def _named(cost: str, costs: Mapping[str, UtilityFunction]) -> Objective:
+    if cost not in costs:
+        raise InputError(f"cost: there is none named {cost!r}; {nearest(cost, costs)}")
+    return ExpectedUtility(costs[cost])
+
+
+def _kind_of(answer: str | None) -> AnswerKind:
+    function = load_object(answer or "")
+    if not callable(function):
+        raise InputError(f"answer: expected a function, got {function!r:.60}")
+    return AnswerKind(function, name=f"answer {answer}")
 
 
 def _nothing(leader: Leader, rollouts: Rollouts) -> Tensor:
