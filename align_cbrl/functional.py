@@ -137,20 +137,18 @@ def elementary_symmetric(weight: Tensor, order: int) -> tuple[Tensor, Tensor]:
         >>> whole.tolist(), without[0].tolist()  # 1 * 2 + 1 * 3 + 2 * 3 = 11, and 2 * 3 without the first
         ([1.0, 6.0, 11.0], [1.0, 5.0, 6.0])
     """
-
-    def grown(sums: Tensor, more: Tensor) -> Tensor:
-        return sums + more[..., None] * torch.nn.functional.pad(sums[..., :-1], (1, 0))
-
-    count = weight.shape[-1]
-    nothing = weight.new_zeros(*weight.shape[:-1], order + 1)
-    nothing[..., 0] = 1.0
-    before, after = [nothing], [nothing]
-    for i in range(count):
-        before.append(grown(before[-1], weight[..., i]))
-        after.append(grown(after[-1], weight[..., count - 1 - i]))
-    left, right = torch.stack(before[:-1], -2), torch.stack(after[-2::-1], -2)  # [..., n, order + 1]
-    without = [(left[..., : m + 1] * right[..., : m + 1].flip(-1)).sum(-1) for m in range(order + 1)]
-    return before[-1], torch.stack(without, -1)
+    ends = torch.stack([weight, weight.flip(-1)])[..., None]  # [2, ..., n, 1], from the front and from the back
+    sums = weight.new_zeros(2, *weight.shape[:-1], order + 1)
+    sums[..., 0] = 1.0
+    grown = [sums]
+    for more in ends.unbind(-2):
+        sums = sums.clone()
+        sums[..., 1:] += more * grown[-1][..., :-1]
+        grown.append(sums)
+    before, after = torch.stack(grown[:-1], -2)  # [..., n, order + 1] each
+    after = after.flip(-2)
+    without = [(before[..., : m + 1] * after[..., : m + 1].flip(-1)).sum(-1) for m in range(order + 1)]
+    return grown[-1][0], torch.stack(without, -1)
 
 
 def tilt_weights(log_ratio: Tensor, group: Tensor) -> Tensor:

@@ -303,6 +303,13 @@ def test_closed_forms_are_what_enumeration_gives(name: str, size: int) -> None:
         torch.testing.assert_close(closed.credit, by_sets.credit, rtol=1e-6 if sharp > 1 else 1e-10, atol=1e-9)
 
 
+def test_where_no_answer_is_good_there_are_none() -> None:
+    found = SetUtility(Distinct(of_answer(KIND), of_answer(SCORE), least=5.0), 2).evaluate(
+        Rewards(START), group_of(0, 1, 2)
+    )
+    assert found.value.item() == 0.0 and bool((found.credit == 0).all())
+
+
 def test_the_credit_without_weights_is_the_formula() -> None:
     answer = torch.tensor([0, 1, 2, 2, 1, 0, 1])
     rollouts = Rollouts.bandit(contexts=torch.zeros(7, dtype=torch.long), steps={"answer": answer})

@@ -78,11 +78,19 @@ class _Covering(SetScore):
         """See `SetScore.in_groups`."""
         labels = [observed[o][:, 0].to(weight.device)[rows] for o in self.observations()]
         has, height = self._features(labels)  # [N, G, L], [N, L]
-        lacking = ~has.transpose(1, 2)  # [N, L, G]
-        every, every_but = elementary_symmetric(weight, size)  # [N, k + 1], [N, G, k + 1]
-        missing, missing_but = elementary_symmetric(weight[:, None] * lacking, size)  # [N, L, k + 1], [N, L, G, k + 1]
-        missed = missing[..., size] / every[:, None, size]  # [N, L]
-        missed_with = lacking * missing_but[..., size - 1] / every_but[:, None, :, size - 1]  # [N, L, G]
+        # Features without a height, such as a score or a kind that has come before, are left out: of 256 answers of six
+        # kinds only six remain.
+        order = torch.argsort((height == 0).to(torch.uint8), dim=1, stable=True)[:, : int((height != 0).sum(1).max())]
+        height = height.gather(1, order)
+        has = has.gather(2, order[:, None].expand(-1, has.shape[1], -1))
+        everybody = has.new_ones(*has.shape[:2], 1)
+        lacking = torch.cat([everybody, ~has], 2).transpose(1, 2)  # [N, 1 + L, G]
+        sums, without = elementary_symmetric(
+            weight[:, None] * lacking, size
+        )  # [N, 1 + L, k + 1], with G before the last
+        missed = sums[:, 1:, size] / sums[:, :1, size]  # [N, L]
+        every_but = without[:, 0]  # [N, G, k + 1]
+        missed_with = lacking[:, 1:] * without[:, 1:, :, size - 1] / every_but[:, None, :, size - 1]  # [N, L, G]
         # Over the others of i, sum_j w_j^2 e_{k-2}(without j) = p e_{k-1} - k e_k, p being their sum: that sums up P.
         share = weight / weight.sum(1, keepdim=True)
         ratio = size * every_but[..., size] / every_but[..., size - 1]  # [N, G]
