@@ -20,11 +20,13 @@ from torch import Tensor
 from align_cbrl import (
     HPGD,
     BestOf,
+    CrossFitted,
     Distinct,
     Follower,
     HPGDConfig,
     InputError,
     Leader,
+    MeanVariance,
     Objective,
     PassAt,
     PolicyResponse,
@@ -423,3 +425,26 @@ def different(kind: Tensor) -> Tensor:
 def both(leader: Any) -> Tensor:
     """A kind, less 10 where the answer is no good."""
     return kinds(leader) - 10 * (leader.score < 0.3).double()
+
+
+# ---- risks ----
+
+
+@pytest.mark.parametrize("name", ["best", "judge of sets"])
+def test_a_risk_of_sets_is_remembered_but_not_cross_fitted(name: str) -> None:
+    """Three prompts: the slope is that of the risk at their values, whatever completions these are made of."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.arange(3).repeat_interleave(5)
+    rollouts = Rollouts.bandit(contexts=prompt, steps={"answer": torch.randint(3, (15,), generator=generator)})
+    sets = SetUtility(SCORES[name][0], 3)
+    plain = expectation(MeanVariance(sets, 0.6), rollouts)
+    fitted = CrossFitted(MeanVariance(sets, 0.6), memory=3)
+    found = expectation(fitted, rollouts)
+    assert found[0] == pytest.approx(plain[0]) and plain[1].norm() > 1e-3
+    torch.testing.assert_close(found[1], plain[1])
+
+    values = [expectation(sets, rollouts.select(slice(5 * c, 5 * c + 5)))[0] for c in range(3)]
+    variance = sum((v - sum(values) / 3) ** 2 for v in values) / 3
+    assert plain[0] == pytest.approx(sum(values) / 3 - 0.6 * variance)
+    fitted.update(lambda: None)  # type: ignore[arg-type, return-value]
+    assert fitted.state_dict()["values"] == pytest.approx(values)
