@@ -122,6 +122,38 @@ def group_advantage(credit: Tensor, group: Tensor, weight: Tensor) -> Tensor:
     return torch.where(lone, torch.zeros_like(credit), (credit - mean) / torch.where(lone, 1.0, spread))
 
 
+def elementary_symmetric(weight: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Sums over all sets of m weights of their products, m = 0 .. order: over all weights, and with each left out.
+
+    They are built up from both ends, without a subtraction. Dividing one weight out of the whole would be shorter, and
+    loses every digit where that weight dominates.
+
+    Args:
+        weight: [..., n], non-negative.
+        order: the largest number of weights in a set.
+
+    Returns:
+        Of all weights [..., order + 1], and of all but each of them [..., n, order + 1].
+
+    Example:
+        >>> whole, without = elementary_symmetric(torch.tensor([1.0, 2.0, 3.0]), order=2)
+        >>> whole.tolist(), without[0].tolist()  # 1 * 2 + 1 * 3 + 2 * 3 = 11, and 2 * 3 without the first
+        ([1.0, 6.0, 11.0], [1.0, 5.0, 6.0])
+    """
+    ends = torch.stack([weight, weight.flip(-1)])[..., None]  # [2, ..., n, 1], from the front and from the back
+    sums = weight.new_zeros(2, *weight.shape[:-1], order + 1)
+    sums[..., 0] = 1.0
+    grown = [sums]
+    for more in ends.unbind(-2):
+        sums = sums.clone()
+        sums[..., 1:] += more * grown[-1][..., :-1]
+        grown.append(sums)
+    before, after = torch.stack(grown[:-1], -2)  # [..., n, order + 1] each
+    after = after.flip(-2)
+    without = [(before[..., : m + 1] * after[..., : m + 1].flip(-1)).sum(-1) for m in range(order + 1)]
+    return grown[-1][0], torch.stack(without, -1)
+
+
 def tilt_weights(log_ratio: Tensor, group: Tensor) -> Tensor:
     """Importance weights, with mean one in each group, that turn samples of pi into samples of pi*.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,6 +163,18 @@ class Risk(abc.ABC):
         """The risk of a term on samples, and the credit that goes with it."""
 
 
+class Joint(abc.ABC):
+    """A function of what several terms are worth over all contexts, where J is not their sum."""
+
+    @abc.abstractmethod
+    def combine(self, worths: Tensor) -> Tensor:
+        """What J holds of terms that are worth `worths` [M]: scalar, differentiable in them."""
+
+    @abc.abstractmethod
+    def estimate(self, parts: Sequence[Evaluation], observed: Observed) -> Evaluation:
+        """The same on samples, from the terms' evaluations, and the credit that goes with it."""
+
+
 @checked
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -173,11 +185,13 @@ class Term:
         credit: of the same shape, df_c/dpi up to a constant per state. It is the utility itself where f_c is linear in
             the policy.
         risk: what is made of the contexts' values.
+        joint: what is made of this term's worth and that of the others with the same `joint`; None: it is added to J.
     """
 
     utility: Tensor
     credit: Tensor
     risk: Risk
+    joint: Joint | None = None
 
     def plus(self, other: Tensor) -> Term:
         """The term with `other` added to its utility, hence to its credit."""
@@ -185,7 +199,7 @@ class Term:
 
 
 class Objective(abc.ABC):
-    """What the leader wants: J = sum of `terms` + `constant`, known through `observations`.
+    """What the leader wants: J = sum of `terms` + `constant`, known through `observations` (or see `Joint`).
 
     Attributes:
         discount: the leader's discount gammaF in [0, 1).
@@ -237,7 +251,11 @@ class Objective(abc.ABC):
 
     def summarize(self, observed: Observed) -> Evaluation:
         """Value and credit [B, T] of a whole batch from its observations."""
-        parts = [term.risk.estimate(term, observed, self.discount) for term in self.terms(observed)]
+        terms = self.terms(observed)
+        evaluated = [(term.joint, term.risk.estimate(term, observed, self.discount)) for term in terms]
+        parts = [part for joint, part in evaluated if joint is None]
+        for joint in dict.fromkeys(joint for joint, _ in evaluated if joint is not None):
+            parts.append(joint.estimate([part for whose, part in evaluated if whose is joint], observed))
         value, credit = parts[0].value, parts[0].credit
         for part in parts[1:]:
             value, credit = value + part.value, credit + part.credit
@@ -264,6 +282,15 @@ class Objective(abc.ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def combined(terms: Sequence[Term], worths: Sequence[Tensor]) -> Tensor:
+    """J less its constant, from what each of its terms is worth: a scalar, differentiable in them."""
+    total = torch.zeros_like(worths[0])
+    for joint in dict.fromkeys(term.joint for term in terms):
+        own = torch.stack([worth for term, worth in zip(terms, worths, strict=True) if term.joint is joint])
+        total = total + (own.sum() if joint is None else joint.combine(own))
+    return total
 
 
 ONE_STEP = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -19,15 +20,17 @@ from typing import Any
 import pytest
 import torch
 
-from align_cbrl import InputError, PreferenceLikelihood, Rollouts, RunStopped
-from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge
+from align_cbrl import Distinct, FunctionOfMeans, InputError, PreferenceLikelihood, Rollouts, RunStopped, SetUtility
+from align_cbrl.llm import AnswerKind, Judge, JudgeCache, PairwiseJudge, RemoteJudge, SetJudge
 from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings
 from align_cbrl.llm.settings.objective import (
     ConstrainedSettings,
     ExpectedSettings,
     ObjectiveSettings,
     PreferenceSettings,
+    SetSettings,
 )
+from align_cbrl.objectives import target_shares
 from align_cbrl.runs.config import load_config
 
 
@@ -452,6 +455,97 @@ class Constant(torch.nn.Module):
         return torch.zeros(rollouts.size, 1, dtype=torch.float64)
 
 
+# ---- sets ----
+
+
+class Panel:
+    """A judge of sets that remembers what it was asked."""
+
+    def __init__(self, score: Callable[[list[str]], float]) -> None:
+        self.score, self.asked = score, []
+
+    def __call__(self, prompts: list[str], completions: list[list[str]]) -> list[float]:
+        self.asked.extend(tuple(texts) for texts in completions)
+        return [self.score(texts) for texts in completions]
+
+
+def distinct(texts: list[str]) -> float:
+    return float(len(set(texts)))
+
+
+def test_a_judge_of_sets_is_asked_about_each_set_once_whatever_its_order() -> None:
+    panel = Panel(distinct)
+    judge = SetJudge(panel, identity="panel")
+    batch = rollouts(["a", "bb", "ccc", "a"])
+    objective = SetUtility(judge, size=3)
+    value = objective.evaluate(Constant(), batch).value.item()
+    assert value == pytest.approx((3 + 2 + 2 + 3) / 4)
+    # {a, bb, ccc} occurs twice; the two others with "a" twice; and three, of which one is a copy, in another order.
+    assert len(panel.asked) == len(set(panel.asked)) == judge.calls == 3 + 3
+    objective.evaluate(Constant(), rollouts(["ccc", "a", "a", "bb"]))
+    assert judge.calls == judge.spent == 6
+    other = SetJudge(panel, identity="panel", cache=judge.cache)  # another process, or a resumed one
+    assert SetUtility(other, size=3).evaluate(Constant(), batch).value.item() == value and other.calls == 0
+    assert torch.equal(judge(batch, torch.tensor([[0, 1]])), judge(batch, torch.tensor([[1, 0]])))
+
+
+def test_a_judge_of_sets_stops_at_its_budget_and_goes_on_from_its_cache(tmp_path: Path) -> None:
+    batch, panel = rollouts(["a", "bb", "ccc", "dddd"]), Panel(distinct)
+
+    def asked(budget: int, panel: Panel) -> SetUtility:
+        cache = JudgeCache(tmp_path / "sets.sqlite")
+        return SetUtility(SetJudge(panel, cache=cache, identity="1", budget=budget, batch_size=1), size=2)
+
+    with pytest.raises(RunStopped, match=r"judge: 0 of the budget of 5 sets are spent, and 6 more are needed now"):
+        asked(5, panel).evaluate(Constant(), batch)
+    assert asked(10, panel).evaluate(Constant(), batch).value.item() == 2.0
+    assert len(panel.asked) == 6 + 4  # six pairs, and four of them in another order
+    again = Panel(distinct)
+    assert asked(10, again).evaluate(Constant(), batch).value.item() == 2.0 and not again.asked
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions: [float(len(t[0])) for t in completions], r"panel: .* does not depend on the order of the"),
+        (
+            lambda completions: [float("nan")] * len(completions),
+            "panel: expected a finite number for each set",
+        ),
+        (lambda completions: [0.0] * (len(completions) + 1), "panel: expected 6 scores, one per set, got 7"),
+        (lambda completions: None, "panel: expected 6 scores, got None; return a list with one number per set"),
+    ],
+)
+def test_a_judge_of_sets_that_is_wrong_is_refused(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SetUtility(SetJudge(function, name="panel"), 2).evaluate(Constant(), rollouts(["a", "bb", "ccc", "dddd"]))
+
+
+def first_letter(completions: list[str]) -> list[str]:
+    return [text[0] for text in completions]
+
+
+def test_kinds_of_answers_are_asked_once_and_only_known_ones_have_shares() -> None:
+    asked: list[int] = []
+
+    def kind(completions: list[str]) -> list[Any]:
+        asked.append(len(completions))
+        return first_letter(completions)
+
+    batch = rollouts(["ab", "ba", "ac", "bd"])
+    kinds = AnswerKind(kind)
+    assert SetUtility(Distinct(kinds), 2).evaluate(None, batch).value.item() == pytest.approx((2 + 4 * 2) / 6)  # type: ignore[arg-type]
+    objective = FunctionOfMeans(target_shares([0.5, 0.5]), kinds.shares(["a", "b"]))
+    assert objective.evaluate(None, batch).value.item() == pytest.approx(0.0)  # type: ignore[arg-type]
+    assert asked == [4]
+    with pytest.raises(InputError, match=r"kind of answer: expected one of \['a', 'c'\], got 'b'"):
+        FunctionOfMeans(target_shares([0.5, 0.5]), kinds.shares(["a", "c"])).evaluate(None, batch)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected 4 names, one per completion, got 1"):
+        AnswerKind(lambda completions: ["a"])(None, batch)
+    with pytest.raises(InputError, match="kind of answer: expected names, got a object"):
+        AnswerKind(lambda completions: [object()] * 4)(None, batch)
+
+
 # ---- settings ----
 
 
@@ -466,6 +560,9 @@ def test_settings_build_judges(tmp_path: Path) -> None:
     assert FunctionSettings(function=f"{tmp_path}/mine.py:score").build(tmp_path).cache.path is None
     pairs = FunctionSettings(function=f"{tmp_path}/mine.py:compare", pairwise=True, both_orders=False).build(tmp_path)
     assert isinstance(pairs, PairwiseJudge) and not pairs.both_orders
+    assert isinstance(FunctionSettings(function=f"{tmp_path}/mine.py:score", sets=True).build(tmp_path), SetJudge)
+    with pytest.raises(InputError, match="sets: expected either pairwise or sets, got both"):
+        FunctionSettings(function=f"{tmp_path}/mine.py:score", pairwise=True, sets=True).build(tmp_path)
     with server(good) as (url, seen):
         (tmp_path / "judge.yaml").write_text(f"url: {url}\nbudget: 100\nrate: 50\ncolumns: [topic]\n")
         remote = load_config(JudgeSettings, tmp_path / "judge.yaml").build(tmp_path)
@@ -499,12 +596,25 @@ def test_settings_of_judges_refused(values: list[str], message: str) -> None:
         (["kind=worst_group", "column=topic", "price=0.1"], "CrossFitted(WorstGroup)"),
         (["kind=mean_variance", "aversion=1", "memory=0"], "CrossFitted(MeanVariance)"),
         (["kind=constrained", "cost=length", "bound=3", "rate=0.1"], "Constrained"),
+        (["kind=set", "size=4", "score=best"], "SetUtility(BestOf)"),
+        (["kind=set", "size=4", "score=pass", "least=2", "price=0.1"], "KLPriced(SetUtility)"),
+        (["kind=set", "size=4", "score=distinct", f"answer={__file__}:first_letter"], "SetUtility(Distinct)"),
+        (["kind=targets", f"answer={__file__}:first_letter", "shares={a: 0.3, b: 0.7}"], "FunctionOfMeans"),
+        (["kind=means", "function=harmonic_mean", "cost=length", "price=0.1"], "KLPriced(FunctionOfMeans)"),
     ],
 )
 def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
     made = load_config(ObjectiveSettings, None, values).build(Judge(words), {"length": Judge(words)})
-    inner = f"({type(made.objective).__name__})" if type(made).__name__ == "CrossFitted" else ""  # type: ignore[attr-defined]
+    inside = getattr(made, "score", None) if isinstance(made, SetUtility) else getattr(made, "objective", None)
+    inner = f"({type(inside).__name__})" if "(" in kind else ""
     assert f"{type(made).__name__}{inner}" == kind
+    batch = rollouts(["a b c", "b d", "b", "a", "b c d"], topic=["x"] * 5)
+    batch = dataclasses.replace(batch, log_policy=-torch.ones(5, 1), log_prior=-torch.ones(5, 1))
+    if "preference" not in values[0]:  # which asks for a reward
+        leader = type("Still", (), {"log_prior": lambda self, r: None, "parameters": lambda self: []})()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one context says little of a risk
+            assert torch.isfinite(made.evaluate(leader, batch).value)
 
 
 @pytest.mark.parametrize(
@@ -518,6 +628,15 @@ def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
         (["kind=constrained", "cost=c"], "bound: is required: expected a number"),
         (["kind=kl_priced", "price=-1"], "price: expected a finite number >= 0, got -1"),
         (["kind=expected", "share=0.3"], "share: unknown key; there are: kind"),
+        (["kind=set", "size=0", "score=best"], "size: expected a whole number >= 1, got 0"),
+        (["kind=set", "size=4", "score=distinct"], "answer: expected with score distinct"),
+        (["kind=set", "size=4", "score=best", "least=1"], "least: expected with score pass or distinct"),
+        (["kind=set", "size=4", "score=worst"], "expected 'pass' or 'best' or 'distinct'"),
+        (
+            ["kind=targets", "answer=a.b", "shares={a: 0.3, b: 0.6}"],
+            r"expected shares that sum to one, got \[0.3, 0.6\]",
+        ),
+        (["kind=means", "function=ratio"], "cost: is required"),
     ],
 )
 def test_objectives_refused(values: list[str], message: str) -> None:
@@ -532,6 +651,16 @@ def test_objectives_refuse_the_wrong_judge_and_unknown_costs() -> None:
     assert PreferenceSettings(partners=2).build(pairs).preference is pairs  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="scale: a judge of pairs says probabilities"):
         PreferenceSettings(scale=1.0).build(pairs)
+    sets = SetJudge(lambda completions: [0.5])
+    with pytest.raises(InputError, match=r"'expected' needs a judge .* got one that scores sets; use kind 'set'"):
+        ExpectedSettings().build(sets)
+    assert SetSettings(size=3).build(sets).score is sets  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="score: a judge of sets says what they are worth, got 'best'"):
+        SetSettings(size=3, score="best").build(sets)
+    with pytest.raises(InputError, match="score: expected pass, best or distinct"):
+        SetSettings(size=3).build(Judge(words))
+    with pytest.raises(InputError, match="'set' needs a judge that scores completions, got one that compares pairs"):
+        SetSettings(size=3, score="best").build(pairs)
     settings = ConstrainedSettings(cost="lenght", bound=1.0, rate=0.1)
     with pytest.raises(InputError, match="did you mean 'length'"):
         settings.build(Judge(words), {"length": Judge(words)})

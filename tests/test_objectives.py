@@ -12,7 +12,6 @@ from oracles import assert_close, enumerated_gradient, finite_differences, impli
 from align_cbrl import (
     HPGD,
     Constrained,
-    CrossFitted,
     CVaR,
     EntropicRisk,
     ExpectedUtility,
@@ -330,7 +329,6 @@ def test_small_groups_and_long_paths_are_refused():
             "Constrained.cost: expected the objective's discount 0.0, got 0.5",
         ),
         (lambda: PreferenceLikelihood(BARE.utility_function, scale=0.0), "PreferenceLikelihood.scale"),
-        (lambda: CrossFitted(CVaR(PreferenceLikelihood(BARE.utility_function), 0.5)), "made of pairs"),
         (
             lambda: CVaR(KLPriced(MeanVariance(BARE, 0.1), 0.1), 0.5),
             "got KLPriced, which is a risk already",

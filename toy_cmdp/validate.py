@@ -19,8 +19,17 @@ from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.truncated import RandomlyTruncated
 from align_cbrl.estimators.zeroth_order import ZerothOrder
-from align_cbrl.objectives import CVaR, ExpectedUtility, KLPriced, PreferenceLikelihood
-from align_cbrl.problem import Problem, step_seed
+from align_cbrl.objectives import (
+    BestOf,
+    CVaR,
+    ExpectedUtility,
+    FunctionOfMeans,
+    KLPriced,
+    PreferenceLikelihood,
+    SetUtility,
+    target_shares,
+)
+from align_cbrl.problem import Objective, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.estimators.amd import AMD
 from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
@@ -42,7 +51,7 @@ from toy_cmdp.problems.stackelberg_game import stackelberg_game
 from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ExactCritic, expected_policy_response, leader_value
 from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
-from toy_cmdp.tables.cmdp import ContextualMDP, TabularLeader, require_tabular
+from toy_cmdp.tables.cmdp import ContextualMDP, TabularLeader, TabularUtility, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
 
 REFEREE = "implicit"
@@ -115,6 +124,25 @@ def _worst_contexts(seed: int) -> Problem:
     return Problem(base.leader, CVaR(KLPriced(base.objective, 0.2), share=0.4), base.follower)
 
 
+def _best_of_three(score: TabularUtility) -> Objective:
+    """The best score among three responses, less a price."""
+    return KLPriced(SetUtility(BestOf(score), size=3), 0.2)
+
+
+def _targets(score: TabularUtility) -> Objective:
+    """Half of the responses in the lower third of scores, a fifth in the upper one."""
+
+    def share(low: float, high: float) -> ExpectedUtility:
+        def inside(leader: TabularLeader) -> Tensor:
+            table = score.table(leader)
+            return ((table > low) & (table <= high)).to(table)
+
+        return ExpectedUtility(TabularUtility(inside))
+
+    classes = [share(-math.inf, -0.5), share(-0.5, 0.5), share(0.5, math.inf)]
+    return FunctionOfMeans(target_shares([0.5, 0.3, 0.2]), classes)
+
+
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "four_rooms": lambda seed: spread_four_rooms(seed=seed),
     "four_rooms_warm": lambda seed: spread_four_rooms(temperature=0.005, price=3.0, seed=seed),
@@ -125,6 +153,8 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "preferences": lambda seed: _scattered(
         preferences(seed=seed, temperature=1.0, objective=PreferenceLikelihood), seed
     ),
+    "sets": lambda seed: _scattered(preferences(seed=seed, temperature=1.0, objective=_best_of_three), seed),
+    "function_of_means": lambda seed: _scattered(preferences(seed=seed, temperature=1.0, objective=_targets), seed),
     "free_rewards": lambda seed: _scattered(free_rewards(seed=seed), seed, 0.1),
     "stackelberg_game": lambda seed: _scattered(stackelberg_game(seed=seed), seed),
     "gridworld": lambda seed: _scattered(gridworld(6, 6, seed=seed, discount=0.9), seed),

@@ -98,7 +98,9 @@ def _leaves(observed: Observed) -> Observed:
 
 def _derivatives(value: Tensor, leaves: Observed) -> Weights:
     moving = {o: leaf for o, leaf in leaves.values.items() if leaf.requires_grad}
-    gradients = torch.autograd.grad(value, list(moving.values()), allow_unused=True)
+    # What is made of verdicts and kinds alone does not depend on any number that could move.
+    needed = list(moving.values())
+    gradients = torch.autograd.grad(value, needed, allow_unused=True) if value.requires_grad else [None] * len(needed)
     return {
         o: torch.zeros_like(leaf) if gradient is None else gradient
         for (o, leaf), gradient in zip(moving.items(), gradients, strict=True)

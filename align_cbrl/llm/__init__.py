@@ -24,8 +24,10 @@ from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower, Trained
 from align_cbrl.llm.followers.training import train_follower
 from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.judges.judge import Judge
+from align_cbrl.llm.judges.kind import AnswerKind
 from align_cbrl.llm.judges.pairwise import PairwiseJudge
 from align_cbrl.llm.judges.remote import RemoteJudge
+from align_cbrl.llm.judges.sets import SetJudge
 from align_cbrl.llm.leaders import (
     Correction,
     LanguageLeader,
@@ -65,6 +67,8 @@ __all__ = [
     "train_follower",
     "Judge",
     "PairwiseJudge",
+    "SetJudge",
+    "AnswerKind",
     "RemoteJudge",
     "JudgeCache",
     "Completions",

@@ -125,21 +125,21 @@ def call_patiently(
 
 
 @checked
-def check_scores(name: str, scores: Any, count: Count) -> Tensor:
-    """What a scoring function returned for `count` completions, as float64 [count].
+def check_scores(name: str, scores: Any, count: Count, unit: str = "completion") -> Tensor:
+    """What a scoring function returned for `count` completions, or what else the `unit` says, as float64 [count].
 
     Raises:
         InputError: it returned None, another number of scores, something that is not a number, NaN or infinity. The
             message names the function and the completion.
     """
     if scores is None:
-        raise InputError(f"{name}: expected {count} scores, got None; return a list with one number per completion")
+        raise InputError(f"{name}: expected {count} scores, got None; return a list with one number per {unit}")
     scores = listed(name, scores)
     if len(scores) != count:
-        raise InputError(f"{name}: expected {count} scores, one per completion, got {len(scores)}")
+        raise InputError(f"{name}: expected {count} scores, one per {unit}, got {len(scores)}")
     for i, score in enumerate(scores):
         if not is_number(score):
-            raise InputError(f"{name}: expected a finite number for each completion, got {score!r} for completion {i}")
+            raise InputError(f"{name}: expected a finite number for each {unit}, got {score!r} for {unit} {i}")
     return torch.tensor([float(s) for s in scores], dtype=torch.float64)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from align_cbrl.checks import Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.groups import Groups
-from align_cbrl.objectives.risk import OverContexts
+from align_cbrl.objectives.risk import OverContexts, check_equal_groups
 from align_cbrl.objectives.wrapping import Wrapping
 from align_cbrl.problem import Evaluation, Objective, Observed, Risk, Term
 
@@ -41,6 +41,9 @@ class CrossFitted(Wrapping, Risk):
     group does that the batch happens to lack. The values of the last `memory` contexts, of earlier steps, are kept
     beside the batch's own. They are up to memory / (contexts a step) steps old, and probabilities are shares of both.
 
+    Pairs and sets of completions share members: what they say is not independent of a slope without two completions,
+    and taking it there makes the bias larger (docs/objectives.md). A risk of such a value is only remembered.
+
     Args:
         objective: a risk over contexts: `CVaR`, `MeanVariance`, `EntropicRisk`, `WorstContext` or `WorstGroup`.
         memory: how many contexts of earlier steps are remembered; 0 for none, where a batch holds all contexts.
@@ -66,11 +69,6 @@ class CrossFitted(Wrapping, Risk):
             raise InputError(
                 "CrossFitted.objective: expected a risk over contexts (CVaR, MeanVariance, EntropicRisk, WorstContext "
                 f"or WorstGroup), got {type(objective).__name__}; nothing else has weights to be fitted"
-            )
-        if not risk.is_linear:
-            raise InputError(
-                "CrossFitted.objective: expected a risk of a utility, got one of an objective that is made of pairs, "
-                "whose credit is not its utility"
             )
         self.objective = objective
         self.memory = memory
@@ -121,6 +119,10 @@ class CrossFitted(Wrapping, Risk):
         means, probabilities = named.sum(shares * values) / of_label, of_label / of_label.sum()  # [K]
         here = named.place[len(self._past) :]  # [N]
 
+        linear = self._fitted.is_linear
+        if not linear:
+            check_equal_groups(name, observed)
+        influence = score if linear else term.credit.detach()[:, 0].to(score)
         credit, importance = torch.zeros_like(score), torch.zeros_like(score)
         for at, rows in points.tables():  # groups of one size at a time: [n], [n, G]
             size = rows.shape[1]
@@ -128,18 +130,18 @@ class CrossFitted(Wrapping, Risk):
             rest = mass[at][:, None, None] - w[:, :, None] - w[:, None, :]  # [n, G, G]: the mass without i and j
             others = total[at][:, None, None] - (w * u)[:, :, None] - (w * u)[:, None, :]
             # Importance weights may all lie on i and j; such a pair has nobody else to ask.
-            alone = rest <= 1e-9 * mass[at][:, None, None]
+            alone = rest <= 1e-9 * mass[at][:, None, None] if linear else torch.ones_like(rest, dtype=torch.bool)
             without = torch.where(alone, value[at][:, None, None], others / torch.where(alone, 1.0, rest))
             change = share[at] / of_label[k]
             moved = means[k][:, None, None] + change[:, None, None] * (without - value[at][:, None, None])
             slope = self._slopes(means, probabilities, k[:, None, None].expand_as(moved), moved)  # [n, G, G]
-            difference = u[:, :, None] - u[:, None, :]
+            difference = influence[rows][:, :, None] - influence[rows][:, None, :]
             credit[rows] = ((w / mass[at][:, None])[:, None, :] * slope * difference).sum(2)
             # The mean over partners leaves i out as well: what u_i itself is multiplied with in the direct term.
             importance[rows] = (slope.sum(2) - slope.diagonal(dim1=1, dim2=2)) / (size - 1)
         worth = self._fitted.aggregate_groups(means, probabilities)
-        linear = (weight * importance * (term.utility[:, 0] - score)).mean()  # zero, with the gradient that is wanted
-        return Evaluation(value=worth.detach() + linear, credit=credit[:, None])
+        moving = (weight * importance * (term.utility[:, 0] - score)).mean()  # zero, with the gradient that is wanted
+        return Evaluation(value=worth.detach() + moving, credit=credit[:, None])
 
     def _slopes(self, means: Tensor, probabilities: Tensor, label: Tensor, moved: Tensor) -> Tensor:
         """The risk's slope at one label's value, over its probability, when that value is `moved`: all of any shape."""

@@ -130,18 +130,27 @@ class GroupLabel(Observation):
             )
         names = rollouts.steps[self.column]
         names = names.tolist() if isinstance(names, Tensor) else names
-        numbers = [_number(name) for name in names]
+        numbers = [number_of(name, "WorstGroup.column: expected names of groups") for name in names]
         return torch.tensor(numbers)[:, None].expand(-1, rollouts.horizon)  # [B] -> [B, T]
 
 
-def _number(name: Any) -> int:
-    value = plain(name, _nameless)
+def number_of(name: Any, expected: str) -> int:
+    """A number for a name of any type, as `GroupLabel` describes; `expected` is what is said where there is none.
+
+    Raises:
+        InputError: a name of a type of which nothing but the type is known.
+
+    Example:
+        >>> number_of(1.0, "names") == number_of(1, "names"), number_of("1", "names") == number_of(1, "names")
+        (True, False)
+    """
+
+    def nameless(value: Any) -> Any:
+        raise InputError(f"{expected}, got a {type(value).__name__}: {value!r:.60}")
+
+    value = plain(name, nameless)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     kind = "text" if isinstance(name, str) else "value"  # a date is not the text that it is written as
     text = json.dumps([kind, value], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _nameless(value: Any) -> Any:
-    raise InputError(f"WorstGroup.column: expected names of groups, got a {type(value).__name__}: {value!r:.60}")

@@ -39,7 +39,8 @@ class OverContexts(Wrapping, Risk):
         if not self.objective.is_mean:
             raise InputError(
                 f"{type(self).__name__}.objective: expected a mean over contexts, got "
-                f"{type(self.objective).__name__}, which is a risk already; a second one has nothing left to weigh"
+                f"{type(self.objective).__name__}, which is a risk already, or a function of means over all contexts; "
+                "that leaves no value of a context to be weighed"
             )
 
     def labels(self, observed: Observed) -> Tensor:
@@ -57,7 +58,7 @@ class OverContexts(Wrapping, Risk):
         weight = rollouts.path_weight(totals.dtype).to(totals.device)  # [B]
         groups = Groups.of(self.labels(observed).to(totals.device))
         if not self.is_linear:
-            _check_equal_groups(type(self).__name__, observed)
+            check_equal_groups(type(self).__name__, observed)
         mass = groups.sum(weight)  # [K]
         self._warn_of_few(len(groups.labels))
         if bool((mass == 0).any()):
@@ -211,8 +212,14 @@ class WorstContext(OverContexts):
         return -self.temperature * (torch.logsumexp(-values / self.temperature, 0) - count.log())
 
 
-def _check_equal_groups(name: str, observed: Observed) -> None:
-    """A value made of pairs is scaled by its group's size; contexts compare only where all groups have one size."""
+def check_equal_groups(name: str, observed: Observed) -> None:
+    """A value made of pairs is scaled by its group's size; contexts compare only where all groups have one size.
+
+    Raises:
+        InputError: groups of several sizes.
+    """
     sizes = Groups.of(observed.samples.group[:, 0]).sizes.unique()
     if len(sizes) > 1:
-        raise InputError(f"{name}: expected groups of one size around an objective of pairs, got {sizes.tolist()}")
+        raise InputError(
+            f"{name}: expected groups of one size around an objective of pairs or sets, got {sizes.tolist()}"
+        )

@@ -45,6 +45,11 @@ class Config(SeedSettings, BenchSettings):
                 raise InputError(
                     f"objectives.{name}: preference measures the reward, not the policy; expected another kind"
                 )
+            if objective.kind in ("set", "targets", "means"):
+                raise InputError(
+                    f"objectives.{name}: expected a kind that the mean score of each test prompt measures, got "
+                    f"{objective.kind}"
+                )
 
 
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:

@@ -128,7 +128,7 @@ class Bench:
         world = settings.world
         judge = settings.judge.build(out)
         if not isinstance(judge, Judge):
-            raise InputError("judge: expected one that scores completions, got one that compares pairs")
+            raise InputError("judge: expected one that scores completions, got one that compares pairs or scores sets")
         self.judge = judge
         self.data: DatasetDict = load_prompts(world.data, seed=seed)
         check_count(self.data["test"], 2)  # a standard error needs two
@@ -149,6 +149,8 @@ class Bench:
         objective.build(self.judge, costs, natural=self.settings.hpgd.step == "natural")
         needed = {"judge": self.judge.function, **{f"cost {name}": cost.function for name, cost in costs.items()}}
         needed |= {f"reward {name}": load_object(path) for name, path in world.rewards.items()}
+        if (answer := getattr(objective, "answer", None)) is not None:
+            needed["objective.answer"] = load_object(answer)
         for part in ("train", "test"):
             columns = [name for name in self.data[part].column_names if name not in ("prompt", "completion")]
             column = getattr(objective, "column", None)

@@ -34,8 +34,8 @@ def leader_value(problem: Problem) -> Tensor:
 
     Args:
         problem: its leader a `TabularLeader`, its follower an `ExactFollower`, its objective an `ExpectedUtility` of a
-            `TabularUtility`, or what wraps such (a KL price, a constraint, risk over contexts); or a
-            `PreferenceLikelihood` of a `TabularUtility` where every state is terminal.
+            `TabularUtility`, or a `PreferenceLikelihood` or `SetUtility` of one where every state is terminal; or what
+            is made of such (a KL price, a constraint, risk over contexts, a function of means).
 
     Returns:
         Scalar; first derivatives only.
@@ -110,9 +110,15 @@ class ImplicitHypergradient(Hypergradient):
 
 
 def context_values(problem: Problem) -> Tensor:
-    """f(x, pi*, c) of every context, [C], without graph; of a risk, what the risk is taken of."""
+    """f(x, pi*, c) of every context, [C], without graph; of a risk, what the risk is taken of.
+
+    Raises:
+        InputError: as `leader_value`, and for a function of means, which has no value in a context.
+    """
     with torch.no_grad():
-        _, values = _values(problem)
+        terms, values = _values(problem)
+        if any(term.joint is not None for term in terms):
+            raise InputError("context_values: a function of means over all contexts has no value in a single one")
         return of_contexts(problem.objective, values)
 
 

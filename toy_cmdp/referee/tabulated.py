@@ -12,7 +12,7 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import GroupLabel, LogRatio, Reward, Utility
 from align_cbrl.objectives.preference_data import PairLikelihood
-from align_cbrl.problem import ONE_STEP, Objective, Observation, Observed, Term, require_still
+from align_cbrl.problem import ONE_STEP, Objective, Observation, Observed, Term, combined, require_still
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -137,31 +137,28 @@ def linearised(
         context_values: maps a utility [C, S, A] to the contexts' values [C] under the policy, without graph.
         probabilities: [C], nature's law. What the objective makes of a context that nature never draws does not count.
     """
-    value, utility, credit = torch.zeros_like(probabilities).sum() + objective.constant, None, None
-    found = []
-    for term in terms:
-        with torch.enable_grad():
-            leaf = context_values(term.utility.detach()).detach().requires_grad_(True)
-            worth = term.risk.aggregate(leaf, probabilities)
-            (slope,) = torch.autograd.grad(worth, leaf)
+    leaves = [context_values(term.utility.detach()).detach().requires_grad_(True) for term in terms]
+    with torch.enable_grad():
+        value = worth(objective, terms, leaves, probabilities)
+        slopes = torch.autograd.grad(value, leaves)
+    utility, credit = None, None
+    for term, slope in zip(terms, slopes, strict=True):
         importance = torch.where(probabilities > 0, slope / probabilities, 0.0)[:, None, None]  # [C, 1, 1]
-        value = value + worth.detach()
-        found.append(leaf.detach())
         utility = importance * term.utility if utility is None else utility + importance * term.utility
         credit = importance * term.credit if credit is None else credit + importance * term.credit
     assert utility is not None and credit is not None  # an objective has at least one term
-    return Linearised(value, utility, credit, of_contexts(objective, found))
+    return Linearised(value.detach(), utility, credit, of_contexts(objective, [leaf.detach() for leaf in leaves]))
 
 
 def of_contexts(objective: Objective, values: Sequence[Tensor]) -> Tensor:
-    """The contexts' values [C] from those of the terms: their sum, or what the risk is taken of."""
+    """The contexts' values [C] from those of the terms: their sum, or what the risk is taken of.
+
+    A function of means over all contexts has none; of such an objective it is what was added to it, such as a price.
+    """
     return torch.stack(list(values)).sum(0) if objective.is_mean else values[0]
 
 
 def worth(objective: Objective, terms: Sequence[Term], values: Sequence[Tensor], probabilities: Tensor) -> Tensor:
     """J from the contexts' values [C] of each term, differentiable in them."""
-    total = sum(
-        (term.risk.aggregate(value, probabilities) for term, value in zip(terms, values, strict=True)),
-        start=torch.zeros((), dtype=probabilities.dtype),
-    )
-    return total + objective.constant
+    worths = [term.risk.aggregate(value, probabilities) for term, value in zip(terms, values, strict=True)]
+    return combined(terms, worths) + objective.constant

@@ -1,7 +1,9 @@
-"""Judges of completions and of pairs of completions, with cache, budget and retries.
+"""Judges of completions, of pairs and of sets of completions, with cache, budget and retries.
 
     judge     Judge: a scoring function, asked once for every completion
     pairwise  PairwiseJudge: a function that compares two completions of a prompt
+    sets      SetJudge: a function that scores several completions of a prompt together
+    kind      AnswerKind: which completions are answers of one kind
     remote    RemoteJudge: a scoring function that asks a server over HTTP
     cache     JudgeCache: scores that were already paid for
 
@@ -10,13 +12,17 @@ A judge is what a leader wants: it scores the follower's completions and is neve
 
 from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.judges.judge import Judge, judge_identity
+from align_cbrl.llm.judges.kind import AnswerKind
 from align_cbrl.llm.judges.pairwise import PairwiseJudge
 from align_cbrl.llm.judges.remote import RemoteJudge
+from align_cbrl.llm.judges.sets import SetJudge
 from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
 
 __all__ = [
     "Judge",
     "PairwiseJudge",
+    "SetJudge",
+    "AnswerKind",
     "RemoteJudge",
     "JudgeCache",
     "judge_identity",

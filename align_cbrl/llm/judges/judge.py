@@ -137,7 +137,7 @@ class Asked:
             valid = {key: float(score) for key, score in pairs if is_number(score) and low <= score <= high}
             self.cache.add(self._cached_as, valid)
             self.calls += len(valid)
-        checked = check_scores(self.name, returned, len(keys)).tolist()
+        checked = check_scores(self.name, returned, len(keys), self.unit[:-1]).tolist()
         for i, score in enumerate(checked):
             if not low <= score <= high:
                 raise InputError(f"{self.name}: expected numbers in [{low:g}, {high:g}], got {score:g} for pair {i}")

@@ -1,7 +1,8 @@
 """What a run around a language model reads from YAML: one dataclass for each thing that can be built.
 
     leader     mixture, reward_model, shaped, length: tagged by `kind`
-    objective  expected, kl_priced, preference, cvar, worst_group, mean_variance, constrained: tagged by `kind`
+    objective  expected, kl_priced, preference, cvar, worst_group, mean_variance, constrained, set,
+               targets, means: tagged by `kind`
     follower   rloo, grpo, tilted: tagged by `trainer`
     judge      a function, a reward model, or a server: told apart by the key that names it
     hpgd       the leader's steps

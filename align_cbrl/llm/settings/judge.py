@@ -10,7 +10,7 @@ from typing import Any
 
 from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
-from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel
+from align_cbrl.llm import Judge, JudgeCache, PairwiseJudge, RemoteJudge, RewardModel, SetJudge
 from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.facts import PRACTICAL_OF_JUDGE
 from align_cbrl.runs.imports import load_object
@@ -33,7 +33,7 @@ class _Judge(abc.ABC):
     @abc.abstractmethod
     def _source(self) -> Callable[..., Any]: ...
 
-    def build(self, out: Path) -> Judge | PairwiseJudge:
+    def build(self, out: Path) -> Judge | PairwiseJudge | SetJudge:
         """The judge.
 
         Args:
@@ -67,6 +67,7 @@ class FunctionSettings(_Judge):
         function: `package.module.function` or `file.py:function`.
         pairwise: it compares two completions, `completions_a` and `completions_b`.
         both_orders: a judge of pairs is asked about both orders.
+        sets: it scores several completions of a prompt together, a list of them in each item of `completions`.
         columns: of the data, passed on; null for all that the function takes.
         budget: the most completions (comparisons) that may be paid for, over all runs that share the cache.
         cache: file of the scores, relative to the run's folder; null keeps the scores in memory, and those of a judge
@@ -79,6 +80,7 @@ class FunctionSettings(_Judge):
     function: str
     pairwise: bool = False
     both_orders: bool = True
+    sets: bool = False
     columns: list[str] | None = None
 
     @property
@@ -91,12 +93,9 @@ class FunctionSettings(_Judge):
             raise InputError(f"function: {self.function!r} is no function, got {function!r}")
         return function
 
-    def build(self, out: Path) -> Judge | PairwiseJudge:
+    def build(self, out: Path) -> Judge | PairwiseJudge | SetJudge:
         """The judge; see `_Judge.build`."""
-        options = {**self._options(out), "columns": self.columns}
-        if self.pairwise:
-            return PairwiseJudge(self._source(), both_orders=self.both_orders, **options)
-        return Judge(self._source(), **options)
+        return _judge(self, {**self._options(out), "columns": self.columns})
 
 
 @checked
@@ -128,6 +127,7 @@ class RemoteSettings(_Judge):
         url: of the server.
         pairwise: it compares two completions.
         both_orders: a judge of pairs is asked about both orders.
+        sets: it scores several completions of a prompt together.
         columns: of the data, sent along.
         rate: requests a second.
         timeout: seconds that it may be silent.
@@ -140,6 +140,7 @@ class RemoteSettings(_Judge):
     url: str
     pairwise: bool = False
     both_orders: bool = True
+    sets: bool = False
     columns: list[str] | None = None
     rate: Positive | None = None
     timeout: Positive = 60.0
@@ -161,11 +162,17 @@ class RemoteSettings(_Judge):
             version=self.version,
         )
 
-    def build(self, out: Path) -> Judge | PairwiseJudge:
+    def build(self, out: Path) -> Judge | PairwiseJudge | SetJudge:
         """The judge; see `_Judge.build`."""
-        if self.pairwise:
-            return PairwiseJudge(self._source(), both_orders=self.both_orders, **self._options(out))
-        return Judge(self._source(), **self._options(out))
+        return _judge(self, self._options(out))
+
+
+def _judge(settings: FunctionSettings | RemoteSettings, options: dict[str, Any]) -> Judge | PairwiseJudge | SetJudge:
+    if settings.pairwise and settings.sets:
+        raise InputError("sets: expected either pairwise or sets, got both")
+    if settings.pairwise:
+        return PairwiseJudge(settings._source(), both_orders=settings.both_orders, **options)
+    return (SetJudge if settings.sets else Judge)(settings._source(), **options)
 
 
 JudgeSettings = FunctionSettings | RewardModelJudgeSettings | RemoteSettings

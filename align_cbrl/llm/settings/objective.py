@@ -10,23 +10,30 @@ from typing import Literal
 from torch import Tensor
 
 from align_cbrl import (
+    BestOf,
     Constrained,
     CrossFitted,
     CVaR,
+    Distinct,
     ExpectedUtility,
+    FunctionOfMeans,
     KLPriced,
     Leader,
     MeanVariance,
     Objective,
+    PassAt,
     PreferenceLikelihood,
     Rollouts,
+    SetUtility,
     WorstGroup,
 )
 from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.errors import InputError
-from align_cbrl.llm import PairwiseJudge
+from align_cbrl.llm import AnswerKind, PairwiseJudge, SetJudge
+from align_cbrl.objectives import SetScore, harmonic_mean, ratio, target_shares
 from align_cbrl.objectives.observations import UtilityFunction
 from align_cbrl.runs.config import nearest
+from align_cbrl.runs.imports import load_object
 
 _MEMORY = 64  # contexts: eight steps of eight prompts
 
@@ -45,7 +52,7 @@ class _Objective(abc.ABC):
 
     def build(
         self,
-        judge: UtilityFunction | PairwiseJudge,
+        judge: UtilityFunction | PairwiseJudge | SetJudge,
         costs: Mapping[str, UtilityFunction] | None = None,
         *,
         natural: bool = False,
@@ -53,18 +60,19 @@ class _Objective(abc.ABC):
         """The objective.
 
         Args:
-            judge: a utility such as `Judge`; or a `PairwiseJudge`, for kind "preference" only.
-            costs: utilities by name, of which "constrained" bounds one.
+            judge: a utility such as `Judge`; or a `PairwiseJudge`, for kind "preference" only, or a `SetJudge`, for
+                kind "set" only.
+            costs: utilities by name, of which "constrained" bounds one and "means" takes one.
             natural: whether it is climbed by natural steps, which remember whole batches.
 
         Raises:
-            InputError: a judge of pairs with another kind, or a cost that is not among `costs`.
+            InputError: a judge of pairs or of sets with another kind, or a cost that is not among `costs`.
         """
-        if isinstance(judge, PairwiseJudge):
-            raise InputError(
-                f"kind: {self.kind!r} needs a judge that scores completions, got one that compares pairs; use kind "
-                "'preference'"
-            )
+        for other, does, kind in ((PairwiseJudge, "compares pairs", "preference"), (SetJudge, "scores sets", "set")):
+            if isinstance(judge, other):
+                raise InputError(
+                    f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}; use kind {kind!r}"
+                )
         return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})), natural)
 
     def _fitted(self, objective: Objective, natural: bool) -> Objective:
@@ -85,17 +93,33 @@ class _Priced(_Objective):
 
 @checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Risk(_Priced):
+class _Remembering(_Priced):
     memory: Whole | None = None
 
-    def _fitted(self, objective: Objective, natural: bool) -> Objective:
+    def _remembered(self, natural: bool) -> int:
         if natural and self.memory:
             raise InputError(
                 f"memory: natural steps are taken on all remembered batches, got {self.memory} contexts besides; "
                 "remove it, or set hpgd.step: gradient"
             )
-        memory = _MEMORY if self.memory is None else self.memory
-        return CrossFitted(objective, 0 if natural else memory)
+        return 0 if natural else _MEMORY if self.memory is None else self.memory
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Risk(_Remembering):
+    def _fitted(self, objective: Objective, natural: bool) -> Objective:
+        return CrossFitted(objective, self._remembered(natural))
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OfMeans(_Remembering):
+    def _fitted(self, objective: Objective, natural: bool) -> Objective:
+        means = objective.objective if isinstance(objective, KLPriced) else objective
+        assert isinstance(means, FunctionOfMeans)
+        means.memory = self._remembered(natural)
+        return objective
 
 
 @checked
@@ -149,7 +173,7 @@ class PreferenceSettings(_Objective):
 
     def build(
         self,
-        judge: UtilityFunction | PairwiseJudge,
+        judge: UtilityFunction | PairwiseJudge | SetJudge,
         costs: Mapping[str, UtilityFunction] | None = None,
         *,
         natural: bool = False,
@@ -248,9 +272,121 @@ class ConstrainedSettings(_Priced):
         return Constrained(self._priced(score), cost, self.bound, self.rate, self.multiplier)
 
     def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
-        if self.cost not in costs:
-            raise InputError(f"cost: there is none named {self.cost!r}; {nearest(self.cost, costs)}")
-        return ExpectedUtility(costs[self.cost])
+        return _named(self.cost, costs)
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetSettings(_Priced):
+    """What several completions of a prompt are worth together; see `SetUtility`.
+
+    Attributes:
+        size: k, how many; `group_size` has to be larger.
+        score: pass: whether any of them passes. best: the highest score. distinct: the number of kinds of answers
+            among those that pass. null: what a judge of sets says.
+        least: the judge's score from which on a completion passes; null, for distinct: all do.
+        answer: for distinct, the function that names the kind of answer that each completion is:
+            `package.module.function` or `file.py:function`.
+        subsets: the most sets of a prompt that a judge of sets is asked about.
+        price: of divergence; null: none.
+    """
+
+    kind: Literal["set"] = "set"
+    size: Count
+    score: Literal["pass", "best", "distinct"] | None = None
+    least: float | None = None
+    answer: str | None = None
+    subsets: Count = 256
+
+    def __post_init__(self) -> None:
+        if (self.score == "distinct") != (self.answer is not None):
+            raise InputError("answer: expected with score distinct, which needs it, and with no other")
+        if self.least is not None and self.score not in ("pass", "distinct"):
+            raise InputError("least: expected with score pass or distinct, where completions pass or do not")
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The mean over sets, by the score of single completions."""
+        assert isinstance(score, ExpectedUtility)
+        return self._priced(SetUtility(self._score(score.utility_function), self.size, self.subsets))
+
+    def build(
+        self,
+        judge: UtilityFunction | PairwiseJudge | SetJudge,
+        costs: Mapping[str, UtilityFunction] | None = None,
+        *,
+        natural: bool = False,
+    ) -> Objective:
+        """The objective; a judge of sets says what they are worth."""
+        if not isinstance(judge, SetJudge):
+            return super().build(judge, costs, natural=natural)
+        if self.score is not None:
+            raise InputError(f"score: a judge of sets says what they are worth, got {self.score!r}; leave it out")
+        return self._priced(SetUtility(judge, self.size, self.subsets))
+
+    def _score(self, score: UtilityFunction) -> SetScore:
+        if self.score == "best":
+            return BestOf(score)
+        if self.score == "pass":
+            return PassAt(score) if self.least is None else PassAt(score, self.least)
+        if self.score is None:
+            raise InputError("score: expected pass, best or distinct, of a judge that scores single completions")
+        kind = _kind_of(self.answer)
+        return Distinct(kind) if self.least is None else Distinct(kind, score, self.least)
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetSettings(_OfMeans):
+    """Shares of kinds of answers that should hit a target, -KL(target || shares); see `FunctionOfMeans`.
+
+    The judge is not asked: all that counts is what kinds of answers there are.
+
+    Attributes:
+        answer: the function that names the kind of answer that each completion is: `package.module.function` or
+            `file.py:function`.
+        shares: the targets, by the names that it gives; they sum to one.
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own, with hpgd.step: gradient;
+            null: 64.
+    """
+
+    kind: Literal["targets"] = "targets"
+    answer: str
+    shares: dict[str, NonNegative]
+
+    def __post_init__(self) -> None:
+        target_shares(list(self.shares.values()))
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """How near the shares are to their targets."""
+        shares = _kind_of(self.answer).shares(list(self.shares))
+        return self._priced(FunctionOfMeans(target_shares(list(self.shares.values())), shares))
+
+
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeansSettings(_OfMeans):
+    """A function of the judge's mean score and the mean of a cost; see `FunctionOfMeans`.
+
+    Attributes:
+        function: harmonic_mean, of two scores that both should be high; ratio, the score per unit of cost.
+        cost: name of one of the world's costs.
+        price: of divergence; null: none.
+        memory: how many contexts of earlier steps are remembered beside the batch's own, with hpgd.step: gradient;
+            null: 64.
+    """
+
+    kind: Literal["means"] = "means"
+    function: Literal["harmonic_mean", "ratio"]
+    cost: str
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """The function of both means."""
+        h = harmonic_mean if self.function == "harmonic_mean" else ratio
+        return self._priced(FunctionOfMeans(h, [score, cost]))
+
+    def _cost(self, costs: Mapping[str, UtilityFunction]) -> Objective:
+        return _named(self.cost, costs)
 
 
 ObjectiveSettings = (
@@ -261,8 +397,24 @@ ObjectiveSettings = (
     | WorstGroupSettings
     | MeanVarianceSettings
     | ConstrainedSettings
+    | SetSettings
+    | TargetSettings
+    | MeansSettings
 )
 """What the leader wants, by `kind`."""
+
+
+def _named(cost: str, costs: Mapping[str, UtilityFunction]) -> Objective:
+    if cost not in costs:
+        raise InputError(f"cost: there is none named {cost!r}; {nearest(cost, costs)}")
+    return ExpectedUtility(costs[cost])
+
+
+def _kind_of(answer: str | None) -> AnswerKind:
+    function = load_object(answer or "")
+    if not callable(function):
+        raise InputError(f"answer: expected a function, got {function!r:.60}")
+    return AnswerKind(function, name=f"answer {answer}")
 
 
 def _nothing(leader: Leader, rollouts: Rollouts) -> Tensor:
