@@ -17,9 +17,11 @@ import tiny_models
 import torch
 from align_cbrl.recipes.objectives.recipe import measure
 from align_cbrl.recipes.overoptimization.recipe import fit_overoptimization
+from align_cbrl.recipes.reward_model import recipe as reward_model
 from align_cbrl.recipes.tune_weights.recipe import steps_to
 from align_cbrl.recipes.worlds.bench import at_divergence
 from align_cbrl.recipes.worlds.replies.judge import reply_judge
+from align_cbrl.recipes.worlds.world import PolicySettings
 from rebuilt import report_is_rebuilt
 
 from align_cbrl.cli import main
@@ -131,6 +133,21 @@ def test_reward_model(runs: Path) -> None:
     assert main(["run", "reward_model", "--config", "smoke.yaml", "--out", str(out)]) == 0
     assert set(summary_of(out)["variants"]) == {"head", "lora"}
     assert report_is_rebuilt(out)
+
+
+def test_reward_models_that_gained_nothing_are_summarised(tmp_path: Path) -> None:
+    """Else a finished run would end in a division by zero, each time it is resumed."""
+    variant = reward_model.VariantSettings(budget=1.0, learning_rate=0.1, refit_learning_rate=0.1)
+    config = reward_model.Config(variants={"head": variant}, followers={"other": PolicySettings()})
+    figures = {name: {"mean": 0.25, "se": 0.1} for name in ("judge", "proxy", "kl", "words")}
+    part = {**figures, "curve": [{"step": 0, "judge": 0.25, "kl": 0.0}], "leader_share": 0.1}
+    (tmp_path / "seed-0").mkdir()
+    ways = [f"{way}-head{fresh}" for way in reward_model.WAYS for fresh in ("", "-same-0.8", "-same-1.25")]
+    for name in ("plain-same", "plain-other", "hpgd-head-other", *ways):
+        (tmp_path / "seed-0" / f"{name}.json").write_text(json.dumps(part))
+    summary = reward_model.summarize(config, tmp_path)
+    assert summary["variants"]["head"]["kept"] == {}
+    assert reward_model.lines(summary)
 
 
 def test_somebody_elses_policy_rewards_and_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from align_cbrl.recipes.worlds.cache import cached
 
 from align_cbrl.errors import CheckpointError, InputError
 from align_cbrl.runs import lock
@@ -133,3 +134,8 @@ def test_a_model_that_two_runs_need_is_made_once(tmp_path: Path) -> None:
     runs = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [run.wait(timeout=120) for run in runs] == [0, 0, 0]
     assert (tmp_path / "made").read_text() == "x"
+
+
+def test_what_is_made_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {cached(tmp_path, "policy", {"seed": 0}, lambda folder: (folder / "weights").touch()) for _ in range(2)}
+    assert capsys.readouterr().out == f"making {found.pop()}, once for all runs beside this one\n"

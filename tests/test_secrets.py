@@ -64,6 +64,15 @@ def test_other_texts_stay_as_they_are(text: str) -> None:
     assert redact(text) == text
 
 
+def test_a_path_in_the_environment_is_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shell exports its working directory as PWD: hidden, it would leave a configuration without its files."""
+    file = tmp_path / "prompts.jsonl"
+    file.touch()
+    for name in ("PWD", "OLDPWD", "SERVICE_CREDENTIALS"):
+        monkeypatch.setenv(name, str(file if name.startswith("SERVICE") else tmp_path))
+    assert redacted({"data": str(file)}) == {"data": str(file)}
+
+
 def test_names_hide_what_stands_under_them() -> None:
     tree = {"api_key": 17, "headers": [{"Authorization": "x"}], "secret": None, "pad_token": "<pad>", "retries": 3}
     assert redacted(tree) == {

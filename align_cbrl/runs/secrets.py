@@ -41,14 +41,15 @@ def redact(text: str) -> str:
     """A text with `***` for every secret in it.
 
     Those are user and password of a URL, values of its query under names such as `api_key`, what follows
-    `Authorization:`, tokens of well-known forms, and the value of every environment variable with such a name.
+    `Authorization:`, tokens of well-known forms, and the value of every environment variable with such a name, unless
+    it is where something lies: the shell's PWD and OLDPWD are no passwords, and the path of a key file is no key.
 
     Example:
         >>> redact("POST https://me:pw@judge.example/score?api_key=abc&size=3: Authorization: Bearer xyz")
         'POST https://***@judge.example/score?api_key=***&size=3: Authorization: Bearer ***'
     """
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and is_secret_name(name):
+        if len(value) >= _SHORTEST and is_secret_name(name) and not os.path.exists(value):
             for form in {value, urllib.parse.quote(value, safe=""), urllib.parse.quote_plus(value)}:
                 text = text.replace(form, HIDDEN)
     text = _URL.sub(lambda found: _url(found[0]), text)

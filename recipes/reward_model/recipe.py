@@ -198,7 +198,8 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
             "over_retraining": interval(
                 [difference_at_equal_divergence(h, r) for h, r in zip(pairs["hpgd"], pairs["refit"], strict=True)]
             ),
-            "kept": {name: sum(values) / sum(own) for name, values in others_gain.items()},
+            # A share of no gain at all is not defined; every policy may score alike, in a short run.
+            "kept": {name: sum(values) / sum(own) for name, values in others_gain.items()} if sum(own) else {},
             "others_over_plain": {name: interval(values) for name, values in others_gain.items()},
             "leader_share": max(p["leader_share"] for p in tuned),
         }

@@ -21,7 +21,7 @@ def cached(cache: Path, name: str, facts: Mapping[str, Any], build: Callable[[Pa
 
     The folder's name carries a fingerprint of `facts`. What was interrupted leaves a folder ending in .partial, from
     which `build` may continue. stage.json inside says what it was made from, and how long that took. Where two runs
-    need the same, one makes it and the other waits.
+    need the same, one makes it and the other waits. A line on the terminal says what takes so long.
     """
     folder = cache / f"{name}-{fingerprint(facts)[:12]}"
     if folder.is_dir():
@@ -31,6 +31,7 @@ def cached(cache: Path, name: str, facts: Mapping[str, Any], build: Callable[[Pa
             return folder
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
+        print(f"making {folder}, once for all runs beside this one", flush=True)
         began = time.perf_counter()
         build(partial)
         made = {"facts": dict(facts), "seconds": time.perf_counter() - began}
