@@ -16,6 +16,7 @@ from align_cbrl import (
     FittedCritic,
     Follower,
     HPGDConfig,
+    InputError,
     Leader,
     PolicyResponse,
     Problem,
@@ -25,7 +26,7 @@ from align_cbrl.estimators import geometric
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.random_numbers import generator_for
 from align_cbrl.estimators.replay import Memory
-from align_cbrl.functional import debiased_gap, effective_sample_size, returns_to_go, tilt_weights
+from align_cbrl.functional import debiased_gap, effective_sample_size, group_advantage, returns_to_go, tilt_weights
 from toy_cmdp import ExactCritic, preferences, random_cmdp
 
 
@@ -281,6 +282,13 @@ def test_weights_have_mean_one_in_groups_of_every_size() -> None:
     torch.testing.assert_close(means, torch.ones(3, dtype=torch.float64))
     assert (effective_sample_size(weight, group) <= torch.tensor([2.0, 4.0, 1.0]) + 1e-12).all()
     assert debiased_gap(ratio, group)[2] == 0  # one sample has nothing to be compared with
+
+
+def test_a_group_without_any_weight_is_refused() -> None:
+    group, weight = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    for function in (effective_sample_size, lambda w, g: group_advantage(torch.ones(4), g, w)):
+        with pytest.raises(InputError, match="importance weights of a group are all zero"):
+            function(weight, group)
 
 
 # ---- PolicyResponse and the loop ----
