@@ -25,6 +25,7 @@ from align_cbrl import (
 from align_cbrl.estimators import geometric
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
 from align_cbrl.estimators.degenerate import degenerate_groups
+from align_cbrl.estimators.hypergradient import accumulate
 from align_cbrl.estimators.random_numbers import generator_for
 from align_cbrl.estimators.replay import Memory
 from align_cbrl.functional import debiased_gap, effective_sample_size, group_advantage, returns_to_go, tilt_weights
@@ -301,6 +302,15 @@ def test_scores_that_differ_little_beside_their_size_still_count() -> None:
 
 
 # ---- PolicyResponse and the loop ----
+
+
+def test_gradients_add_up_and_the_norm_is_of_what_was_added() -> None:
+    problem, ones = random_cmdp(), torch.ones(5, dtype=torch.float64)
+    assert accumulate(problem, [ones]) == pytest.approx(5**0.5)
+    assert accumulate(problem, [2 * ones]) == pytest.approx(20**0.5)
+    assert accumulate(problem, [None]) == 0
+    (x,) = problem.parameters
+    assert x.grad is not None and x.grad.tolist() == [3.0] * 5
 
 
 def test_chunks_that_a_shortage_of_memory_has_made_stay() -> None:
