@@ -16,6 +16,7 @@ from align_cbrl import (
     FittedCritic,
     Follower,
     HPGDConfig,
+    InputError,
     Leader,
     PolicyResponse,
     Problem,
@@ -23,9 +24,11 @@ from align_cbrl import (
 )
 from align_cbrl.estimators import geometric
 from align_cbrl.estimators.certificate import Certificate, certify, corrected
+from align_cbrl.estimators.degenerate import degenerate_groups
+from align_cbrl.estimators.hypergradient import accumulate
 from align_cbrl.estimators.random_numbers import generator_for
 from align_cbrl.estimators.replay import Memory
-from align_cbrl.functional import debiased_gap, effective_sample_size, returns_to_go, tilt_weights
+from align_cbrl.functional import debiased_gap, effective_sample_size, group_advantage, returns_to_go, tilt_weights
 from toy_cmdp import ExactCritic, preferences, random_cmdp
 
 
@@ -283,7 +286,65 @@ def test_weights_have_mean_one_in_groups_of_every_size() -> None:
     assert debiased_gap(ratio, group)[2] == 0  # one sample has nothing to be compared with
 
 
+def test_a_group_without_any_weight_is_refused() -> None:
+    group, weight = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    for function in (effective_sample_size, lambda w, g: group_advantage(torch.ones(4), g, w)):
+        with pytest.raises(InputError, match="importance weights of a group are all zero"):
+            function(weight, group)
+
+
+def test_scores_that_differ_little_beside_their_size_still_count() -> None:
+    credit = torch.tensor([[1000.0], [1000.5], [2000.0], [2000.0]], dtype=torch.float64)
+    rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0, 1, 1]), steps={"completion": ["a", "b", "c", "d"]})
+    advantage = (credit.view(2, 2) - credit.view(2, 2).mean(1, keepdim=True)).view(4, 1)
+    empty, share = degenerate_groups(rollouts, rollouts, credit, advantage)
+    assert empty.tolist() == [False, False, True, True] and share == 0.5
+
+
 # ---- PolicyResponse and the loop ----
+
+
+def test_gradients_add_up_and_the_norm_is_of_what_was_added() -> None:
+    problem, ones = random_cmdp(), torch.ones(5, dtype=torch.float64)
+    assert accumulate(problem, [ones]) == pytest.approx(5**0.5)
+    assert accumulate(problem, [2 * ones]) == pytest.approx(20**0.5)
+    assert accumulate(problem, [None]) == 0
+    (x,) = problem.parameters
+    assert x.grad is not None and x.grad.tolist() == [3.0] * 5
+
+
+def test_chunks_that_a_shortage_of_memory_has_made_stay() -> None:
+    for stored, after in ((2, 4), (8, 8)):
+        estimator = PolicyResponse(chunks=4)
+        estimator.load_state_dict({"chunks": stored})
+        assert estimator.chunks == after
+
+
+class BrokenReplays(PolicyResponse):
+    """Of every two gradients, the leader's and that of the batch it replays, the second is infinite."""
+
+    calls = 0
+
+    def backward(self, problem: Problem, rollouts: Rollouts) -> dict[str, float]:
+        metrics = super().backward(problem, rollouts)
+        self.calls += 1
+        if self.calls % 2:
+            return metrics
+        for parameter in problem.parameters:
+            assert parameter.grad is not None
+            parameter.grad.fill_(math.inf)
+        return {**metrics, "gradient_norm": math.inf}
+
+
+def test_a_replayed_gradient_that_is_not_finite_is_left_out() -> None:
+    found = []
+    for replays, estimator in ((0, PolicyResponse()), (1, BrokenReplays())):
+        problem = preferences(seed=2)
+        optimizer = torch.optim.Adam(problem.leader.parameters(), lr=0.05, maximize=True)
+        config = HPGDConfig(steps=1, contexts_per_step=4, group_size=4, replays=replays, progress=False)
+        HPGD(problem, optimizer, estimator, config).run()
+        found.append(problem.parameters[0].detach())
+    assert torch.equal(*found)
 
 
 def test_the_norm_of_a_single_precision_gradient_does_not_overflow() -> None:

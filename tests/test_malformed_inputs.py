@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import inspect
 import json
@@ -21,7 +22,7 @@ import tiny_reward_models
 import torch
 from datasets import Dataset, DatasetDict
 from enumerable_lm import length_reward
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import align_cbrl
@@ -316,9 +317,22 @@ def test_rubbish_is_refused_by_name(
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(_each_argument()), rubbish)
-def test_anything_is_refused_by_name(valid: dict[str, dict[str, Any]], at: tuple[str, str], value: Any) -> None:
-    name, argument = at
-    outcome = _outcome({**PUBLIC, **SETTINGS}[name], {**valid.get(name, {}), argument: value}, argument)
-    assert outcome in ("taken", "named") or outcome.startswith("refused"), f"{name}({argument}={value!r}): {outcome}"
+def test_anything_is_refused_by_name(
+    valid: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many of each outcome: `python -m pytest tests/test_malformed_inputs.py -m slow -s`."""
+    monkeypatch.chdir(tmp_path)  # a path may be rubbish that can be made
+    everything = {**PUBLIC, **SETTINGS}
+    found: collections.Counter[str] = collections.Counter()
+
+    @settings(max_examples=4000, deadline=None)
+    @given(st.sampled_from(_each_argument()), rubbish)
+    def one(at: tuple[str, str], value: Any) -> None:
+        name, argument = at
+        outcome = _outcome(everything[name], {**valid.get(name, {}), argument: value}, argument)
+        found[outcome.split(":")[0]] += 1
+        assert outcome in ("taken", "named") or outcome.startswith("refused"), f"{name}({argument}={value!r}): {outcome}"
+
+    one()
+    print(dict(found))
+    assert found["named"] >= 0.95 * (found["named"] + found["refused"])

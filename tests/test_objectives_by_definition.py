@@ -31,7 +31,7 @@ from toy_cmdp import ContextualMDP, ExactFollower, Tables, TabularLeader, leader
 from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.followers.solve import soft_policy_iteration, soft_value_iteration
 from toy_cmdp.referee.closed_forms import optimal_bonus
-from toy_cmdp.referee.exact import exact_world, expected_policy_response
+from toy_cmdp.referee.exact import context_values, exact_world, expected_policy_response
 from toy_cmdp.validate import finite_differences, implicit_gradient
 
 SCORE = ExpectedUtility(lambda leader, rollouts: rollouts.steps["score"])
@@ -249,6 +249,21 @@ def _utility_of(inner: Problem, contexts: int) -> Any:
         return torch.cat([utility[:2], utility[2:] - 50])
 
     return type(function)(table)
+
+
+def test_what_a_risk_is_taken_of_has_no_part_of_the_terms_beside_it() -> None:
+    """Contexts are worth what all terms of a mean add up to; of a risk, what it is taken of."""
+    plain = random_cmdp(seed=4, contexts=3)
+    worth = context_values(plain)
+
+    def of(objective: Objective) -> Tensor:
+        return context_values(dataclasses.replace(plain, objective=objective))
+
+    cost: dict[str, Any] = {"cost": plain.objective, "bound": 1.0, "rate": 1.0, "multiplier": 0.25}
+    torch.testing.assert_close(of(Constrained(plain.objective, **cost)), 0.75 * worth)
+    for kind in RISKS:
+        torch.testing.assert_close(of(Constrained(risk(kind, plain.objective), **cost)), worth)
+        torch.testing.assert_close(of(risk(kind, Constrained(plain.objective, **cost))), 0.75 * worth)
 
 
 # ---- the plug-in: nature over the contexts that were drawn, and starts that are not known ----
