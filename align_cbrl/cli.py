@@ -159,8 +159,9 @@ def _parser() -> argparse.ArgumentParser:
         help="check every gradient route against the exact referee",
         description="Compare every route to the hypergradient with the exact one, on tables: relative errors for the "
         "exact routes, deviations in standard errors (z) for the sampled ones. Errors are shares of the norm; "
-        "where a bias is forgiven, z counts only what exceeds it. Rivals are biased by design and are not judged: "
-        "their error is there to be seen.",
+        "where a bias is forgiven, z counts only what exceeds it. p is the probability of such a z where the route is "
+        "right; what fails one is so small that one report in a hundred, on right routes, has a row that fails. Rivals "
+        "are biased by design and are not judged: their error is there to be seen.",
     )
     validate.set_defaults(command=_validate)
     validate.add_argument(
@@ -311,7 +312,7 @@ def _problem(name: str, validation: Any) -> Callable[[int], Any]:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of a validation, aligned; a problem's name stands at its first row only."""
     # z counts standard errors beyond the bias that is forgiven, so the two are never shown apart.
-    columns = ("problem", "route", "relative error", "standard error", "forgiven", "z", "seconds", "")
+    columns = ("problem", "route", "relative error", "standard error", "forgiven", "z", "p", "seconds", "")
     lines = [list(columns)]
     previous = None
     for row in rows:
@@ -323,12 +324,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
                 _number(row["standard_error"] or None, ".1e"),
                 _number(row.get("allowance") or None, ".1e"),
                 _number(row["z"] if row["standard_error"] else None, ".2f"),
+                _number(row.get("p") if row["standard_error"] else None, ".1g"),
                 _number(row["seconds"], ".2f"),
                 {True: "ok", False: "FAILED", None: ""}[row["passed"]],
             ]
         )
         previous = row["problem"]
-    return _aligned(lines, left=(0, 1, 7))
+    return _aligned(lines, left=(0, 1, 8))
 
 
 def _aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:

@@ -430,6 +430,7 @@ class Row:
     passed: bool = True
     seconds: float = 0.1
     allowance: float = 0.0
+    p: float = 1.0
 
 
 @pytest.fixture
@@ -459,12 +460,12 @@ def test_validate_prints_an_aligned_table(validation: ModuleType, capsys: pytest
 def test_a_forgiven_bias_is_shown_beside_the_z_it_lowers(
     validation: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [Row("p", "exact", standard_error=0.0, z=0.0), Row("p", "fitted", 0.02, 0.01, 0.0, allowance=0.05)]
+    rows = [Row("p", "exact", standard_error=0.0, z=0.0), Row("p", "fitted", 0.02, 0.01, 0.5, allowance=0.05, p=0.4)]
     monkeypatch.setattr(validation, "validate", lambda names: rows)
     assert cli.main(["validate"]) == 0
     _, exact, fitted = capsys.readouterr().out.splitlines()
-    assert exact.split() == ["p", "exact", "1.0e-09", "-", "-", "-", "0.10", "ok"]
-    assert fitted.split() == ["fitted", "2.0e-02", "1.0e-02", "5.0e-02", "0.00", "0.10", "ok"]
+    assert exact.split() == ["p", "exact", "1.0e-09", "-", "-", "-", "-", "0.10", "ok"]
+    assert fitted.split() == ["fitted", "2.0e-02", "1.0e-02", "5.0e-02", "0.50", "0.4", "0.10", "ok"]
 
 
 def test_validate_gives_json_without_nan(validation: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

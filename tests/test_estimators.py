@@ -294,7 +294,9 @@ def test_plug_in_with_defaults_climbs_as_high_as_the_exact_gradient(temperature,
             optimizer.step()
         return leader_value(problem).item()
 
-    assert climb(PlugIn) >= 0.95 * climb(lambda cmdp: ImplicitHypergradient())
+    reached, exact = climb(PlugIn), climb(lambda cmdp: ImplicitHypergradient())
+    print(f"lambda {temperature}, price {price}, seed {seed}: {reached:.4f}, exact {exact:.4f}")
+    assert reached >= 0.95 * exact
 
 
 def test_plug_in_says_what_is_wrong():
@@ -475,22 +477,28 @@ def test_temporal_difference_critic_solves_the_equations_of_the_batch():
 
 def test_sarsa_critic_is_sarsa():
     problem = reward_only(2, states=3)
-    rollouts = batch(problem, 3)
     cell = problem.follower.cmdp.cell
-    credit = problem.objective.utility(problem.leader, rollouts).detach()
-    critique = SarsaCritic(cell, rate=0.3).evaluate(problem, rollouts, credit)
-    q = torch.zeros(6, 3, dtype=torch.float64)
-    cells, action, last = cell(rollouts), rollouts.steps["action"], rollouts.horizon - 1
-    steps = [(b, t) for b in range(3) for t in range(rollouts.horizon)]  # these paths never end before the horizon
-    for place in torch.randperm(len(steps), generator=torch.Generator().manual_seed(0)).tolist():
-        b, t = steps[place]
-        following = 0.0 if t == last else q[cells[b, t + 1], action[b, t + 1]]
-        here = cells[b, t], action[b, t]
-        q[here] += 0.3 * (credit[b, t] + problem.objective.discount * following - q[here])
-    policy = rollouts.steps["log_policy_all"].exp()
-    table = q[cells[:, :-1]]
-    advantage = table.gather(-1, action[..., None])[..., 0] - (policy * table).sum(-1)
-    assert torch.allclose(critique.advantage, advantage, atol=1e-12)
+
+    def sarsa(rollouts, q):
+        cells, action, last = cell(rollouts), rollouts.steps["action"], rollouts.horizon - 1
+        steps = [(b, t) for b in range(3) for t in range(rollouts.horizon)]  # these paths never end before the horizon
+        for place in torch.randperm(len(steps), generator=torch.Generator().manual_seed(0)).tolist():
+            b, t = steps[place]
+            following = 0.0 if t == last else q[cells[b, t + 1], action[b, t + 1]]
+            here = cells[b, t], action[b, t]
+            q[here] += 0.3 * (credit[b, t] + problem.objective.discount * following - q[here])
+        policy, table = rollouts.steps["log_policy_all"].exp(), q[cells[:, :-1]]
+        return table.gather(-1, action[..., None])[..., 0] - (policy * table).sum(-1)
+
+    q, memory = torch.zeros(6, 3, dtype=torch.float64), []
+    for seed in range(3):  # a batch is of context 1, 0, and one of them again
+        rollouts = batch(problem, 3, seed)
+        credit = problem.objective.utility(problem.leader, rollouts).detach()
+        alone = SarsaCritic(cell, rate=0.3).evaluate(problem, rollouts, credit).advantage
+        assert torch.allclose(alone, sarsa(rollouts, torch.zeros_like(q)), atol=1e-12)
+        carried = SarsaCritic(cell, rate=0.3, memory=memory).evaluate(problem, rollouts, credit).advantage
+        assert torch.allclose(carried, sarsa(rollouts, q), atol=1e-12)
+    assert not torch.allclose(carried, alone, atol=1e-6)
     assert torch.allclose(
         SarsaCritic(cell, rate=0.002, passes=3000).evaluate(problem, rollouts, credit).advantage,
         TemporalDifferenceCritic(cell).evaluate(problem, rollouts, credit).advantage,

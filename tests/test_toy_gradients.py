@@ -21,7 +21,7 @@ from oracles import (
 from align_cbrl.estimators.critics import FittedCritic
 from align_cbrl.estimators.policy_response import PolicyResponse
 from toy_cmdp import ExactCritic, expected_policy_response, four_rooms, leader_value, random_cmdp
-from toy_cmdp.validate import PROBLEMS, SAMPLED, bias_bound, deviations, validate
+from toy_cmdp.validate import PROBLEMS, SAMPLED, bias_bound, chance, deviations, sample_gradients, validate
 
 
 def expected(problem):
@@ -148,6 +148,39 @@ def test_validate_fails_a_wrong_route(monkeypatch):
     monkeypatch.setattr("toy_cmdp.validate.SAMPLED", (broken,))
     rows = validate(["layered"], repetitions=10, paths=256)
     assert [row.route for row in rows if row.passed is False] == ["sampled_exact_critic"]
+
+
+def test_a_report_on_right_routes_fails_once_in_a_hundred(monkeypatch):
+    """Four standard errors of forty batches, eight directions a row: every fifth report on a hundred rows."""
+    assert 1 - (1 - chance(torch.tensor([4.0] + 7 * [0.0]), 40)) ** 100 == pytest.approx(0.2, abs=0.01)
+    generator = torch.Generator().manual_seed(0)
+    referee = torch.ones(20, dtype=torch.float64)
+    found = []
+    for _ in range(1500):
+        estimates = referee + torch.randn(40, 20, generator=generator, dtype=torch.float64)
+        found.append(chance(deviations(estimates, referee), 40))
+    for level in (0.01, 0.1, 0.5):
+        share = sum(p < level for p in found) / len(found)
+        assert share == pytest.approx(level, abs=3 * (level * (1 - level) / len(found)) ** 0.5)
+
+    monkeypatch.setattr("toy_cmdp.validate.chance", lambda deviations, repetitions: 1e-3)
+    for copies, passed in ((1, False), (20, True)):
+        monkeypatch.setattr("toy_cmdp.validate.SAMPLED", SAMPLED[:1] * copies)
+        rows = validate(["layered"], repetitions=2, paths=2)
+        assert {row.passed for row in rows if row.route == "sampled_exact_critic"} == {passed}
+
+
+def test_wrong_estimators_are_found_among_a_hundred_rows():
+    problem = random_cmdp(seed=0)
+    referee = implicit_gradient(problem)
+    least = 1 - 0.99 ** (1 / 100)
+
+    def p(estimator):
+        return chance(deviations(sample_gradients(problem, estimator, repetitions=40, paths=256, seed=0), referee), 40)
+
+    assert p(PolicyResponse(ExactCritic())) > 0.01
+    for name in ("own_path_critic", "myopic", "no_soft_value", "no_leader_value"):
+        assert p(MUTANTS[name]) < least, name
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -60,15 +60,17 @@ class SarsaCritic(Critic):
 
         Q(s, a) <- Q(s, a) + rate * ( u + gammaF Q(s', a') - Q(s, a) ),   Q = 0 after the last step;
 
-    A_F = Q - E_pi Q under the follower's known policy. The published code carries Q from one leader step to the next;
-    here each batch stands alone, as everywhere else. One pass leaves most of Q near zero, where it began: a strong
-    shrinkage, and at few paths a smaller error than the fixed point of many passes (`TemporalDifferenceCritic`).
+    A_F = Q - E_pi Q under the follower's known policy. The published code carries Q from one leader step to the next:
+    pass a `memory`. From zero, one pass leaves most of Q near zero, where it began: a strong shrinkage, and at few
+    paths a smaller error than the fixed point of many passes (`TemporalDifferenceCritic`).
 
     Attributes:
         cell: maps rollouts to the cell of every visited state, long [B, T + 1], other ones in other contexts.
         rate: in (0, 1]; the published code searches 0.1, 0.3, ..., 1.
         passes: over the batch, at least 1.
         seed: of the orders.
+        memory: Q that a batch begins with and leaves behind, pair by pair; an empty list to begin with carries Q from
+            batch to batch. None: each batch stands alone.
 
     Raises:
         InputError: a rate or a number of passes out of range; rollouts without "action" and "log_policy_all".
@@ -87,6 +89,7 @@ class SarsaCritic(Critic):
     rate: Positive = 0.1
     passes: Count = 1
     seed: Whole = 0
+    memory: list[float] | None = None
 
     def __post_init__(self) -> None:
         if not (0 < self.rate <= 1):
@@ -97,19 +100,21 @@ class SarsaCritic(Critic):
     def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:
         """Advantage [B, T] of the credit."""
         seen = visits(rollouts, self.cell)
-        end = len(seen.pair.count)  # the place of a Q that stays zero
-        following = torch.full_like(seen.pair.index, end)
-        following[:-1] = torch.where(_goes_on(seen.pair.place, rollouts.horizon), seen.pair.index[1:], end)
+        pair, count = seen.pair.index + 1, len(seen.pair.count)  # place 0 is of a Q that stays zero
+        following = torch.zeros_like(pair)
+        following[:-1] = torch.where(_goes_on(seen.pair.place, rollouts.horizon), pair[1:], 0)
         gain = credit.reshape(-1)[seen.pair.place]
-        values, rate, discount = [0.0] * (end + 1), self.rate, problem.objective.discount
+        values = [] if self.memory is None else self.memory
+        values.extend([0.0] * (count + 1 - len(values)))
+        rate, discount = self.rate, problem.objective.discount
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.passes):
             order = torch.randperm(len(gain), generator=generator)
-            steps = zip(seen.pair.index[order].tolist(), following[order].tolist(), gain[order].tolist(), strict=True)
-            for pair, after, utility in steps:
-                value = values[pair]
-                values[pair] = value + rate * (utility + discount * values[after] - value)
-        q = torch.tensor(values[:end], dtype=credit.dtype)
+            steps = zip(pair[order].tolist(), following[order].tolist(), gain[order].tolist(), strict=True)
+            for here, after, utility in steps:
+                value = values[here]
+                values[here] = value + rate * (utility + discount * values[after] - value)
+        q = torch.tensor(values[1 : count + 1], dtype=credit.dtype)
         return Critique(_centred(q, seen, rollouts))
 
 
