@@ -303,6 +303,8 @@ class HPGD:
             return self.problem.leader.prepare(rollouts)
 
     def _certify(self, rollouts: Rollouts) -> Certificate | None:
+        if not self.hypergradient.best_response:
+            return None
         certificate = certify(
             self.problem,
             rollouts,
