@@ -33,6 +33,7 @@ from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.natural import Natural
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.search import Climb, Halving, successive_halving
+from align_cbrl.estimators.step_response import StepResponse
 from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
 from align_cbrl.estimators.zeroth_order import ZerothOrder
 from align_cbrl.hpgd import HPGD, HPGDConfig
@@ -114,6 +115,7 @@ __all__ = [
     # how its gradient is estimated
     "Hypergradient",
     "PolicyResponse",
+    "StepResponse",
     "GradientEstimator",
     "RandomlyTruncated",
     "Truncated",

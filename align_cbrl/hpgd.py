@@ -369,6 +369,8 @@ class HPGD:
         return batch.knowing(observe(self.problem, batch, self.hypergradient.chunks).lasting)
 
     def _certify(self, rollouts: Rollouts) -> Certificate | None:
+        if not self.hypergradient.best_response:
+            return None
         certificate = certify(
             self.problem,
             rollouts,

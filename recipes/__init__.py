@@ -5,6 +5,7 @@ Modules:
     study: seeds side by side, kept parts, tables, curves, report
     worlds: policies, data, rewards and judges
     tune_weights: the main job: reward weights, or a reward model's head
+    trl_script: somebody's own trl script, without and with a leader
     reward_model: a hacked reward model repaired
     overoptimization: the judge against divergence, plain and tuned
     objectives: one policy under six objectives

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
 
 from align_cbrl import (
     HPGD,
@@ -33,11 +34,12 @@ from align_cbrl import (
     Problem,
     Rollouts,
     RunStopped,
+    StepResponse,
     WorstContext,
     ZerothOrder,
 )
 from align_cbrl.distributed import barrier, initialize, rank, world_size
-from align_cbrl.llm import Judge, RLOOFollower
+from align_cbrl.llm import Judge, LeaderCallback, RewardMixture, RLOOFollower
 from align_cbrl.problem import Follower, Objective, OnRollouts
 
 TEMPERATURE = 2.0
@@ -327,6 +329,51 @@ def hpgd(folder: Path, *, die_at: int | None = None, inside: bool = True) -> dic
     }
 
 
+def low(completion_ids: list[list[int]]) -> list[float]:
+    """Tokens of the first half of the vocabulary."""
+    return [float(sum(token < 4 for token in ids)) for ids in completion_ids]
+
+
+def script(folder: Path) -> dict[str, Any]:
+    """A leader in trl's own GRPO script; a prompt's group straddles the ranks, which start from other weights."""
+    enumeration = lm.Enumeration.random(1)
+    gradients = {}
+    for scale in ("group", "batch", "none"):
+        linear = start_of(enumeration)
+        problem = Problem(linear, ExpectedUtility(enumeration.judge), Scripted(scripted(enumeration).rollouts))
+        StepResponse(scale=scale).backward(problem, problem.follower.rollouts)
+        gradients[scale] = linear.x.grad
+    if world_size() == 1:
+        return {"gradients": gradients}
+    seen: list[dict[str, Any]] = []
+
+    class Looking(KLPriced):
+        def observe(self, leader: Any, rollouts: Rollouts) -> Any:
+            names = ("contexts", "mask", "group", "steps", "log_policy", "log_prior")
+            seen.append({name: getattr(rollouts, name) for name in names})
+            return super().observe(leader, rollouts)
+
+    leader = two_terms(0.1 * (1 + rank()))
+    objective = Looking(ExpectedUtility(Judge(lm.length_reward)), 0.1)
+    args = GRPOConfig(
+        output_dir=str(folder / "script"), max_steps=2, per_device_train_batch_size=6, num_generations=4,
+        max_completion_length=lm.LENGTH, learning_rate=1e-4, report_to="none", use_cpu=True, bf16=False,
+        activation_checkpointing=False, disable_tqdm=True, save_steps=1, logging_steps=1,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        str(folder / "model"), reward_funcs=leader.reward_function(), args=args, train_dataset=lm.prompt_dataset(),
+        callbacks=[LeaderCallback(leader, objective)],
+    )  # fmt: skip
+    trainer.train()
+    calls = [row["leader/judge_calls"] for row in trainer.state.log_history if "leader/judge_calls" in row]
+    return {"gradients": gradients, "seen": seen, "weight": leader.weight.detach(), "calls": calls}
+
+
+def two_terms(start: float) -> RewardMixture:
+    """A leader of two weights."""
+    return RewardMixture({"length": lm.length_reward, "low": low}, {"length": start, "low": 0.3})
+
+
 def main(task: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(240, exit=True)  # nobody waits for ever, and the test sees for what
     initialize()
@@ -340,6 +387,8 @@ def main(task: str, folder: Path) -> None:
         found = hpgd(folder)
     elif task == "outside":
         found = hpgd(folder, inside=False)
+    elif task == "script":
+        found = script(folder)
     else:
         raise AssertionError(task)
     torch.save({**found, "world": world_size()}, folder / f"{task}-{rank()}.pt")

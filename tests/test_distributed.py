@@ -18,7 +18,8 @@ import align_cbrl
 from align_cbrl import InputError, RunStopped
 from align_cbrl.cli import main
 from align_cbrl.distributed import check_launch, share
-from align_cbrl.llm import RLOOFollower
+from align_cbrl.llm import Judge, RLOOFollower
+from align_cbrl.llm.followers.trainer_response import TrainerPolicy
 from align_cbrl.runs.checkpoints import load_checkpoint
 from align_cbrl.runs.metrics import MetricsLog
 
@@ -126,6 +127,35 @@ def test_what_knows_only_its_own_rows_is_refused(numbers: tuple[Path, list[dict[
     for rank in numbers[1]:
         assert "ZerothOrder: expected one process, got 2" in rank["stops"]["estimator"]
         assert "expected one step in a run of 2 processes" in rank["stops"]["horizon"]
+
+
+@pytest.mark.slow
+def test_a_leader_in_somebodys_script_steps_on_the_batch_of_all_processes(tmp_path: Path) -> None:
+    """On every rank the weights are those that one process would take on all completions, from rank 0's start."""
+    lm.build(tmp_path / "model")
+    done = launch(TORCHRUN, "script", tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = results(tmp_path, "script")
+    for scale, gradient in worker.script(tmp_path)["gradients"].items():
+        for rank in ranks:
+            torch.testing.assert_close(rank["gradients"][scale], gradient, rtol=1e-10, atol=0)
+    leader = worker.two_terms(0.1)
+    objective = align_cbrl.KLPriced(align_cbrl.ExpectedUtility(Judge(lm.length_reward)), 0.1)
+    optimizer = torch.optim.Adam(leader.parameters(), lr=0.1, maximize=True)
+    problem = align_cbrl.Problem(leader, objective, TrainerPolicy(1.0))
+    run = align_cbrl.HPGD(problem, optimizer, align_cbrl.StepResponse())
+    for step, parts in enumerate(zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)):
+        assert set(parts[0]["group"].flatten().tolist()) & set(parts[1]["group"].flatten().tolist()) == {1}
+        steps = {name: [row for part in parts for row in part["steps"][name]] for name in parts[0]["steps"]}
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "steps"}
+        whole = align_cbrl.Rollouts(**tensors, steps=steps)
+        if step == 0:
+            leader.rescale(whole)
+        run.leader_step(whole)
+    assert len(ranks[0]["seen"]) == 2
+    for rank in ranks:
+        torch.testing.assert_close(rank["weight"], leader.weight.detach(), rtol=1e-9, atol=1e-12)
+    assert ranks[0]["calls"] and ranks[0]["calls"][0] > 6  # of both
 
 
 @pytest.mark.parametrize(

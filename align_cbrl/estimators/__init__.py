@@ -3,6 +3,7 @@
 Modules:
     hypergradient: the base class of all estimators
     policy_response: PolicyResponse, HPGD's estimator, in one backward pass
+    step_response: StepResponse, through a trainer's next step where there is no best response
     observing: an objective's observations of a batch: in chunks, gathered over processes, differentiated
     critics: GroupCritic and FittedCritic
     baselines: DirectOnly and Myopic, biased baselines

@@ -23,11 +23,13 @@ class Hypergradient(abc.ABC):
             every rank with the gradient on all of them.
         observes: whether `backward` evaluates the objective on the rollouts that it is given; others have a model, or
             draw paths of their own.
+        best_response: whether it goes through the follower's best response, whose distance can then be certified.
         chunks: into how many pieces it cuts the paths to bound memory; 1 when it does not.
     """
 
     over_ranks: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    best_response: ClassVar[bool] = True
     chunks: int = 1
 
     @abc.abstractmethod

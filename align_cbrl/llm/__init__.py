@@ -17,6 +17,7 @@ Modules:
 
 from align_cbrl.llm.data import Preferences, load_preferences, load_prompts
 from align_cbrl.llm.followers.base import LanguageFollower
+from align_cbrl.llm.followers.callback import LeaderCallback
 from align_cbrl.llm.followers.population import Population
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.tilted import TiltedFollower
@@ -65,6 +66,7 @@ __all__ = [
     "TiltedFollower",
     "Population",
     "train_follower",
+    "LeaderCallback",
     "Judge",
     "PairwiseJudge",
     "SetJudge",

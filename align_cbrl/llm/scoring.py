@@ -63,7 +63,7 @@ def call_score_function(function: ScoreFunction, arguments: Mapping[str, Any]) -
         ([2, 3], ['yes', 'no'])
     """
     taken = arguments_taken(function, arguments)
-    return function(**{name: value if name in _OF_TRL else copied(value) for name, value in taken.items()})
+    return function(**{name: value if name in OF_TRL else copied(value) for name, value in taken.items()})
 
 
 def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) -> Tensor:
@@ -222,5 +222,5 @@ def copied(value: Any) -> Any:
 _ATOMS = {str, int, float, bool, bytes, type(None)}
 """What cannot be changed in place."""
 
-_OF_TRL = {"trainer_state", "log_extra", "log_metric", "environments"}
+OF_TRL = {"trainer_state", "log_extra", "log_metric", "environments"}
 """What trl hands to reward functions beside data: its own objects, which are to stay the same."""

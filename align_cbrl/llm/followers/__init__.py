@@ -8,6 +8,9 @@ Modules:
     population: Population, several followers as one
     schedule: Schedule, when the leader steps
     training: plain RLHF on a frozen reward, resumable
+    callback: LeaderCallback, a leader in somebody's own trl script
+    trainer_response: through what the leader's gradient goes there, by the trainer's settings
+    trainer_batch: the trainer's batch as rollouts, and log-probabilities under policy and reference
     prompt_order: the prompts of an optimizer step, as a function of seed and step
     adapters: LoRA policies
 """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import inspect
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -29,6 +30,20 @@ _DEFINED: dict[str, type[LanguageLeader]] = {}
 """Every class of leaders that has been defined in this process, by its name `module:QualName`."""
 
 _OWN = "align_cbrl.llm.leaders."
+
+
+class Watcher(Protocol):
+    """Who is told what a leader's reward function has scored."""
+
+    def saw(
+        self,
+        leader: LanguageLeader,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        fixed: Tensor | None,
+    ) -> None:
+        """The completions, after they were scored, with the leader's `fixed_scores` of them."""
 
 
 class LanguageLeader(Leader):
@@ -57,6 +72,8 @@ class LanguageLeader(Leader):
         >>> Longer(0.5).reward_function()(prompts=["a", "a"], completions=["bc", "bcde"])
         [1.0, 2.0]
     """
+
+    _watcher: weakref.ref[Watcher] | None = None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -111,11 +128,24 @@ class LanguageLeader(Leader):
 
         def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
             with torch.no_grad():
-                scores: list[float] = self.score(prompts, completions, **columns).tolist()
-            return scores
+                fixed = self.fixed_scores(prompts, completions, **columns)
+                scores = (
+                    self.score(prompts, completions, **columns)
+                    if fixed is None
+                    else self.score_from(fixed, prompts, completions, **columns)
+                )
+            watcher = None if self._watcher is None else self._watcher()
+            if watcher is not None:
+                watcher.saw(self, prompts, completions, columns, fixed)
+            listed: list[float] = scores.tolist()
+            return listed
 
         reward.__name__ = type(self).__name__
         return reward
+
+    def watched_by(self, watcher: Watcher) -> None:
+        """Have `watcher.saw` told what the reward function scores; one watcher at a time, which is not kept alive."""
+        self._watcher = weakref.ref(watcher)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the leader to a folder that `load_leader` and `load_reward` read, with a model card.

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from align_cbrl.checks import Positive, checked
+from align_cbrl.distributed import gather_rows
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.calibration import constant, deviations, within_prompts
 from align_cbrl.llm.leaders.correction import Correction
 from align_cbrl.llm.leaders.ellipsoid import minimum_above_zero, nearest_in_ellipsoid
 from align_cbrl.llm.leaders.terms import load_term, save_terms
+from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments, scores_of
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.config import nearest
@@ -104,6 +106,50 @@ class RewardMixture(Correction):
         self.register_buffer("scale", torch.ones(len(terms), dtype=torch.float64))
         self.register_buffer("correlation", torch.eye(len(terms), dtype=torch.float64))
 
+    @classmethod
+    def of(
+        cls, reward_funcs: Sequence[ScoreFunction | str | Path], reward_weights: Sequence[float] | None = None
+    ) -> RewardMixture:
+        """The mixture that a trl script with these `reward_funcs` and `reward_weights` starts from.
+
+        Its budget is the norm of the weights. Terms have the names of their functions.
+
+        Args:
+            reward_funcs: functions, and folders or hub ids of reward models.
+            reward_weights: one for each; None: 1 for each, as in trl.
+
+        Raises:
+            InputError: another number of weights, weights that are all zero, or a model in memory.
+
+        Example:
+            >>> def correct(completions, **columns):
+            ...     return [float("4" in text) for text in completions]
+            >>> def brevity(completions, **columns):
+            ...     return [-float(len(text)) for text in completions]
+            >>> RewardMixture.of([correct, brevity], [1.0, 0.5]).weights()
+            {'correct': 1.0, 'brevity': 0.5}
+        """
+        weights = [1.0] * len(reward_funcs) if reward_weights is None else list(reward_weights)
+        if len(weights) != len(reward_funcs) or not any(weights):
+            raise InputError(
+                f"reward_weights: expected one for each of {len(reward_funcs)} reward functions, not all zero, got "
+                f"{weights}"
+            )
+        terms: dict[str, ScoreFunction] = {}
+        for function in reward_funcs:
+            if isinstance(function, nn.Module):
+                raise InputError(
+                    f"reward_funcs: expected functions, folders or hub ids, got a {type(function).__name__} in memory; "
+                    "save it beside its tokenizer and name the folder"
+                )
+            is_path = isinstance(function, (str, Path))
+            name = Path(str(function)).name if is_path else getattr(function, "__name__", type(function).__name__)
+            name = name if name.isidentifier() or is_path else "reward"
+            while name in terms:
+                name = f"{name}_"
+            terms[name] = RewardModel(function) if isinstance(function, (str, Path)) else function
+        return cls(terms, dict(zip(terms, weights, strict=True)), budget=math.hypot(*weights))
+
     def effective_weight(self) -> Tensor:
         """The weights w, float64 [K], differentiable in x."""
         if self.constraint == "softmax":
@@ -172,6 +218,48 @@ class RewardMixture(Correction):
                 stacklevel=2,
             )
         self.project()  # correlated terms may exceed together what their weights' norm kept
+
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether the terms have been given a scale, by `calibrate` or `rescale`."""
+        return bool((self.scale != 1).any() or (self.shift != 0).any())
+
+    @torch.no_grad()
+    def rescale(self, rollouts: Rollouts) -> None:
+        """As `calibrate`, but the reward stays as it is, up to a constant: for one that a policy is trained on already.
+
+        The weights take up the scales of their terms. Their unit becomes such that the whole reward, whose spread
+        within a prompt is measured here, spreads by the norm that they had; the budget keeps its meaning relative to
+        it. The weights of a softmax, whose sum is fixed, are left alone. In several processes all completions count.
+
+        Args:
+            rollouts: completions of the present policy, with this leader's scores in `known` if they are there.
+
+        Raises:
+            InputError: no prompt has two completions.
+
+        Example:
+            >>> terms = {"short": lambda completions: [-float(len(text)) for text in completions]}
+            >>> mixture = RewardMixture(terms, {"short": 1.0})
+            >>> steps = {"prompt": ["a", "a"], "completion": ["bc", "bcde"]}
+            >>> mixture.rescale(Rollouts.bandit(contexts=torch.tensor([0, 0]), steps=steps))
+            >>> mixture.weights(), mixture.score(["a", "a"], ["b", "bcd"]).diff().item()
+            ({'short': 1.0}, -2.0)
+        """
+        if self.constraint == "softmax":
+            return
+        own = rollouts.known.get(self)
+        scores = gather_rows(self.fixed_scores(**score_arguments(rollouts)) if own is None else own)
+        within, freedom = within_prompts(scores, rollouts.over_ranks())
+        deviation = deviations(within, freedom)
+        still = constant(scores, deviation)
+        norm, spread = self.weight.norm(), deviations((within @ self.weight)[:, None], freedom)[0]
+        unit = norm / spread if not constant(scores @ self.weight[:, None], spread[None]) else torch.ones_like(norm)
+        self.shift.copy_(scores.mean(0))
+        self.scale.copy_(torch.where(still, 1.0, deviation * unit))
+        self.weight.mul_(self.scale)
+        alike = torch.where(still, 0.0, within / deviation)
+        self.correlation.copy_(alike.T @ alike / freedom + torch.diag(still.double()))
 
     @torch.no_grad()
     def spread(self) -> float:
@@ -259,6 +347,10 @@ class RewardMixture(Correction):
     def weights(self) -> dict[str, float]:
         """The present weights w by name, whatever the constraint."""
         return dict(zip(self.terms, self.effective_weight().tolist(), strict=True))
+
+    def raw_weights(self) -> dict[str, float]:
+        """The same in units of the reward functions themselves: trl's `reward_weights` for this reward."""
+        return dict(zip(self.terms, (self.effective_weight() / self.scale).tolist(), strict=True))
 
     def describe(self) -> dict[str, Any]:
         """The weights by name, and the constraint on them."""
