@@ -331,7 +331,9 @@ def test_anything_is_refused_by_name(
         name, argument = at
         outcome = _outcome(everything[name], {**valid.get(name, {}), argument: value}, argument)
         found[outcome.split(":")[0]] += 1
-        assert outcome in ("taken", "named") or outcome.startswith("refused"), f"{name}({argument}={value!r}): {outcome}"
+        assert outcome in ("taken", "named") or outcome.startswith("refused"), (
+            f"{name}({argument}={value!r}): {outcome}"
+        )
 
     one()
     print(dict(found))
