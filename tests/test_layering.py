@@ -160,16 +160,10 @@ def fresh(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_importing_the_package_imports_torch_only_and_fast() -> None:
-    # Processor time, not wall time: on a machine that others use, the latter measures the others.
-    code = (
-        "import sys, time; import align_cbrl; "
-        "print(time.process_time(), *sorted({m.split('.')[0] for m in sys.modules}))"
-    )
-    seconds, *modules = fresh(code).split()
+def test_importing_the_package_imports_torch_only() -> None:
+    modules = fresh("import sys; import align_cbrl; print(*sorted({m.split('.')[0] for m in sys.modules}))").split()
     assert "torch" in modules
     assert not set(modules) & HEAVY
-    assert float(seconds) < 3, f"import align_cbrl took {seconds} s of processor time"
 
 
 def test_help_needs_nothing_heavy() -> None:
