@@ -29,6 +29,7 @@ laboratory: $(READY)  ## every tabular table and figure, the slow tests and benc
 	$(BIN)/align-cbrl run tax_design --config neural.yaml --out runs/tax_design-neural --resume
 	$(BIN)/align-cbrl run principal_agent --out runs/principal_agent --resume
 	$(BIN)/align-cbrl run estimators --out runs/estimators --resume
+	$(BIN)/align-cbrl run variety --out runs/variety --resume
 	$(BIN)/align-cbrl run rtq --out runs/rtq --resume
 	$(BIN)/align-cbrl run convergence --out runs/convergence --resume
 	$(BIN)/align-cbrl validate

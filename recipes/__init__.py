@@ -11,6 +11,7 @@ Modules:
     objectives: one policy under six objectives
     population: one reward for several policies
     preference_dataset: preferences without a judge
+    variety: several good answers instead of one, against the best refit
     four_rooms: the published table
     tax_design: VAT and income tax
     principal_agent: contracts against their closed form
