@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -17,6 +19,12 @@ from transformers import (
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+
+def without_bars() -> None:
+    """Switch off the libraries' bars: a hundred of a fraction of a second each would bury the run's own."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def fine_tune(

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_reward_models
 import torch
 
 from align_cbrl import Distinct, FunctionOfMeans, InputError, PreferenceLikelihood, Rollouts, RunStopped, SetUtility
 from align_cbrl.llm import AnswerKind, Judge, JudgeCache, PairwiseJudge, RemoteJudge, SetJudge
-from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings
+from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings, RewardModelJudgeSettings
 from align_cbrl.llm.settings.objective import (
     ConstrainedSettings,
     ExpectedSettings,
@@ -558,6 +559,9 @@ def test_settings_build_judges(tmp_path: Path) -> None:
     assert judge(None, rollouts(["abc"])).item() == 3.0  # type: ignore[arg-type,call-arg]
     assert (tmp_path / "run/judge_cache.sqlite").is_file() and judge.spent == 1
     assert FunctionSettings(function=f"{tmp_path}/mine.py:score").build(tmp_path).cache.path is None
+    model = tiny_reward_models.build(tmp_path / "model")
+    kept = RewardModelJudgeSettings(reward_model=str(model)).build(tmp_path)
+    assert kept.cache.path == tmp_path / "judge_cache.sqlite"  # so that a resumed run has the same bits
     pairs = FunctionSettings(function=f"{tmp_path}/mine.py:compare", pairwise=True, both_orders=False).build(tmp_path)
     assert isinstance(pairs, PairwiseJudge) and not pairs.both_orders
     assert isinstance(FunctionSettings(function=f"{tmp_path}/mine.py:score", sets=True).build(tmp_path), SetJudge)

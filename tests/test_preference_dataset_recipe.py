@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import datasets
 import enumerable_lm as lm
 import pytest
 from align_cbrl.recipes.preference_dataset.data import annotated_replies, load_parts
@@ -66,9 +67,13 @@ def command(material: Path, out: Path, *overrides: str) -> list[str]:
     ],
     ids=["mixture", "head"],
 )
-def test_a_file_of_pairs_is_all_it_takes(material: Path, tmp_path: Path, overrides: list[str]) -> None:
+def test_a_file_of_pairs_is_all_it_takes(
+    material: Path, tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
+    datasets.enable_progress_bars()
     assert main(command(material, out, *overrides)) == 0
+    assert "examples/s" not in capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == ["base", "plain", "pooled", "direct", "hpgd", "fresh"]

@@ -23,7 +23,7 @@ from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.report import Section, Table
 
-from ..fine_tuning import train_reward_model
+from ..fine_tuning import train_reward_model, without_bars
 from ..statistics import mean_and_error, shown
 from ..study import (
     FRESH_SEED,
@@ -167,6 +167,7 @@ class Models:
     """
 
     def __init__(self, config: Config, seed: int, cache: Path) -> None:
+        without_bars()
         self.parts = parts = _parts(config, seed)
         self.policy = Replies().another_policy(PolicySettings(config.model), seed, cache)
 

@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 
@@ -45,6 +43,7 @@ from align_cbrl.runs.facts import facts_of
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
 
+from ..fine_tuning import without_bars
 from ..statistics import mean_and_error
 from .cache import being_made
 from .world import PROXY, PolicySettings, Replies, WorldSettings
@@ -120,9 +119,7 @@ class Bench:
     """
 
     def __init__(self, settings: BenchSettings, seed: int, out: Path, cache: Path) -> None:
-        # Bars of a fraction of a second, a hundred times over, would bury the run's own.
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        without_bars()
         self.settings, self.seed, self.out, self.cache = settings, seed, out, cache
         out.mkdir(parents=True, exist_ok=True)
         world = settings.world

@@ -46,7 +46,8 @@ class _Judge(abc.ABC):
 
     def _options(self, out: Path) -> dict[str, Any]:
         path = self.cache
-        if path is None and (self.budget is not None or isinstance(self, RemoteSettings)):
+        # A model's score depends on its batch by a rounding: a resumed run repeats what it does not ask again.
+        if path is None and (self.budget is not None or isinstance(self, (RewardModelJudgeSettings, RemoteSettings))):
             path = "judge_cache.sqlite"
         return {
             "name": f"judge {self._name}",
@@ -105,7 +106,7 @@ class RewardModelJudgeSettings(_Judge):
 
     Attributes:
         reward_model: folder or hub id of a sequence classifier with one label.
-        budget, cache, batch_size, retries, wait: as for a function.
+        budget, cache, batch_size, retries, wait: as for a function; scores are always kept on disk.
     """
 
     reward_model: str
