@@ -273,6 +273,36 @@ def test_a_sample_without_weight_keeps_a_finite_log_probability() -> None:
     assert torch.isfinite(rollouts.log_policy).all()
 
 
+def test_corrected_samples_have_the_best_responses_log_probabilities() -> None:
+    rows = [[0.3, -0.2, 0.5], [1.0, 0.0, -1.0]]
+    found, rollouts = certified(rows), with_log_ratios(rows)
+    ratio = torch.tensor(rows, dtype=torch.float64)
+    weight = (ratio.exp() / ratio.exp().mean(1, keepdim=True)).reshape(-1)
+    moved = corrected(rollouts, found)
+    assert moved.weight is not None and moved.log_policy is not None and rollouts.log_policy is not None
+    torch.testing.assert_close(moved.weight, weight)
+    torch.testing.assert_close(moved.log_policy, rollouts.log_policy + weight.log()[:, None])
+    assert corrected(moved, found).weight is not None
+
+
+def test_the_numbers_of_a_certificate_by_their_definition() -> None:
+    """Of several groups, of one, whose error is the delta method's, and of one completion, which says nothing."""
+    rows = torch.tensor([[0.3, -0.2, 0.5, 0.1], [1.0, 0.0, -1.0, 2.0], [0.0, 0.1, 0.0, 0.2]], dtype=torch.float64)
+    gaps = rows.exp().mean(1).log() - rows.mean(1)
+    found = certified(rows.tolist())
+    assert found.gap == pytest.approx(gaps.mean().item()) and found.gap_se == pytest.approx(gaps.std().item() / 3**0.5)
+    share = rows.softmax(1)
+    assert found.effective_sample_size == pytest.approx((1 / share.square().sum(1)).mean().item() / 4)
+    assert (found.group_size, found.paths) == (4.0, 12)
+
+    alone = certified(rows[1:2].tolist())
+    influence = rows[1].exp() / rows[1].exp().mean() - rows[1]
+    assert alone.gap == pytest.approx(gaps[1].item()) and alone.gap_se == pytest.approx(influence.std().item() / 2)
+    one = certified([[0.3]])
+    assert (one.gap, one.gap_se, one.gap_debiased, one.gap_debiased_se) == (None, None, None, None)
+    assert (one.alarm, one.correction_pays, one.effective_sample_size) == (None, False, 1.0)
+
+
 # ---- weights of groups of different sizes ----
 
 

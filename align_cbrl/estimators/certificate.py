@@ -34,7 +34,8 @@ class Certificate:
 
     Attributes:
         gap: nats, the mean over groups of log mean exp(rho) - mean rho (`best_response_gap`): in expectation at most
-            KL(pi || pi*), for every group size. None when the samples are weighted, and stand for pi* already.
+            KL(pi || pi*), for every group size. None when the samples are weighted, and stand for pi* already, and for
+            a single completion.
         gap_se: standard error of `gap` over groups; within the group where there is only one.
         gap_debiased: nats, the same by `debiased_gap`: nearly unbiased when small, but no bound.
         gap_debiased_se: its standard error.
@@ -217,19 +218,23 @@ def _evidence(problem: Problem) -> dict[str, float]:
     return mean_evidence([dict(zip(own, row, strict=True)) for row in stakes.tolist()])
 
 
-def _mean_and_error(gaps: Tensor, log_ratio: Tensor) -> tuple[float, float]:
-    """The mean over groups and its standard error; a single group's error by the delta method within it."""
+def _mean_and_error(gaps: Tensor, log_ratio: Tensor) -> tuple[float | None, float | None]:
+    """The mean over groups and its standard error; a single group's error by the delta method within it.
+
+    A single completion says nothing.
+    """
+    if len(log_ratio) < 2:
+        return None, None
     if len(gaps) > 1:
         return float(gaps.mean()), float(gaps.std() / math.sqrt(len(gaps)))
     influence = torch.softmax(log_ratio, 0) * len(log_ratio) - log_ratio
-    error = float(influence.std() / math.sqrt(len(log_ratio))) if len(log_ratio) > 1 else math.inf
-    return float(gaps.mean()), error
+    return float(gaps.mean()), float(influence.std() / math.sqrt(len(log_ratio)))
 
 
 def _alarm(now: Certificate, history: Sequence[Mapping[str, float]], correctable: bool) -> str | None:
     if now.gap_debiased is None or now.gap_debiased_se is None:
         effective = now.effective_sample_size * now.group_size
-        if effective >= _FEW:
+        if now.weight is not None or effective >= _FEW:  # a single completion, or enough of weighted ones
             return None
         return (
             f"the weighted samples stand on {effective:.1f} of {now.group_size:.0f} completions a prompt: raise the "

@@ -11,11 +11,12 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, checked
+from align_cbrl.checks import Count, Range, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Problem, step_seed
 
@@ -80,7 +81,12 @@ OnValues = Callable[[int, Tensor], None]
 
 @checked
 def successive_halving(
-    climb: Climb, starts: Count, halving: Halving, *, every: Count = 10, on_values: OnValues | None = None
+    climb: Climb,
+    starts: Annotated[int, Range(1, 2**24)],
+    halving: Halving,
+    *,
+    every: Count = 10,
+    on_values: OnValues | None = None,
 ) -> int:
     """Run the climb to its end and return the winner: its place among the `starts` leaders that began.
 

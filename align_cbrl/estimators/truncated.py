@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, Whole, checked
+from align_cbrl.checks import Count, Range, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.estimators.random_numbers import generator_for
@@ -17,6 +18,9 @@ from align_cbrl.problem import Follower, Leader, Problem
 from align_cbrl.rollouts import Rollouts
 
 _LARGEST_SEED = 2**62
+
+Levels = Annotated[int, Range(1, 61)]
+"""The number of levels of RT-Q, whose last takes 2^(K + 1) iterations."""
 
 
 class IterativeFollower(Follower):
@@ -121,7 +125,7 @@ class RandomlyTruncated(Hypergradient):
         ([0.667, 0.333], 5.333)
     """
 
-    def __init__(self, estimator: Hypergradient, max_level: Count, seed: Whole = 0, group_size: Count = 1) -> None:
+    def __init__(self, estimator: Hypergradient, max_level: Levels, seed: Whole = 0, group_size: Count = 1) -> None:
         self.estimator = estimator
         self.max_level = max_level
         self.seed = seed

@@ -12,7 +12,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import finite_tensor
+from toy_cmdp.tables.arguments import check_size, finite_tensor
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -78,6 +78,7 @@ def free_rewards(
         (2, 4)
     """
     check_bounds(bounds)
+    check_size(contexts * actions, contexts=contexts, actions=actions)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(contexts, actions, generator=generator, dtype=torch.float64)
     gain = finite_tensor("utility", drawn if utility is None else utility, ("C", "A"))

@@ -14,6 +14,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 from toy_cmdp.tables.sparse import SparseTransition
 
@@ -139,6 +140,7 @@ def gridworld(
     """
     if height * width < 2:
         raise InputError("height, width: expected at least two cells, got one")
+    check_size(4 * height * width, height=height, width=width)
 
     generator = torch.Generator().manual_seed(seed)
     count = max(1, height * width // _CELLS_A_GOAL)

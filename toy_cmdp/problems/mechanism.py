@@ -17,7 +17,7 @@ from align_cbrl.checks import Count, Discount, Probability, Range, Whole, checke
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import finite_tensor, nature_law
+from toy_cmdp.tables.arguments import check_size, finite_tensor, nature_law
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -109,6 +109,9 @@ def mechanism(
     """
     worth = finite_tensor("valuations", valuations, ("C",))
     contexts, states, actions = len(worth), inventory * horizon + 1, max_quantity + 1
+    # Filled in one by one, which takes as long as some 250 numbers at once.
+    sizes = {"inventory": inventory, "horizon": horizon, "max_quantity": max_quantity}
+    check_size(states * actions * max(states, 250), **sizes)
 
     sold = torch.zeros(states, actions, dtype=torch.float64)
     value = torch.zeros(contexts, states, actions, dtype=torch.float64)

@@ -18,7 +18,7 @@ from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower, require_exact
 from toy_cmdp.followers.solve import continuation
-from toy_cmdp.tables.arguments import nature_law
+from toy_cmdp.tables.arguments import check_size, nature_law
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, require_tabular
 from toy_cmdp.tables.transition import policy_system
 
@@ -91,6 +91,7 @@ def meta_rl(
     """
     if length < 2:
         raise InputError(f"length: expected at least 2 cells, got {length}")
+    check_size(2 * length**2, length=length)
     start = length // 2
     if not goals or any(isinstance(g, bool) or not isinstance(g, int) or not 0 <= g < length for g in goals):
         raise InputError(f"goals: expected cells in [0, {length}), one or more, got {list(goals)}")

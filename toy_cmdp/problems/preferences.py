@@ -15,6 +15,7 @@ from align_cbrl.checks import Count, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -81,6 +82,7 @@ def preferences(
         >>> tuple(problem.leader.score.shape), tuple(problem.leader.tables().reward.shape)
         ((2, 1, 5), (2, 1, 5))
     """
+    check_size(prompts * responses * features, prompts=prompts, responses=responses, features=features)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -16,7 +16,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import finite_tensor, law_tensor, nature_law
+from toy_cmdp.tables.arguments import check_size, finite_tensor, law_tensor, nature_law
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -118,6 +118,8 @@ def principal_agent(
         raise InputError(f"output: expected two or more outcomes, got {outcomes}")
     law = law_tensor("outcome_law", outcome_law, (efforts, outcomes))
 
+    histories = (outcomes ** min(periods, 64) - 1) // (outcomes - 1)
+    check_size(efforts * histories**2, periods=periods)
     first = [sum(outcomes**k for k in range(t)) for t in range(periods + 1)]  # where a period's histories begin
     states, last = first[periods], first[periods - 1]
     transition = torch.zeros(1, states, efforts, states, dtype=torch.float64)

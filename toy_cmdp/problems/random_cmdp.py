@@ -9,6 +9,7 @@ from align_cbrl.checks import Count, Discount, NonNegative, Whole, checked
 from align_cbrl.objectives import ExpectedUtility, KLPriced
 from align_cbrl.problem import Objective, Problem
 from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -87,6 +88,8 @@ def random_cmdp(
     """
     layers = 1 if horizon is None else horizon
     total = states * layers
+    sizes = {"contexts": contexts, "states": states, "actions": actions, "parameters": parameters, "horizon": layers}
+    check_size(contexts * total**2 * actions * (1 + parameters), **sizes)
     layer = torch.arange(total) // states
     support = {}
     terminal = torch.zeros(contexts, total, dtype=torch.bool)

@@ -16,7 +16,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
-from toy_cmdp.tables.arguments import finite_tensor
+from toy_cmdp.tables.arguments import check_size, finite_tensor
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 
 
@@ -103,6 +103,8 @@ def stackelberg_game(
     """
     if successors > states:
         raise InputError(f"successors: expected at most states = {states}, got {successors}")
+    sizes = {"contexts": contexts, "states": states, "actions": actions, "leader_actions": leader_actions}
+    check_size(states * actions * leader_actions * max(contexts, states, successors), **sizes)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -17,6 +17,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem, check_temperature
 from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
 from toy_cmdp.tables.line_transition import LineTransition
 
@@ -160,6 +161,7 @@ def tax_design(
     check_temperature("temperature", temperature)
     if grid < 3 or grid % 2 == 0:
         raise InputError(f"grid: expected an odd number of assets >= 3, so that zero is one of them, got {grid}")
+    check_size(len(_PREFERENCES) * grid * len(_HOURS) * (len(_QUANTITIES) ** 3 if joint else 13), grid=grid)
     start = torch.tensor(list(rates), dtype=torch.float64)
     if start.shape != (len(_RATES),) or not bool(((start > 0) & (start < 2)).all()):
         raise InputError(f"rates: expected {', '.join(_RATES)}, each in (0, 2), got {list(rates)}")

@@ -12,7 +12,7 @@ from align_cbrl.checks import Count, Discount, NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import check_discount, check_temperature
 from toy_cmdp.problems.free_rewards import check_bounds
-from toy_cmdp.tables.arguments import finite_tensor
+from toy_cmdp.tables.arguments import check_size, finite_tensor
 
 
 @checked
@@ -123,7 +123,10 @@ def wright_omega(y: float) -> float:
     """
     log_w = y if y < 1 else math.log(y)
     for _ in range(50):  # e^l + l is convex and increasing: monotone after the first step, quadratic at the end
-        log_w -= (math.exp(log_w) + log_w - y) / (math.exp(log_w) + 1)
+        step = (math.exp(log_w) + log_w - y) / (math.exp(log_w) + 1)
+        log_w -= step
+        if abs(step) <= math.ulp(log_w):
+            break
     return math.exp(log_w)
 
 
@@ -168,6 +171,7 @@ def optimal_prices(
     """
     check_temperature("temperature", temperature)
     check_discount("leader_discount", leader_discount)
+    check_size(250 * inventory * horizon, inventory=inventory, horizon=horizon)  # computed one by one
     prices = torch.zeros(inventory, horizon, dtype=torch.float64)
     revenue = torch.zeros_like(prices)
     for t in reversed(range(horizon)):

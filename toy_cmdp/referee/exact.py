@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
@@ -17,6 +17,7 @@ from toy_cmdp.followers.exact import ExactFollower, make_rollouts, require_exact
 from toy_cmdp.followers.solve import SoftSolution, by_context, continuation, per_state, soft_logits
 from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.referee.tabulated import linearised, of_contexts, tabulated_terms, worth
+from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.cmdp import Tables, TabularLeader, gather_steps, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import PolicySystem, expected_next, policy_system, pushed
@@ -304,6 +305,8 @@ def enumerate_paths(problem: Problem, horizon: Count, *, max_paths: Count = 1_00
         state, action = first[:, None], first.new_zeros(len(first), 0)  # [B, t + 1], [B, t]
         for _ in range(horizon):
             alive = state[:, -1] >= 0
+            if not alive.any():
+                break
             here = state[:, -1].clamp(min=0)
             # Of a path that is over, only the empty continuation (action 0) has probability one.
             choice = torch.where(alive[:, None], policy[contexts, here], _one_hot(policy.shape[-1], policy))
@@ -322,6 +325,9 @@ def enumerate_paths(problem: Problem, horizon: Count, *, max_paths: Count = 1_00
                 f"enumerate_paths: some episodes are not over after horizon = {horizon} steps; raise it, or give the "
                 "problem terminal states that every path reaches"
             )
+        check_size(30 * len(contexts) * horizon, horizon=horizon)  # of every step some 30 are kept
+        beyond = horizon - action.shape[1]  # nothing happens there any more
+        state, action = nn.functional.pad(state, (0, beyond), value=-1), nn.functional.pad(action, (0, beyond))
         return make_rollouts(
             contexts,
             state,

@@ -11,6 +11,28 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 
 _SUM_TOLERANCE = 1e-9
+_MOST = 2**24  # numbers in the tables of a problem: 128 MiB each, and seconds to make
+
+
+def check_size(numbers: int, **sizes: int) -> None:
+    """Refuse a problem whose tables nobody could wait for, before memory runs out on them.
+
+    Args:
+        numbers: in the largest of its tables.
+        **sizes: the arguments that make it so large.
+
+    Raises:
+        InputError: more than 2^24 numbers; it names the largest of the arguments.
+
+    Example:
+        >>> check_size(10_000**2, states=10_000)
+        Traceback (most recent call last):
+        align_cbrl.errors.InputError: states: expected tables of at most 16777216 numbers, got more with states = 10000
+    """
+    if numbers > _MOST:
+        name = max(sizes, key=lambda size: sizes[size])
+        given = ", ".join(f"{size} = {value}" for size, value in sizes.items())
+        raise InputError(f"{name}: expected tables of at most {_MOST} numbers, got more with {given}")
 
 
 def finite_tensor(name: str, value: Any, shape: Sequence[int | str]) -> Tensor:

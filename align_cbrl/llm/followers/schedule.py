@@ -8,7 +8,7 @@ from collections.abc import Callable
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient
-from align_cbrl.estimators.truncated import RandomlyTruncated
+from align_cbrl.estimators.truncated import Levels, RandomlyTruncated
 
 
 @checked
@@ -51,7 +51,7 @@ class Schedule:
     inside: bool = True
     tolerance: Positive | None = None
     limit: Count | None = None
-    levels: Count | None = None
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         least = 1 if self.levels is None else 0
