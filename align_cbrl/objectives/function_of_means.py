@@ -195,6 +195,7 @@ def target_shares(shares: Sequence[NonNegative]) -> Callable[[Tensor], Tensor]:
     return h
 
 
+@checked
 def f1(means: Tensor) -> Tensor:
     """F1 from the shares [3] of true positives, of what is called positive, and of what is positive: 2 t / (c + p).
 
@@ -206,6 +207,7 @@ def f1(means: Tensor) -> Tensor:
     return 2 * means[0] / (means[1] + means[2])
 
 
+@checked
 def harmonic_mean(means: Tensor) -> Tensor:
     """The harmonic mean of two means [2], 2 a b / (a + b), which the smaller one rules; both should be positive.
 
@@ -217,6 +219,7 @@ def harmonic_mean(means: Tensor) -> Tensor:
     return 2 * means[0] * means[1] / (means[0] + means[1])
 
 
+@checked
 def ratio(means: Tensor) -> Tensor:
     """The ratio of two means [2], a / b: what is gained per unit of what is spent.
 
