@@ -63,11 +63,13 @@ class _Objective(abc.ABC):
         Raises:
             InputError: a judge of pairs or of sets with another kind, or a cost that is not among `costs`.
         """
-        for other, does, kind in ((PairwiseJudge, "compares pairs", "preference"), (SetJudge, "scores sets", "set")):
-            if isinstance(judge, other):
-                raise InputError(
-                    f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}; use kind {kind!r}"
-                )
+        if isinstance(judge, (PairwiseJudge, SetJudge)):
+            does = (
+                "compares pairs; use kind 'preference'"
+                if isinstance(judge, PairwiseJudge)
+                else "scores sets; use kind 'set'"
+            )
+            raise InputError(f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}")
         return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})))
 
     def _fitted(self, objective: Objective) -> Objective:
