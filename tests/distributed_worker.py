@@ -20,10 +20,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from align_cbrl import (
     HPGD,
+    BestOf,
     Constrained,
     CVaR,
     EntropicRisk,
     ExpectedUtility,
+    FunctionOfMeans,
     HPGDConfig,
     InputError,
     KLPriced,
@@ -34,12 +36,14 @@ from align_cbrl import (
     Problem,
     Rollouts,
     RunStopped,
+    SetUtility,
     StepResponse,
     WorstContext,
     ZerothOrder,
 )
 from align_cbrl.distributed import barrier, initialize, rank, world_size
 from align_cbrl.llm import Judge, LeaderCallback, RewardMixture, RLOOFollower
+from align_cbrl.objectives import ratio
 from align_cbrl.problem import Follower, Objective, OnRollouts
 
 TEMPERATURE = 2.0
@@ -104,6 +108,8 @@ def objectives(enumeration: lm.Enumeration) -> dict[str, Objective]:
         "KL-priced": KLPriced(judge, 0.3),
         "constrained": Constrained(judge, cost=ExpectedUtility(length), bound=1.5, rate=0.5, multiplier=0.2),
         "preferences": PreferenceLikelihood(enumeration.judge, scale=0.8),
+        "sets": SetUtility(BestOf(enumeration.judge), size=2),
+        "means": FunctionOfMeans(ratio, [judge, ExpectedUtility(length)], memory=8),
     }
 
 

@@ -20,11 +20,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_cbrl import (
+    BestOf,
     Constrained,
     CrossFitted,
     CVaR,
     EntropicRisk,
     ExpectedUtility,
+    FunctionOfMeans,
     InputError,
     KLPriced,
     Leader,
@@ -36,10 +38,12 @@ from align_cbrl import (
     Problem,
     Regularised,
     Rollouts,
+    SetUtility,
     WorstContext,
     WorstGroup,
 )
 from align_cbrl.estimators.observing import observe
+from align_cbrl.objectives import ratio
 from toy_cmdp import ContextualMDP, ExactFollower, Tables, TabularLeader, TabularUtility, leader_value
 from toy_cmdp.referee.exact import exact_world, expected_policy_response
 
@@ -109,6 +113,31 @@ def pairs(policy: Tensor, x: Tensor) -> Tensor:
     return (policy[:, :, None] * policy[:, None, :] * likelihood).sum((1, 2))
 
 
+def best_of_three(policy: Tensor, x: Tensor) -> Tensor:
+    """E max(s(y), s(y'), s(y'')), answer by answer; s is the taste."""
+    s = TASTE
+    best = torch.maximum(torch.maximum(s[:, :, None, None], s[:, None, :, None]), s[:, None, None, :])
+    return torch.einsum("ca,cb,cd,cabd->c", policy, policy, policy, best)
+
+
+def moving_cost(x: Tensor) -> Tensor:
+    return 1 + COST + (0.1 * x[2] * SCORE) ** 2
+
+
+def both_means(policy: Tensor, x: Tensor) -> Tensor:
+    return torch.stack([expected(moving_score)(policy, x), expected(moving_cost)(policy, x)])  # [2, C]
+
+
+def of_means(f: Tensor) -> Tensor:
+    a, b = (LAW * f).sum(-1)
+    return a / b
+
+
+def nothing(policy: Tensor, x: Tensor) -> Tensor:
+    """What a price is added to: a function of means has no value in a context."""
+    return torch.zeros(CONTEXTS, dtype=torch.float64)
+
+
 CHOSEN, REJECTED = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
 
 
@@ -137,7 +166,15 @@ BASES: dict[str, tuple[Callable[[], Objective], Exact]] = {
         Exact([(pairs, mean)]),
     ),
     "labels": (labelled, Exact([(labels, mean)])),
+    "sets": (lambda: SetUtility(BestOf(utility(lambda x: TASTE)), size=3), Exact([(best_of_three, mean)])),
+    "means": (
+        lambda: FunctionOfMeans(
+            ratio, [ExpectedUtility(utility(of), depends_on_leader=True) for of in (moving_score, moving_cost)]
+        ),
+        Exact([(nothing, mean), (both_means, of_means)]),
+    ),
 }
+LONG = ("expected", "preferences", "labels")  # with three wrappers; the others with two
 
 
 def priced(exact: Exact) -> Exact:
@@ -214,7 +251,7 @@ RISKS = {"mean_variance", "cvar", "entropic", "worst_context", "worst_group"}
 def chains() -> list[tuple[str, ...]]:
     """A base and up to three different wrappers around it, from the inside out."""
     orders = [order for n in range(4) for order in itertools.permutations(WRAPPERS, n)]
-    return [(base, *order) for base in BASES for order in orders]
+    return [(base, *order) for base in BASES for order in orders if base in LONG or len(order) < 3]
 
 
 def reason_to_refuse(chain: tuple[str, ...]) -> str | None:
@@ -224,11 +261,11 @@ def reason_to_refuse(chain: tuple[str, ...]) -> str | None:
     fitted = False
     for name in wrappers:
         if name in RISKS:
-            if risky:
+            if risky or base == "means":
                 return {"cvar": "CVaR", "entropic": "EntropicRisk", "mean_variance": "MeanVariance"}.get(name, "Worst")
             risky = True
         if name == "cross_fitted":
-            if not risky or fitted or base != "expected":
+            if not risky or fitted:
                 return "CrossFitted"
             fitted = True
         if name == "regularised" and base == "labels" and wrappers.index(name) == 0:
@@ -251,7 +288,7 @@ ACCEPTED = [chain for chain in ALL if not reason_to_refuse(chain)]
 
 
 def test_how_many_compositions_there_are() -> None:
-    assert len(ALL) == 3 * (1 + 9 + 72 + 504)
+    assert len(ALL) == 3 * (1 + 9 + 72 + 504) + 2 * (1 + 9 + 72)
     assert len(ACCEPTED) > 300 and len(REFUSED) > 300
 
 
@@ -379,14 +416,14 @@ class ExactCredit:
 def test_samples_agree_with_enumeration(world: str, request: pytest.FixtureRequest, sampled_functions: None) -> None:
     """PolicyResponse on weighted rollouts that hold every answer: J and its gradient are exact, not estimates.
 
-    Pairs within a group leave out an answer's pair with itself, and cross-fitting leaves out pairs; both are right in
-    expectation over samples only, and have tests of their own. What is checked of them here is that wrapping does not
-    change them: a chain around a cross-fitted risk is the chain around the plain one, where that is linear.
+    Pairs and sets within a group leave out an answer's pair with itself, and cross-fitting leaves out pairs; both are
+    right in expectation over samples only, and have tests of their own. What is checked of them here is that wrapping
+    does not change them: a chain around a cross-fitted risk is the chain around the plain one, where that is linear.
     """
     x = torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64)
     make = bandit if world == "bandit" else request.getfixturevalue(world)
     for chain in ACCEPTED:
-        if chain[0] == "preferences" or "cross_fitted" in chain:
+        if chain[0] in ("preferences", "sets") or "cross_fitted" in chain:
             continue
         objective, exact = build(chain)
         leader, rollouts = make(x)

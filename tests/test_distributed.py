@@ -68,7 +68,7 @@ def test_two_processes_take_the_step_of_one(numbers: tuple[Path, list[dict[str, 
     """Every objective, with and without importance weights, on unequal parts with a prompt that straddles them."""
     _, ranks = numbers
     whole = worker.gradients()
-    assert {rank["world"] for rank in ranks} == {2} and len(whole) == 2 * 2 * 9
+    assert {rank["world"] for rank in ranks} == {2} and len(whole) == 2 * 2 * 11
     for name, one in whole.items():
         scale = one["gradient"].norm()
         assert scale > 0.01, name

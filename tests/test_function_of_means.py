@@ -65,7 +65,11 @@ def means_of(name: str, score: TabularUtility) -> list[Objective]:
 
 
 def answers(name: str) -> Problem:
-    return preferences(objective=lambda score: FunctionOfMeans(H[name], means_of(name, score)), temperature=1.0, seed=3)
+    """Four prompts, each with a follower of its own."""
+    temperature = torch.tensor([0.7, 1.0, 1.5, 2.0], dtype=torch.float64)
+    return preferences(
+        objective=lambda score: FunctionOfMeans(H[name], means_of(name, score)), temperature=temperature, seed=3
+    )
 
 
 def of_paths(horizon: int | None = None) -> Problem:

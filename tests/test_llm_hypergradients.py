@@ -21,10 +21,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_cbrl import (
+    BestOf,
     Constrained,
     CrossFitted,
     CVaR,
+    Distinct,
     ExpectedUtility,
+    FunctionOfMeans,
     KLPriced,
     Leader,
     MeanVariance,
@@ -33,9 +36,11 @@ from align_cbrl import (
     PreferenceLikelihood,
     Problem,
     Rollouts,
+    SetUtility,
     WorstGroup,
 )
 from align_cbrl.llm import LearnedBeta, LengthShaping, LoRA, RewardMixture, RewardModel, RewardModelLeader, Shaped
+from align_cbrl.objectives import target_shares
 from align_cbrl.problem import Observed
 
 TEMPERATURE = 0.7
@@ -147,6 +152,50 @@ def said(world: World) -> Callable[[Rollouts, Tensor, Tensor], Tensor]:
     return preference
 
 
+def exact_best_of(world: World, log_policy: Tensor, size: int) -> Tensor:
+    """The highest of k scores: answers in order of their score, and the k-th power of the probability below each."""
+    score, order = world.enumeration.utility.sort(-1)
+    below = log_policy.exp().gather(-1, order).cumsum(-1)
+    reached = below**size - torch.nn.functional.pad(below[:, :-1], (1, 0)) ** size
+    return (reached * score).sum(-1).mean()
+
+
+def first_tokens(world: World) -> Tensor:
+    """The kind of an answer: its first token, [P, N]."""
+    return torch.tensor([ids[0] for ids in world.enumeration.completions]).expand(world.log_prior.shape)
+
+
+def exact_distinct(world: World, log_policy: Tensor, size: int) -> Tensor:
+    """Kinds of good answers among k: one less the probability that none of the k is of the kind, summed up."""
+    kinds, good = first_tokens(world), world.cost > 0
+    total = torch.zeros(len(log_policy), dtype=torch.float64)
+    for kind in kinds.unique():
+        total = total + 1 - (1 - (log_policy.exp() * (good & (kinds == kind))).sum(-1)) ** size
+    return total.mean()
+
+
+def agreeing(world: World) -> Callable[[Rollouts, Tensor], Tensor]:
+    """A judge of sets of three: the product of their costs."""
+    return lambda rollouts, sets: world.cost.reshape(-1)[rollouts.steps["row"]][sets].prod(-1)
+
+
+LENGTHS = [0.2, 0.3, 0.5]  # shares wanted of answers of no, one and two words
+
+
+def words_of(world: World) -> Tensor:
+    return torch.tensor([len(text.split()) for text in world.texts]).expand(world.log_prior.shape)
+
+
+def of_lengths(world: World) -> list[ExpectedUtility]:
+    return [ExpectedUtility(world.table((words_of(world) == n).double())) for n in range(3)]
+
+
+def exact_targets(world: World, log_policy: Tensor) -> Tensor:
+    shares = torch.stack([(log_policy.exp() * (words_of(world) == n)).sum(-1).mean() for n in range(3)])
+    wanted = torch.tensor(LENGTHS, dtype=torch.float64)
+    return -(wanted * (wanted / shares).log()).sum()
+
+
 def of_topics(worth: Tensor) -> Tensor:
     return torch.stack([worth[[0, 2]].mean(), worth[[1, 3]].mean()])
 
@@ -176,6 +225,20 @@ OBJECTIVES = {
     "constrained": Wanted(
         lambda w: Constrained(expected(w), ExpectedUtility(w.table(w.cost)), bound=0.1, rate=0.1, multiplier=0.7),
         lambda w, r, p: values(w, p).mean() - 0.7 * ((p.exp() * w.cost).sum(-1).mean() - 0.1), 8,
+    ),
+    "best of 3": Wanted(
+        lambda w: SetUtility(BestOf(w.table(w.enumeration.utility)), 3), lambda w, r, p: exact_best_of(w, p, 3), 8
+    ),
+    "good kinds among 4": Wanted(
+        lambda w: SetUtility(Distinct(w.table(first_tokens(w)), w.table(w.cost), least=1e-12), 4),
+        lambda w, r, p: exact_distinct(w, p, 4), 8,
+    ),
+    "judge of sets": Wanted(
+        lambda w: SetUtility(agreeing(w), 3, subsets=16),
+        lambda w, r, p: ((p.exp() * w.cost).sum(-1) ** 3).mean(), 8,
+    ),
+    "targets": Wanted(
+        lambda w: FunctionOfMeans(target_shares(LENGTHS), of_lengths(w)), lambda w, r, p: exact_targets(w, p), 64
     ),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from align_cbrl import (
     CVaR,
     EntropicRisk,
     ExpectedUtility,
+    FunctionOfMeans,
     HPGDConfig,
     InputError,
     Leader,
@@ -30,7 +31,7 @@ from align_cbrl import (
     WorstContext,
     WorstGroup,
 )
-from align_cbrl.objectives import OverContexts
+from align_cbrl.objectives import OverContexts, harmonic_mean
 
 UTILITY = torch.tensor([[0.0, 1.0], [0.3, 2.0]], dtype=torch.float64)  # [C, A]
 TOPICS = ["law", "art"]
@@ -123,6 +124,26 @@ def test_cross_fitting_lowers_the_bias_where_contexts_are_close(name: str) -> No
     rewards = torch.tensor([[0.0, 0.5], [0.2, -1.2]], dtype=torch.float64)  # values 0.62 and 0.64
     plain, fitted = bias(risk, risk, 4, rewards), bias(CrossFitted(risk), risk, 4, rewards)
     assert fitted < 0.2 * plain, (plain, fitted)
+
+
+def test_the_bias_of_a_function_of_means_falls_with_the_batch() -> None:
+    """The slopes come from the completions that they multiply: a bias of one over the batch, by enumeration."""
+    rewards = torch.tensor([[0.0, 0.5], [0.2, -0.5]], dtype=torch.float64)
+    first = torch.tensor([[0.2, 1.0], [0.3, 0.9]], dtype=torch.float64)
+    second = torch.tensor([[1.0, 0.4], [0.8, 0.5]], dtype=torch.float64)
+
+    def of(table: Tensor) -> ExpectedUtility:
+        return ExpectedUtility(lambda leader, r: table[r.contexts, r.steps["answer"]][:, None])
+
+    leaf = rewards.clone().requires_grad_(True)
+    policy = torch.softmax(leaf, -1)
+    a, b = ((policy * table).sum(-1).mean() for table in (first, second))
+    (wanted,) = torch.autograd.grad(2 / (1 / a + 1 / b), leaf)
+    errors = []
+    for group in (4, 8, 16):
+        found = expectation(FunctionOfMeans(harmonic_mean, [of(first), of(second)]), group, rewards)
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    assert errors[0] < 0.25 and errors[1] < 0.55 * errors[0] and errors[2] < 0.55 * errors[1], errors
 
 
 def gradient(objective: Any, rollouts: Rollouts, chunks: int = 1) -> Tensor:

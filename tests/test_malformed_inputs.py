@@ -115,6 +115,13 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "WorstGroup": {"objective": expected, "column": "kind"},
         "CrossFitted": {"objective": align_cbrl.CVaR(expected, 0.5)},
         "PreferenceLikelihood": {"score": _utility},
+        "SetUtility": {"score": align_cbrl.BestOf(_utility), "size": 3},
+        "PassAt": {"score": _utility},
+        "BestOf": {"score": _utility},
+        "Distinct": {"kind": _utility},
+        "SetFunction": {"function": lambda scores: scores.amax(-1), "score": _utility},
+        "FunctionOfMeans": {"h": align_cbrl.objectives.ratio, "utilities": [expected, expected]},
+        "target_shares": {"shares": [0.25, 0.75]},
         "PreferenceData": {"chosen": rollouts, "rejected": rollouts},
         "Regularised": {
             "objective": expected,
@@ -202,6 +209,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "Population": {"members": [llm.TiltedFollower(**of_follower)] * 2},
         "Judge": {"function": length_reward},
         "PairwiseJudge": {"function": length_reward},
+        "SetJudge": {"function": length_reward},
+        "AnswerKind": {"function": length_reward},
         "RemoteJudge": {"url": "http://localhost:1/score"},
         "Completions": {
             "context": torch.tensor([0]),
@@ -233,6 +242,9 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "CVaRSettings": {"share": 0.5},
         "WorstGroupSettings": {"column": "kind"},
         "MeanVarianceSettings": {"aversion": 1.0},
+        "SetSettings": {"size": 3},
+        "TargetSettings": {"answer": "builtins.len", "shares": {"short": 1.0}},
+        "MeansSettings": {"function": "ratio", "cost": "builtins.len"},
         "ConstrainedSettings": {"cost": "builtins.len", "bound": 0.0, "rate": 0.1},
     }
 

@@ -398,7 +398,10 @@ def kinds(leader: Any) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_tables_are_exact(size: int) -> None:
     """The referee's gradient against finite differences, and closed forms against the enumeration of all tuples."""
-    problem = preferences(objective=lambda score: SetUtility(SetFunction(spread, score), size), seed=2)
+    temperature = torch.tensor([0.3, 0.5, 0.8, 1.2], dtype=torch.float64)  # a population: one follower a prompt
+    problem = preferences(
+        objective=lambda score: SetUtility(SetFunction(spread, score), size), temperature=temperature, seed=2
+    )
     score, kind = score_of(problem), TabularUtility(kinds)
     pairs: list[tuple[Any, Any]] = [
         (BestOf(score), SetFunction(lambda s: s.amax(-1), score)),

@@ -42,7 +42,7 @@ class CrossFitted(Wrapping, Risk):
     beside the batch's own. They are up to memory / (contexts a step) steps old, and probabilities are shares of both.
 
     Pairs and sets of completions share members: what they say is not independent of a slope without two completions,
-    and taking it there makes the bias larger (docs/objectives.md). A risk of such a value is only remembered.
+    and taking it there mostly makes the bias larger (docs/objectives.md). A risk of such a value is only remembered.
 
     Args:
         objective: a risk over contexts: `CVaR`, `MeanVariance`, `EntropicRisk`, `WorstContext` or `WorstGroup`.

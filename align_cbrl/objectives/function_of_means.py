@@ -200,6 +200,7 @@ def target_shares(shares: Sequence[NonNegative]) -> Callable[[Tensor], Tensor]:
     return h
 
 
+@checked
 def f1(means: Tensor) -> Tensor:
     """F1 from the shares [3] of true positives, of what is called positive, and of what is positive: 2 t / (c + p).
 
@@ -211,6 +212,7 @@ def f1(means: Tensor) -> Tensor:
     return 2 * means[0] / (means[1] + means[2])
 
 
+@checked
 def harmonic_mean(means: Tensor) -> Tensor:
     """The harmonic mean of two means [2], 2 a b / (a + b), which the smaller one rules; both should be positive.
 
@@ -222,6 +224,7 @@ def harmonic_mean(means: Tensor) -> Tensor:
     return 2 * means[0] * means[1] / (means[0] + means[1])
 
 
+@checked
 def ratio(means: Tensor) -> Tensor:
     """The ratio of two means [2], a / b: what is gained per unit of what is spent.
 

@@ -85,9 +85,8 @@ class _Covering(SetScore):
         has = has.gather(2, order[:, None].expand(-1, has.shape[1], -1))
         everybody = has.new_ones(*has.shape[:2], 1)
         lacking = torch.cat([everybody, ~has], 2).transpose(1, 2)  # [N, 1 + L, G]
-        sums, without = elementary_symmetric(
-            weight[:, None] * lacking, size
-        )  # [N, 1 + L, k + 1], with G before the last
+        # [N, 1 + L, k + 1] and [N, 1 + L, G, k + 1]
+        sums, without = elementary_symmetric(weight[:, None] * lacking, size)
         missed = sums[:, 1:, size] / sums[:, :1, size]  # [N, L]
         every_but = without[:, 0]  # [N, G, k + 1]
         missed_with = lacking[:, 1:] * without[:, 1:, :, size - 1] / every_but[:, None, :, size - 1]  # [N, L, G]

@@ -69,12 +69,12 @@ class _Objective(abc.ABC):
             InputError: a judge of pairs or of sets with another kind, or a cost that is not among `costs`.
         """
         if isinstance(judge, (PairwiseJudge, SetJudge)):
-            does, kind = (
-                ("compares pairs", "preference") if isinstance(judge, PairwiseJudge) else ("scores sets", "set")
+            does = (
+                "compares pairs; use kind 'preference'"
+                if isinstance(judge, PairwiseJudge)
+                else "scores sets; use kind 'set'"
             )
-            raise InputError(
-                f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}; use kind {kind!r}"
-            )
+            raise InputError(f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}")
         return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})), natural)
 
     def _fitted(self, objective: Objective, natural: bool) -> Objective:
