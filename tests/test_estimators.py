@@ -280,23 +280,30 @@ def test_a_damped_gradient_is_a_shorter_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("temperature", "price"), [(0.001, 1.0), (0.003, 3.0), (0.005, 5.0)])
-def test_plug_in_with_defaults_climbs_as_high_as_the_exact_gradient(temperature, price, seed):
-    """Rows that looked like traps led it to .32, -.06 and .79, where the exact ascent reaches .583, .396 and 1.086."""
+@pytest.mark.parametrize(("temperature", "price", "steps"), [(0.001, 1.0, 400), (0.003, 3.0, 400), (0.005, 5.0, 800)])
+def test_plug_in_with_defaults_climbs_as_high_as_the_exact_gradient(temperature, price, steps, seed):
+    """Rows that looked like traps led it to .32, -.06 and .79, where the exact ascent reaches .583, .396 and 1.086.
+
+    In the third cell both rest on a plateau of .79, and leave it when the weight of one cell has grown through a
+    gradient of 2e-5: the exact ascent after 290 steps, the plug-in somewhat later, seed 2 after 560.
+    """
 
     def climb(estimator):
         problem = four_rooms(temperature=temperature, price=price, seed=seed)
         optimizer = torch.optim.Adam(problem.parameters, lr=0.1, maximize=True)
-        chosen = estimator(problem.follower.cmdp)
-        for step in range(400):
+        chosen, values = estimator(problem.follower.cmdp), {}
+        for step in range(1, steps + 1):
             optimizer.zero_grad()
-            chosen.backward(problem, None if isinstance(chosen, ImplicitHypergradient) else batch(problem, 50, step))
+            rollouts = None if isinstance(chosen, ImplicitHypergradient) else batch(problem, 50, step - 1)
+            chosen.backward(problem, rollouts)
             optimizer.step()
-        return leader_value(problem).item()
+            if step in (400, steps):
+                values[step] = round(leader_value(problem).item(), 4)
+        return values
 
     reached, exact = climb(PlugIn), climb(lambda cmdp: ImplicitHypergradient())
-    print(f"lambda {temperature}, price {price}, seed {seed}: {reached:.4f}, exact {exact:.4f}")
-    assert reached >= 0.95 * exact
+    print(f"lambda {temperature}, price {price}, seed {seed}: {reached}, exact {exact}")  # pytest -s
+    assert reached[steps] >= 0.95 * exact[steps]
 
 
 def test_plug_in_says_what_is_wrong():

@@ -317,8 +317,8 @@ def _report(
                     Section(
                         "Along ascents",
                         "Leaders as an ascent from small weights meets them, whoever leads it. Near an optimum the "
-                        "exact hypergradient, by which errors are divided, is small. The remembering plug-in has seen "
-                        "the ascent's batches, 50 paths a leader step.",
+                        "exact hypergradient, by which errors are divided, is small. The remembering plug-in "
+                        "and the carried Q have seen the ascent's batches, 50 paths a leader step.",
                         along,
                     )
                 ]

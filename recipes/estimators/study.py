@@ -39,8 +39,24 @@ def climbers(cmdp: ContextualMDP) -> dict[str, Hypergradient]:
         "exact": ImplicitHypergradient(),
         "plug-in": PlugIn(cmdp),
         "visit-averaged": VisitAveraged(cmdp.cell),
-        "BC-HG": BCHG(SarsaCritic(cmdp.cell), cmdp.cell),
+        "BC-HG": BCHG(SarsaCritic(cmdp.cell, memory=[]), cmdp.cell),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What an ascent's batches have left behind: counts of transitions, and BC-HG's Q."""
+
+    transitions: TransitionMemory = dataclasses.field(default_factory=TransitionMemory)
+    q: list[float] = dataclasses.field(default_factory=list)
+
+    def estimators(self, cmdp: ContextualMDP) -> dict[str, Hypergradient]:
+        """Those that begin with a copy of it, by name."""
+        own = copy.deepcopy(self)
+        return {
+            "plug-in, remembering": PlugIn(cmdp, memory=own.transitions),
+            "BC-HG, Q carried": BCHG(SarsaCritic(cmdp.cell, memory=own.q), cmdp.cell),
+        }
 
 
 class SharedCritic(Critic):
@@ -107,8 +123,8 @@ class Cell:
         ascent = "" if self.ascent is None else f"-{self.ascent}-step{self.leader_steps}"
         return f"{self.problem}{temperature}-leader{self.seed}{ascent}-{self.steps}"
 
-    def build(self) -> tuple[Problem, TransitionMemory | None]:
-        """The problem, and what its ascent has seen of the transitions, if there was one.
+    def build(self) -> tuple[Problem, Seen | None]:
+        """The problem, and what its ascent has seen, if there was one.
 
         Four Rooms is at weights N(0, 1), drawn from the seed, or where the ascent has come to.
         """
@@ -121,22 +137,24 @@ class Cell:
             return problem, None
         return problem, self._climb(problem)
 
-    def _climb(self, problem: Problem) -> TransitionMemory:
+    def _climb(self, problem: Problem) -> Seen:
         follower = problem.follower
         assert isinstance(follower, ExactFollower)
-        memory, climber = TransitionMemory(), climbers(follower.cmdp)[self.ascent or "exact"]
-        witness = PlugIn(follower.cmdp, memory=memory)
+        cmdp, seen = follower.cmdp, Seen()
+        climber = climbers(cmdp)[self.ascent or "exact"]
+        witnesses = PlugIn(cmdp, memory=seen.transitions), BCHG(SarsaCritic(cmdp.cell, memory=seen.q), cmdp.cell)
         optimizer = torch.optim.Adam(problem.parameters, lr=_RATE, maximize=True)
         for step in range(self.leader_steps):
             generator = torch.Generator().manual_seed(step_seed(step_seed(self.seed, -2), step))
             contexts = follower.sample_contexts(_PATHS, generator)
             follower.respond(problem.leader, contexts)
             rollouts = follower.rollout(contexts, 1, generator)
-            estimate(problem, witness, rollouts)  # it sees every batch, whoever leads
+            for witness in witnesses:  # they see every batch, whoever leads
+                estimate(problem, witness, rollouts)
             problem.parameters[0].grad = estimate(problem, climber, rollouts)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return memory
+        return seen
 
 
 def measure(cell: Cell, directions: int) -> dict[str, Any]:
@@ -149,7 +167,7 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
         `coverage`: of the plug-in's 95 % intervals, `given` (the share of batches with intervals), `inside` and
         `outside`, numbers of intervals over the gradient's own direction and `directions` random ones.
     """
-    problem, memory = cell.build()
+    problem, seen = cell.build()
     follower = problem.follower
     assert isinstance(follower, ExactFollower)
     follower.respond(problem.leader, torch.arange(1))
@@ -164,8 +182,8 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
     axes = torch.cat([truth[None], axes])
     axes = axes / axes.norm(dim=1, keepdim=True)
     estimators = sampled_estimators(follower.cmdp)
-    if memory is not None:
-        estimators["plug-in, remembering"] = PlugIn(follower.cmdp)
+    if seen is not None:
+        estimators |= seen.estimators(follower.cmdp)
     errors: dict[str, list[Tensor]] = {name: [] for name in estimators}
     seconds = dict.fromkeys(estimators, 0.0)
     refused: dict[str, str] = {}
@@ -176,11 +194,11 @@ def measure(cell: Cell, directions: int) -> dict[str, Any]:
         rollouts = follower.rollout(follower.sample_contexts(paths, generator), 1, generator)
         sampling += time.process_time() - began
         steps += int(rollouts.mask.sum())
+        if seen is not None:  # the ascent's batches and this one, no other
+            estimators |= seen.estimators(follower.cmdp)
         for name, estimator in estimators.items():
             if name in refused:
                 continue
-            if name == "plug-in, remembering":  # the ascent's batches, and this one
-                estimator = PlugIn(follower.cmdp, memory=copy.deepcopy(memory))
             began = time.process_time()
             try:
                 found = estimate(problem, estimator, rollouts)
