@@ -1,7 +1,7 @@
 """An engineer's own trl script, without and with a leader (docs/trl_script.md).
 
-`python -m align_cbrl.recipes.trl_script`. The desk of the world of replies is rewarded for words that it shares with the request, for a full stop at the end, and
-for big words, which the judge does not like: the one that is hacked.
+`python -m align_cbrl.recipes.trl_script`. The desk of the world of replies is rewarded for words that it shares with
+the request, for a full stop at the end, and for big words, which the judge does not like: the one that is hacked.
 """
 
 from __future__ import annotations

@@ -356,7 +356,8 @@ def script(folder: Path) -> dict[str, Any]:
     class Looking(KLPriced):
         def observe(self, leader: Any, rollouts: Rollouts) -> Any:
             names = ("contexts", "mask", "group", "steps", "log_policy", "log_prior")
-            seen.append({name: getattr(rollouts, name) for name in names})
+            if len(rollouts.known) == 1:  # of the leader's own scores: the first look at a batch
+                seen.append({name: getattr(rollouts, name) for name in names})
             return super().observe(leader, rollouts)
 
     leader = two_terms(0.1 * (1 + rank()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from align_cbrl.llm import Judge, LeaderCallback, LearnedBeta, LengthShaping, Re
 from align_cbrl.llm.conversations import answer_text
 from align_cbrl.llm.followers.trainer_batch import trainer_rollouts
 from align_cbrl.llm.followers.trainer_response import TrainerPolicy, response_of
+from align_cbrl.recipes import trl_script
 
 
 def good(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -388,3 +390,11 @@ def test_rescaling_leaves_the_reward_as_it_is() -> None:
     spread = (within - within.view(2, 3, 3).mean(1).repeat_interleave(3, 0)).square().sum(0) / 4
     assert spread[0] == pytest.approx(float(spread[1]))
     Problem(leader, ExpectedUtility(Judge(judge)), TrainerPolicy(1.0))
+
+
+def test_the_recipe_trains_a_script_without_and_with_a_leader(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--steps", "2", "--every", "1", "--batch", "8", "--learning-rate", "1e-4"]
+    trl_script.main(["--scripts", "grpo", "--seeds", "0", "--model", str(folder), *sizes])
+    lines = capsys.readouterr().out.splitlines()
+    assert [row["led"] for row in map(json.loads, (line for line in lines if line.startswith("{")))] == [False, True]
+    assert lines[-1].startswith("grpo: with a leader less without, ")

@@ -38,9 +38,9 @@ class StepResponse(PolicyResponse):
         dA_i = (dr_i - mean dr) / s - A_i sum_j A_j dr_j / ((G - 1) s'),    s' = s - 1e-4,
 
     and the estimate is unbiased for every group size, up to the factor G / (G - 1), which belongs to eta
-    (docs/trl_script.md; derivation.md, section 5 for the temperature). Groups whose rewards are all alike have A = 0
-    and a derivative of 1 / 1e-4, true for weights that move by less than that; the spread of the other groups stands
-    in for theirs.
+    (docs/trl_script.md; theory: sections 5 and 6 of docs/derivation.md, with A in the place of r). Groups whose rewards
+    are all alike have A = 0 and a derivative of 1 / 1e-4, true for weights that move by less than that; the spread of
+    the other groups stands in for theirs.
 
     It sees no further than the next step, and has no gap to certify. A policy whose completions are all alike gives it
     nothing to go by.
