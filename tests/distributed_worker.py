@@ -146,6 +146,8 @@ def natural() -> dict[str, Any]:
     enumeration = lm.Enumeration.random(1)
     follower, found = scripted(enumeration), {}
     for name, objective in objectives(enumeration).items():
+        if objective.remembers:
+            continue
         leader = start_of(enumeration)
         run = HPGD(Problem(leader, objective, follower), config=HPGDConfig(natural=Natural(nats=0.02)))
         rows = [run.leader_step(follower.rollouts) for _ in range(2)]

@@ -15,6 +15,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.runs.files import write_whole
 
 Cell = str | float | int | None
+_LEVEL_STROKES: tuple[Any, ...] = ((0, (4, 3)), (0, (1, 2)), (0, (8, 2, 1, 2)))
 _LEGEND = 4  # names in a panel, above which one legend stands below the picture
 COLOURS = ("#2f5d8a", "#c8553d", "#4f8a5b", "#8a6bb1", "#b8892b", "#5b6770")
 _SIZES = {1: (5.6, 3.5), 2: (5.2, 3.4), 3: (3.8, 3.0)}  # inches of a panel, by panels in a row
@@ -211,8 +212,9 @@ def _draw(axes: Any, panel: Panel, pens: Mapping[str, tuple[str, str]], *, legen
         axes.set_xscale("log", nonpositive="mask")
     if panel.log_y:
         axes.set_yscale("log", nonpositive="mask")
-    for name, level in panel.levels.items():
-        axes.axhline(level, color="#8b949e", linewidth=1.2, linestyle=(0, (4, 3)), label=_literal(name), zorder=1)
+    for i, (name, level) in enumerate(panel.levels.items()):
+        stroke = _LEVEL_STROKES[i % len(_LEVEL_STROKES)]  # they share a colour, so that they are told apart by this
+        axes.axhline(level, color="#8b949e", linewidth=1.2, linestyle=stroke, label=_literal(name), zorder=1)
     for name, (x, y, *band) in panel.curves.items():
         colour, stroke = pens[name]
         horizontal, vertical = _gaps(x), _gaps(y)

@@ -28,7 +28,6 @@ from ..statistics import interval, mean_and_error, shown
 _LEAST = 0.5  # score from which on an answer is good
 _SIZES = {"prompts": 8, "responses": 16, "features": 6}
 _REFITS = 60  # damped by a half: the fixed point to many digits
-_BATCH = {"contexts_per_step": 8, "group_size": 8}
 
 LABELS = {
     "hpgd": "HPGD, natural steps",
@@ -72,7 +71,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
             write_json(path, kept)
         found.append(kept)
         print(f"seed {seed}: " + ", ".join(f"{LABELS[name]} {share(kept, name)[-1]:.2f}" for name in LABELS))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": LABELS[name],
             "share_of_the_possible_gain": mean_and_error([share(one, name)[-1] for one in found]),
@@ -106,12 +105,19 @@ def one_seed(config: Config, seed: int) -> dict[str, Any]:
 
     curves: dict[str, list[float]] = {}
     for name in ("hpgd", "adam"):
-        sampled, values = variety(config, seed), []
+        sampled = variety(config, seed)
+        values: list[float] = []
         _set(sampled, 0.0)
         natural = Natural(nats=config.nats) if name == "hpgd" else None
         adam = None if natural else torch.optim.Adam(sampled.parameters, lr=0.1, maximize=True)
         loop = HPGDConfig(
-            steps=config.steps, natural=natural, replays=0 if natural else 4, seed=seed, progress=False, **_BATCH
+            steps=config.steps,
+            natural=natural,
+            replays=0 if natural else 4,
+            seed=seed,
+            contexts_per_step=8,
+            group_size=8,
+            progress=False,
         )
         HPGD(
             sampled,
