@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, Problem, Rollouts
+from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, Natural, Problem, Rollouts
 from align_cbrl.llm import Judge, RewardMixture, RLOOFollower, Schedule, load_prompts
 
 from .worlds.cache import cached
@@ -56,15 +54,15 @@ def main(out: Path = Path("runs/loop"), steps: int = 20, rows: int = 3000, seed:
 
     # What the leader wants: the judge's mean score of the best response to its reward.
     problem = Problem(leader, ExpectedUtility(Judge(wanted)), follower)
-    optimizer = torch.optim.Adam(leader.parameters(), lr=0.1, maximize=True)
 
     def show(row: dict[str, float], rollouts: Rollouts) -> None:
         weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in leader.weights().items())
         print(f"leader step {row['step']:2.0f}: judge {row['objective']:.3f}, KL {row['kl']:.2f} nats, {weights}")
         print(f"    {rollouts.steps['prompt'][0]}{rollouts.steps['completion'][0]}")
 
-    config = HPGDConfig(steps=steps, contexts_per_step=8, group_size=8, seed=seed)
-    HPGD(problem, optimizer, config=config, observers=[show]).run()
+    # Each of its steps is taken on all completions judged so far, and moves the best response by a bounded amount.
+    config = HPGDConfig(steps=steps, contexts_per_step=8, group_size=8, natural=Natural(), seed=seed)
+    HPGD(problem, config=config, observers=[show]).run()
     return leader
 
 

@@ -20,8 +20,6 @@ from align_cbrl.groups import Groups
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 
-_LEAST_SHARE = 0.5  # of a remembered batch's effective sample size
-_HALVINGS = 12
 _LARGEST = 4.0  # weight of a path, of a mean of one; measured with natural steps (docs/derivation.md)
 _REMEMBERED = 64  # batches; older ones are from policies too far from the present best response
 
@@ -48,18 +46,12 @@ def at_present(problem: Problem, rollouts: Rollouts, chunks: int = 1) -> Rollout
         )
     with torch.no_grad():
         log_ratio, _, whole = log_ratio_to_response(problem, rollouts, chunks)
-    return _weighted(rollouts, log_ratio, whole)
-
-
-def _weighted(rollouts: Rollouts, log_ratio: Tensor, whole: Rollouts) -> Rollouts:
-    """The rollouts as samples of pi exp(log_ratio), up to a constant of the group; `whole`: those of all ranks."""
-    old = whole.path_weight().to(log_ratio)
-    groups = Groups.of(whole.group[:, 0].to(log_ratio.device))
-    weight = tilt_weights(log_ratio + old.log(), groups.place).clamp(max=_LARGEST)
-    weight = weight / groups.mean(weight)[groups.place]
-    change = (weight / old.clamp(min=math.ulp(0.0))).clamp(min=math.ulp(0.0)).log()
-    own = own_rows(rollouts.size)
-    assert rollouts.log_policy is not None  # or there would be no ratio
+        old, group = whole.path_weight().to(log_ratio), whole.group[:, 0].to(log_ratio.device)
+        weight = tilt_weights(log_ratio + old.log(), group).clamp(max=_LARGEST)
+        groups = Groups.of(group)
+        weight = weight / groups.mean(weight)[groups.place]
+        change = (weight / old.clamp(min=math.ulp(0.0))).clamp(min=math.ulp(0.0)).log()
+        own = own_rows(rollouts.size)
     log_policy = rollouts.log_policy + change[own, None].to(rollouts.log_policy)
     return dataclasses.replace(rollouts, weight=weight[own].to(rollouts.mask.device), log_policy=log_policy)
 
@@ -74,26 +66,13 @@ def all_at_present(problem: Problem, batches: Sequence[Rollouts], newest: Rollou
     """
     if not batches:
         return newest
-    older = Rollouts.joined(batches)
+    older = at_present(problem, Rollouts.joined(batches), chunks)
+    assert older.weight is not None
     numbers = torch.cat([torch.full((batch.size,), i) for i, batch in enumerate(batches)])  # the batch of each path
-    with torch.no_grad():
-        log_ratio, _, whole = log_ratio_to_response(problem, older, chunks)
-    number, group = gather_rows(numbers), whole.group[:, 0].cpu()
-    log_ratio, log_old = log_ratio.cpu(), whole.path_weight().cpu().log()
-
-    def left(power: Tensor) -> Tensor:
-        """The effective share of every batch under weights (pi* / pi)^power, [batches]."""
-        sizes = effective_sample_size(tilt_weights(power[number] * log_ratio + log_old, group), group)
-        return Groups.of(number).mean((sizes / Groups.of(group).sizes)[Groups.of(group).place])
-
-    share = left(torch.ones(len(batches), dtype=log_ratio.dtype))
-    low, high = torch.zeros_like(share), torch.ones_like(share)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        enough = left(middle) >= _LEAST_SHARE
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    power = torch.where(share >= _LEAST_SHARE, torch.ones_like(share), low)
-    older = _weighted(older, power[number] * log_ratio, whole)
+    whole, number = older.over_ranks(), gather_rows(numbers)
+    group = whole.group[:, 0].cpu()
+    left = effective_sample_size(whole.path_weight().cpu(), group) / Groups.of(group).sizes  # [K], a share
+    share = Groups.of(number).mean(left[Groups.of(group).place])  # [batches], over paths
     weight = torch.cat([older.path_weight().cpu() * share[numbers], newest.path_weight().cpu()])
     mean = gather_rows(weight).mean()  # of all ranks
     whole = Rollouts.joined([_unweighted(older), _unweighted(newest)])
