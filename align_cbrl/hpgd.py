@@ -341,7 +341,7 @@ class HPGD:
             pieces = step.change.split([p.numel() for p in problem.parameters])
             for parameter, piece in zip(problem.parameters, pieces, strict=True):
                 parameter.add_(piece.view_as(parameter).to(parameter))
-            problem.leader.project_in(step.metric)
+            problem.leader.project()
         return {"step_nats": step.nats}
 
     def _replay(self) -> dict[str, float]:

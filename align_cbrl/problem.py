@@ -69,16 +69,6 @@ class Leader(nn.Module, abc.ABC):
     def project(self) -> None:
         """Bring the parameters back into the leader's budget; called after every leader step. Default: no budget."""
 
-    def project_in(self, metric: Tensor) -> None:
-        """As `project`, to the point of the budget that is nearest in a metric; called after a natural step.
-
-        A natural step whose projection is another one ends where the budget and the metric, not the objective, say.
-
-        Args:
-            metric: [n, n], positive definite, of all trainable parameters, one after the other. Default: `project`.
-        """
-        self.project()
-
 
 class Observation(abc.ABC):
     """A number of every step that an objective is made of: a utility, a log-ratio, a group label.

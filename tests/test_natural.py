@@ -29,7 +29,6 @@ from align_cbrl import (
 )
 from align_cbrl.estimators.natural import natural_step, response_gradients, response_metric
 from align_cbrl.estimators.replay import all_at_present, at_present
-from align_cbrl.llm.leaders.ellipsoid import minimum_above_zero, nearest_in_ellipsoid
 from toy_cmdp.referee.exact import exact_world
 
 
@@ -162,28 +161,6 @@ def test_a_step_is_as_long_as_it_says() -> None:
         assert moved == pytest.approx(nats, rel=20 * nats**0.5)
         with torch.no_grad():
             x -= step.change
-
-
-@pytest.mark.parametrize("positive", [False, True])
-def test_the_nearest_point_of_a_budget_meets_the_conditions_of_optimality(positive: bool) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(30):
-        size = int(torch.randint(1, 7, (1,), generator=generator))
-        a = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        b = torch.randn(size, size + 1, generator=generator, dtype=torch.float64)
-        point = torch.randn(size, generator=generator, dtype=torch.float64)
-        metric, shape = a @ a.T + 0.02 * torch.eye(size), b @ b.T
-        z = nearest_in_ellipsoid(3 * point, metric, shape, 1.0, positive)
-        slope, normal = metric @ (z - 3 * point), shape @ z
-        free = z > 0 if positive else torch.ones(size, dtype=torch.bool)
-        on_it = abs(float(z @ shape @ z) - 1) < 1e-9
-        multiplier = -float(slope[free] @ normal[free]) / float(normal[free] @ normal[free]) if on_it else 0.0
-        rest = slope + multiplier * normal
-        assert float(z @ shape @ z) < 1 + 1e-9 and multiplier > -1e-9
-        assert float(rest[free].abs().sum()) < 1e-8 * (1 + float(slope.abs().max()))
-        assert not positive or ((z >= 0).all() and (rest[~free] > -1e-8).all())
-    copies = torch.ones(2, 2, dtype=torch.float64)
-    assert minimum_above_zero(copies, torch.tensor([1.0, 1.0], dtype=torch.float64)).sum().item() == pytest.approx(1)
 
 
 def run_of(problem: Problem, out: Path | None = None, **settings: Any) -> HPGD:
@@ -359,4 +336,4 @@ def test_without_log_probabilities_a_step_uses_its_own_batch() -> None:
     batch = problem.follower.rollout(contexts, 8, torch.Generator().manual_seed(0))
     run = HPGD(problem, config=HPGDConfig(natural=Natural(), progress=False))
     row = run.leader_step(dataclasses.replace(batch, log_policy=None, log_prior=None))
-    assert row["step_nats"] == pytest.approx(0.1) and certify(problem, batch) is not None and len(run._memory) == 0
+    assert row["step_nats"] == pytest.approx(0.3) and certify(problem, batch) is not None and len(run._memory) == 0

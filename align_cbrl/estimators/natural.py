@@ -40,7 +40,7 @@ class Natural:
             judged once is used that often.
     """
 
-    nats: Positive = 0.1
+    nats: Positive = 0.3
     ridge: Positive = 0.05
     memory: Count = 64
 
@@ -51,13 +51,11 @@ class NaturalStep:
 
     Attributes:
         change: d [n], of all the leader's trainable parameters, one after the other.
-        metric: F + ridge, [n, n].
         nats: d'(F + ridge) d / 2, at most the bound.
         copies: numbers of two parameters whose gradients are the same up to a factor, or None.
     """
 
     change: Tensor
-    metric: Tensor
     nats: float
     copies: tuple[int, int] | None
 
@@ -102,7 +100,7 @@ def natural_step(
     length = math.sqrt(2 * settings.nats / square)
     if price > 0:
         length = min(length, 1 / price)
-    return NaturalStep(length * direction, damped, length**2 * square / 2, _copies(sampled))
+    return NaturalStep(length * direction, length**2 * square / 2, _copies(sampled))
 
 
 def response_metric(problem: Problem, rollouts: Rollouts) -> Tensor:

@@ -17,7 +17,6 @@ Modules:
     base: LanguageLeader, the base class
     saved: saving, loading and the registry of classes
     mixture: RewardMixture, the weights of several rewards
-    ellipsoid: the point of a mixture's budget that is nearest to where a natural step leads
     reward_model: RewardModelLeader, a head, an adapter or all parameters
     shaped: Shaped, a frozen reward with a learned correction
     length: LengthShaping, a learned length penalty

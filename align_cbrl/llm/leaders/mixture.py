@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from align_cbrl.checks import Positive, checked
@@ -16,7 +17,6 @@ from align_cbrl.distributed import gather_rows
 from align_cbrl.errors import InputError
 from align_cbrl.llm.leaders.calibration import constant, deviations, within_prompts
 from align_cbrl.llm.leaders.correction import Correction
-from align_cbrl.llm.leaders.ellipsoid import minimum_above_zero, nearest_in_ellipsoid
 from align_cbrl.llm.leaders.terms import load_term, save_terms
 from align_cbrl.llm.reward_models import RewardModel
 from align_cbrl.llm.scoring import ScoreFunction, score_arguments, scores_of
@@ -283,15 +283,6 @@ class RewardMixture(Correction):
         if spread > self.budget * (1 + 1e-9):  # no start is moved by the rounding of its own correlation
             self.weight.mul_(self.budget / spread)
 
-    @torch.no_grad()
-    def project_in(self, metric: Tensor) -> None:
-        """As `project`, to the nearest weights in the metric; a softmax has no budget, and is projected as always."""
-        if self.constraint != "softmax":
-            own, shape = metric.to(self.weight), self.correlation.to(self.weight)
-            positive = self.constraint == "positive"
-            self.weight.copy_(nearest_in_ellipsoid(self.weight.detach(), own, shape, self.budget, positive))
-        self.project()
-
     @property
     def lowest_direction(self) -> float:
         """The least entry of a direction that `aim` tells apart, the largest being 1."""
@@ -324,7 +315,7 @@ class RewardMixture(Correction):
         # gelsd: terms that are copies of each other share their weight instead of blowing it up
         aimed = torch.linalg.lstsq(features, labels[:, None], driver="gelsd").solution[:, 0]
         if self.constraint != "free" and (aimed < 0).any():
-            aimed = minimum_above_zero(features.T @ features, features.T @ labels)
+            aimed = torch.from_numpy(nnls(features.cpu().numpy(), labels.cpu().numpy())[0]).to(labels)
         self.aim(aimed)
 
     @torch.no_grad()
