@@ -112,7 +112,8 @@ class HPGD:
     Attributes:
         step: leader steps taken.
         history: one dictionary of metrics a leader step: `step`, `objective`, `gradient_norm`, `leader_seconds`,
-            `follower_seconds`, `leader_share` (of wall time so far), `skipped_steps` (without a gradient, so far), the
+            `follower_seconds`, `leader_share` (of wall time so far), `skipped_steps` (without a gradient, so far),
+            `step_nats` (of a natural step: how far the best response moves, before the budget), the
             estimator's and the follower's own metrics and, for one-step problems with log-probabilities, those of
             `Certificate.metrics` and `corrected` (1 where the samples were weighted).
 
