@@ -331,6 +331,16 @@ def test_scores_that_differ_little_beside_their_size_still_count() -> None:
     assert empty.tolist() == [False, False, True, True] and share == 0.5
 
 
+def test_what_is_judged_alike_points_nowhere_at_all() -> None:
+    """Exactly: an optimizer with momentum must be able to tell that there is no gradient from a small one."""
+    for value in (0.1 + 0.2, 0.7, 1 / 3, 1e6 / 7):
+        for size in (3, 5, 6, 7):
+            rollouts = with_log_ratios([[0.1 * i for i in range(size)]] * 2)
+            objective = ExpectedUtility(lambda leader, rollouts: torch.full(rollouts.mask.shape, value).double())  # noqa: B023
+            metrics = PolicyResponse().backward(dataclasses.replace(standing(), objective=objective), rollouts)
+            assert (metrics["gradient_norm"], metrics["degenerate_groups"]) == (0.0, 1.0)
+
+
 # ---- PolicyResponse and the loop ----
 
 
