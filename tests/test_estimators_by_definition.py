@@ -28,6 +28,7 @@ from align_cbrl.estimators.degenerate import degenerate_groups
 from align_cbrl.estimators.hypergradient import accumulate
 from align_cbrl.estimators.random_numbers import generator_for
 from align_cbrl.estimators.replay import Memory
+from align_cbrl.estimators.sampler_evidence import ALARM
 from align_cbrl.functional import debiased_gap, effective_sample_size, group_advantage, returns_to_go, tilt_weights
 from toy_cmdp import ExactCritic, preferences, random_cmdp
 
@@ -301,6 +302,39 @@ def test_the_numbers_of_a_certificate_by_their_definition() -> None:
     one = certified([[0.3]])
     assert (one.gap, one.gap_se, one.gap_debiased, one.gap_debiased_se) == (None, None, None, None)
     assert (one.alarm, one.correction_pays, one.effective_sample_size) == (None, False, 1.0)
+
+
+def test_log_ratios_are_in_nats_at_every_temperature() -> None:
+    reward = torch.tensor([[0.3, -0.2, 0.5, 0.1]], dtype=torch.float64)
+    policy = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    rollouts = with_log_ratios(reward.tolist(), log_policy=policy, log_prior=2 * policy)
+    for temperature in (0.25, 1.0, 3.0):
+        found = certify(standing(temperature=temperature), rollouts)
+        rho = reward[0] / temperature + policy
+        assert found is not None and found.gap == pytest.approx((rho.exp().mean().log() - rho.mean()).item(), rel=1e-9)
+
+
+class Suspected(Standing):
+    """Its sampler has so many nats of evidence against it."""
+
+    nats = 0.0
+
+    def sampler_evidence(self) -> dict[str, float]:
+        return {"flatter": self.nats, "ends": -50.0}
+
+
+def test_evidence_against_the_sampler_comes_before_any_other_alarm() -> None:
+    follower = Suspected()
+    problem = dataclasses.replace(standing(), follower=follower)
+    history = [{"gap_debiased": 1.0}] * 20
+    for nats, wrong in ((ALARM - 0.1, False), (ALARM + 0.1, True)):
+        follower.nats = nats
+        for rows in ([[0.0] * 4], FAR):
+            found = certify(problem, with_log_ratios(rows), history)
+            assert found is not None and found.sampler_evidence == pytest.approx(nats)
+            assert found.missampled == wrong
+            assert ("not samples of the policy" in (found.alarm or "")) == wrong
+            assert (found.alarm is None) == (not wrong and rows is not FAR)
 
 
 # ---- weights of groups of different sizes ----
