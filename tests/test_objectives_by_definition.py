@@ -204,7 +204,7 @@ def test_labelled_pairs_count_by_their_weight() -> None:
     answers = [
         dataclasses.replace(scored([0.0], [0]), steps={"reward": torch.tensor([r]).double()}) for r in (2.0, 0.5)
     ]
-    data = PreferenceData(*answers)
+    data = PreferenceData(answers[0], answers[1])
     rollouts = scored([1.0, 3.0], [0, 0])
     found = Regularised(SCORE, data, weight=0.25).evaluate(Rewarded(), rollouts)
     assert float(found.value.detach()) == pytest.approx(2 - 0.25 * math.log1p(math.exp(-1.5)), rel=1e-12)
