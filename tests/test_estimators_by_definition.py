@@ -28,6 +28,7 @@ from align_cbrl.estimators.degenerate import degenerate_groups
 from align_cbrl.estimators.hypergradient import accumulate
 from align_cbrl.estimators.random_numbers import generator_for
 from align_cbrl.estimators.replay import Memory
+from align_cbrl.estimators.sampler_evidence import ALARM
 from align_cbrl.functional import debiased_gap, effective_sample_size, group_advantage, returns_to_go, tilt_weights
 from toy_cmdp import ExactCritic, preferences, random_cmdp
 
@@ -303,6 +304,39 @@ def test_the_numbers_of_a_certificate_by_their_definition() -> None:
     assert (one.alarm, one.correction_pays, one.effective_sample_size) == (None, False, 1.0)
 
 
+def test_log_ratios_are_in_nats_at_every_temperature() -> None:
+    reward = torch.tensor([[0.3, -0.2, 0.5, 0.1]], dtype=torch.float64)
+    policy = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    rollouts = with_log_ratios(reward.tolist(), log_policy=policy, log_prior=2 * policy)
+    for temperature in (0.25, 1.0, 3.0):
+        found = certify(standing(temperature=temperature), rollouts)
+        rho = reward[0] / temperature + policy
+        assert found is not None and found.gap == pytest.approx((rho.exp().mean().log() - rho.mean()).item(), rel=1e-9)
+
+
+class Suspected(Standing):
+    """Its sampler has so many nats of evidence against it."""
+
+    nats = 0.0
+
+    def sampler_evidence(self) -> dict[str, float]:
+        return {"flatter": self.nats, "ends": -50.0}
+
+
+def test_evidence_against_the_sampler_comes_before_any_other_alarm() -> None:
+    follower = Suspected()
+    problem = dataclasses.replace(standing(), follower=follower)
+    history = [{"gap_debiased": 1.0}] * 20
+    for nats, wrong in ((ALARM - 0.1, False), (ALARM + 0.1, True)):
+        follower.nats = nats
+        for rows in ([[0.0] * 4], FAR):
+            found = certify(problem, with_log_ratios(rows), history)
+            assert found is not None and found.sampler_evidence == pytest.approx(nats)
+            assert found.missampled == wrong
+            assert ("not samples of the policy" in (found.alarm or "")) == wrong
+            assert (found.alarm is None) == (not wrong and rows is not FAR)
+
+
 # ---- weights of groups of different sizes ----
 
 
@@ -329,6 +363,16 @@ def test_scores_that_differ_little_beside_their_size_still_count() -> None:
     advantage = (credit.view(2, 2) - credit.view(2, 2).mean(1, keepdim=True)).view(4, 1)
     empty, share = degenerate_groups(rollouts, rollouts, credit, advantage)
     assert empty.tolist() == [False, False, True, True] and share == 0.5
+
+
+def test_what_is_judged_alike_points_nowhere_at_all() -> None:
+    """Exactly: an optimizer with momentum must be able to tell that there is no gradient from a small one."""
+    for value in (0.1 + 0.2, 0.7, 1 / 3, 1e6 / 7):
+        for size in (3, 5, 6, 7):
+            rollouts = with_log_ratios([[0.1 * i for i in range(size)]] * 2)
+            objective = ExpectedUtility(lambda leader, rollouts: torch.full(rollouts.mask.shape, value).double())  # noqa: B023
+            metrics = PolicyResponse().backward(dataclasses.replace(standing(), objective=objective), rollouts)
+            assert (metrics["gradient_norm"], metrics["degenerate_groups"]) == (0.0, 1.0)
 
 
 # ---- PolicyResponse and the loop ----

@@ -19,15 +19,17 @@ from align_cbrl import (
     ExpectedUtility,
     Leader,
     MeanVariance,
+    PreferenceData,
     PreferenceLikelihood,
     Problem,
+    Regularised,
     Rollouts,
     WorstContext,
 )
 from align_cbrl.objectives import LogRatio, Utility
 from align_cbrl.objectives.preferences import pair_likelihood
 from align_cbrl.problem import Objective, Observed
-from toy_cmdp import ContextualMDP, ExactFollower, Tables, TabularLeader, leader_value, random_cmdp
+from toy_cmdp import ContextualMDP, ExactFollower, Tables, TabularLeader, leader_value, preferences, random_cmdp
 from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.followers.solve import soft_policy_iteration, soft_value_iteration
 from toy_cmdp.referee.closed_forms import optimal_bonus
@@ -190,6 +192,35 @@ def test_a_judge_of_pairs_is_asked_once_about_each_and_believed_both_ways() -> N
     assert sorted(asked) == pairs and len(pairs) == 6 * 4 / 2
     each = [float(pair_likelihood(reward[i] - reward[j], 0.9)) for i, j in pairs]
     assert float(found.value.detach()) == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
+def test_pairs_under_a_policy_are_differentiated_in_both_of_their_answers() -> None:
+    problem = preferences(seed=3, objective=PreferenceLikelihood)
+    (found,) = expected_policy_response(problem)
+    torch.testing.assert_close(found, implicit_gradient(problem).view_as(found), rtol=1e-8, atol=1e-11)
+
+
+def test_labelled_pairs_count_by_their_weight() -> None:
+    answers = [
+        dataclasses.replace(scored([0.0], [0]), steps={"reward": torch.tensor([r]).double()}) for r in (2.0, 0.5)
+    ]
+    data = PreferenceData(answers[0], answers[1])
+    rollouts = scored([1.0, 3.0], [0, 0])
+    found = Regularised(SCORE, data, weight=0.25).evaluate(Rewarded(), rollouts)
+    assert float(found.value.detach()) == pytest.approx(2 - 0.25 * math.log1p(math.exp(-1.5)), rel=1e-12)
+    assert found.credit[:, 0].tolist() == [1.0, 3.0]  # pairs say nothing about the policy
+
+
+class MovedPrior(NoPrior):
+    def log_prior(self, rollouts: Rollouts) -> Tensor:
+        return torch.full(rollouts.mask.shape, -3.0, dtype=torch.float64)
+
+
+def test_the_log_ratio_is_to_the_prior_that_the_leader_has_moved() -> None:
+    prior = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    rollouts = Rollouts.bandit(contexts=torch.zeros(2).long(), steps={}, log_policy=2 * prior, log_prior=prior)
+    assert LogRatio().of(NoPrior(), rollouts)[:, 0].tolist() == [-1.0, -2.0]
+    assert LogRatio().of(MovedPrior(), rollouts)[:, 0].tolist() == [1.0, -1.0]
 
 
 # ---- contexts that nature never draws ----

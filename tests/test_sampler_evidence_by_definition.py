@@ -140,6 +140,8 @@ def test_a_state_is_a_copy() -> None:
     again.load_state_dict(state)
     again.add(*batch(1), ends=ENDS)
     assert again.by_alternative() == evidence.by_alternative() == other.by_alternative()
+    other.load_state_dict(state)  # what was seen since is evidence all the same
+    assert other.by_alternative() == evidence.by_alternative()
 
 
 def test_the_mean_of_stakes_is_theirs() -> None:

@@ -88,7 +88,30 @@ def test_prompts_follow_the_steps_number_where_batches_are_used_twice(folder: Pa
         assert len(leader.batches) == 2 + (calls == (1, 3))  # the second use of a forgotten batch needs another one
 
 
+def test_a_call_that_begins_in_the_middle_of_a_batchs_turn_ends_it_in_time(folder: Path) -> None:
+    """The second call finds no batch, draws one for what is left of the turn, and another for the next."""
+    follower, seen = made(folder, settings=TWICE, seed=0), []
+    for steps in (1, 3):
+        follower.train(Asked(), steps, lambda step: not seen.append(set(follower.newest.contexts.tolist())))
+    order = PromptOrder(len(lm.PROMPTS), 2, seed=0)
+    assert set(order(0)) != set(order(2))
+    assert seen == [set(order(0)), set(order(0)), set(order(2)), set(order(2))]
+
+
 # ---- states, seeds and schedules ----
+
+
+def test_random_numbers_follow_the_steps_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step has its own, the same in one call as in two."""
+    found = []
+    for calls in ((2,), (1, 1)):
+        seeds: list[int] = []
+        monkeypatch.setattr("align_cbrl.llm.followers.trl.observed.set_seed", seeds.append)
+        follower = made(folder)
+        for steps in calls:
+            follower.train(Asked(), steps)
+        found.append(seeds)
+    assert found[0] == found[1] and len(set(found[0])) == 2
 
 
 def test_a_reset_forgets_the_optimizers_moments(folder: Path) -> None:

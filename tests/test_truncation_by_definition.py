@@ -125,7 +125,7 @@ def test_values_are_shown_every_so_many_steps_and_at_every_cut() -> None:
     halving = Halving(steps=25, cuts=((7, 4), (12, 3), (20, 2)))
     for values, winner in (([0.3, 0.9, 0.1], 1), ([0.3, 0.2, 0.9, 0.5, 0.8], 2)):
         climb, seen = Named(values), [0][:0]
-        shown = {"every": 5, "on_values": lambda at, _: seen.append(at)}  # noqa: B023
+        shown: dict[str, Any] = {"every": 5, "on_values": lambda at, _: seen.append(at)}  # noqa: B023
         assert successive_halving(climb, len(values), halving, **shown) == winner
         assert seen == [5, 7, 10, 12, 15, 20, 25]
         assert sum(steps * leaders for steps, leaders in climb.blocks) == halving.cost(len(values))
