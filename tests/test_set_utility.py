@@ -30,6 +30,7 @@ from align_cbrl import (
     Objective,
     PassAt,
     PolicyResponse,
+    PreferenceLikelihood,
     Problem,
     Rollouts,
     SetFunction,
@@ -331,6 +332,8 @@ def test_a_group_whose_weight_lies_on_one_set_says_nothing() -> None:
         score, g = SCORES[name]
         value, gradient = expectation(SetUtility(score, 2), rollouts)
         assert value == pytest.approx(g([0, 1])) and bool((gradient == 0).all())
+        value, gradient = expectation(SetUtility(score, 3), rollouts)  # nobody's weight makes up for the third
+        assert value == pytest.approx((g([0, 1, 2]) + g([0, 1, 1]) + g([0, 1, 0])) / 3) and bool((gradient == 0).all())
 
 
 @pytest.mark.parametrize(
@@ -433,13 +436,14 @@ def both(leader: Any) -> Tensor:
 # ---- risks ----
 
 
-@pytest.mark.parametrize("name", ["best", "judge of sets"])
-def test_a_risk_of_sets_is_remembered_but_not_cross_fitted(name: str) -> None:
+@pytest.mark.parametrize("name", ["best", "judge of sets", "pairs"])
+def test_a_risk_of_sets_or_pairs_is_remembered_but_not_cross_fitted(name: str) -> None:
     """Three prompts: the slope is that of the risk at their values, whatever completions these are made of."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.arange(3).repeat_interleave(5)
     rollouts = Rollouts.bandit(contexts=prompt, steps={"answer": torch.randint(3, (15,), generator=generator)})
-    sets = SetUtility(SCORES[name][0], 3)
+    pairs = PreferenceLikelihood(of_answer(SCORE), scale=0.5)
+    sets: Objective = pairs if name == "pairs" else SetUtility(SCORES[name][0], 3)
     plain = expectation(MeanVariance(sets, 0.6), rollouts)
     fitted = CrossFitted(MeanVariance(sets, 0.6), memory=3)
     found = expectation(fitted, rollouts)
