@@ -262,6 +262,24 @@ class ExactResponse(Follower):
         )
 
 
+def test_a_replay_asks_a_judge_of_sets_nothing_new() -> None:
+    """Which sets of a group are scored depends on its size alone, so that a replay finds all of them in the cache."""
+    asked: list[set[tuple[int, ...]]] = []
+
+    def judge(rollouts: Rollouts, sets: Tensor) -> Tensor:
+        if len(sets) == 12:  # without those that are asked about in another order
+            asked.append({tuple(row) for row in sets.tolist()})
+        return said(rollouts, sets)
+
+    leader = Rewards(START)
+    optimizer = torch.optim.SGD(leader.parameters(), lr=0.5, maximize=True)
+    config = HPGDConfig(steps=1, contexts_per_step=1, group_size=9, replays=3, progress=False)
+    objective = SetUtility(judge, size=3, subsets=12)
+    HPGD(Problem(leader, objective, ExactResponse()), optimizer, config=config).run()
+    assert len(asked) == 4 and all(sets == asked[0] for sets in asked) and len(asked[0]) == 12
+    assert not torch.equal(leader.x.detach(), START)
+
+
 def test_the_expectation_would_notice_a_wrong_factor() -> None:
     class Unscaled(SetUtility):
         def terms(self, observed: Observed) -> list[Term]:
