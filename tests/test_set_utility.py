@@ -30,6 +30,7 @@ from align_cbrl import (
     Objective,
     PassAt,
     PolicyResponse,
+    PreferenceLikelihood,
     Problem,
     Rollouts,
     SetFunction,
@@ -261,6 +262,24 @@ class ExactResponse(Follower):
         )
 
 
+def test_a_replay_asks_a_judge_of_sets_nothing_new() -> None:
+    """Which sets of a group are scored depends on its size alone, so that a replay finds all of them in the cache."""
+    asked: list[set[tuple[int, ...]]] = []
+
+    def judge(rollouts: Rollouts, sets: Tensor) -> Tensor:
+        if len(sets) == 12:  # without those that are asked about in another order
+            asked.append({tuple(row) for row in sets.tolist()})
+        return said(rollouts, sets)
+
+    leader = Rewards(START)
+    optimizer = torch.optim.SGD(leader.parameters(), lr=0.5, maximize=True)
+    config = HPGDConfig(steps=1, contexts_per_step=1, group_size=9, replays=3, progress=False)
+    objective = SetUtility(judge, size=3, subsets=12)
+    HPGD(Problem(leader, objective, ExactResponse()), optimizer, config=config).run()
+    assert len(asked) == 4 and all(sets == asked[0] for sets in asked) and len(asked[0]) == 12
+    assert not torch.equal(leader.x.detach(), START)
+
+
 def test_the_expectation_would_notice_a_wrong_factor() -> None:
     class Unscaled(SetUtility):
         def terms(self, observed: Observed) -> list[Term]:
@@ -331,6 +350,8 @@ def test_a_group_whose_weight_lies_on_one_set_says_nothing() -> None:
         score, g = SCORES[name]
         value, gradient = expectation(SetUtility(score, 2), rollouts)
         assert value == pytest.approx(g([0, 1])) and bool((gradient == 0).all())
+        value, gradient = expectation(SetUtility(score, 3), rollouts)  # nobody's weight makes up for the third
+        assert value == pytest.approx((g([0, 1, 2]) + g([0, 1, 1]) + g([0, 1, 0])) / 3) and bool((gradient == 0).all())
 
 
 @pytest.mark.parametrize(
@@ -433,13 +454,14 @@ def both(leader: Any) -> Tensor:
 # ---- risks ----
 
 
-@pytest.mark.parametrize("name", ["best", "judge of sets"])
-def test_a_risk_of_sets_is_remembered_but_not_cross_fitted(name: str) -> None:
+@pytest.mark.parametrize("name", ["best", "judge of sets", "pairs"])
+def test_a_risk_of_sets_or_pairs_is_remembered_but_not_cross_fitted(name: str) -> None:
     """Three prompts: the slope is that of the risk at their values, whatever completions these are made of."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.arange(3).repeat_interleave(5)
     rollouts = Rollouts.bandit(contexts=prompt, steps={"answer": torch.randint(3, (15,), generator=generator)})
-    sets = SetUtility(SCORES[name][0], 3)
+    pairs = PreferenceLikelihood(of_answer(SCORE), scale=0.5)
+    sets: Objective = pairs if name == "pairs" else SetUtility(SCORES[name][0], 3)
     plain = expectation(MeanVariance(sets, 0.6), rollouts)
     fitted = CrossFitted(MeanVariance(sets, 0.6), memory=3)
     found = expectation(fitted, rollouts)
