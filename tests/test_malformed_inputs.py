@@ -204,6 +204,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "LanguageFollower": of_follower,
         "TiltedFollower": of_follower,
         "TrainedFollower": of_follower,
+        "LeaderCallback": {"leader": mixture, "objective": expected},
         "RLOOFollower": of_follower,
         "GRPOFollower": of_follower,
         "Population": {"members": [llm.TiltedFollower(**of_follower)] * 2},
