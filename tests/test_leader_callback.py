@@ -16,7 +16,16 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from align_cbrl import ExpectedUtility, HPGDConfig, InputError, KLPriced, PolicyResponse, Problem, StepResponse
+from align_cbrl import (
+    ExpectedUtility,
+    HPGDConfig,
+    InputError,
+    KLPriced,
+    Natural,
+    PolicyResponse,
+    Problem,
+    StepResponse,
+)
 from align_cbrl.errors import CheckpointError
 from align_cbrl.llm import Judge, LeaderCallback, LearnedBeta, LengthShaping, RewardMixture
 from align_cbrl.llm.conversations import answer_text
@@ -133,6 +142,14 @@ def test_rloo_as_it_comes_is_at_its_best_response_and_certified(
     assert leader.weights()["good"] > 0.05
     assert all(row["gap"] >= 0 and row["kl"] > -1 for row in callback.history)
     assert len(logged(trainer, "leader/gap")) == 4  # of the optimizer steps after the first leader step
+
+
+def test_around_a_best_response_steps_may_be_natural(train: Train) -> None:
+    natural = {"config": HPGDConfig(natural=Natural(nats=0.5), progress=False)}
+    leader, callback, _ = train(RLOOConfig, num_generations=4, price=0.01, callback=natural)
+    assert leader.weights()["good"] > 0.005
+    assert all(0 < row["step_nats"] <= 0.501 for row in callback.history)
+    refused(train, "HPGDConfig.natural=.*best response only", callback=natural)
 
 
 def test_what_the_policy_is_trained_on_stays_as_it_was_until_the_leader_moves(train: Train) -> None:
@@ -300,7 +317,7 @@ def test_mistakes_are_told_in_words(train: Train, folder: Path) -> None:
         price=0.1,
         top_k=3,
     )
-    refused(train, "HPGDConfig.replays=2: expected 0", callback={"config": HPGDConfig(replays=2)})
+    refused(train, "HPGDConfig.replays=2: expected none", callback={"config": HPGDConfig(replays=2)})
     refused(train, "reference 'no such model'", price=0.1, callback={"reference": "no such model"})
     with pytest.raises(InputError, match=r"LeaderCallback.every: expected a whole number >= 1, got 0"):
         LeaderCallback(leader, objective, every=0)

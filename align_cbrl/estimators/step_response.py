@@ -78,6 +78,13 @@ class StepResponse(PolicyResponse):
         self._reward = gather_rows(scored[:, 0])
         return super().backward(problem, rollouts)
 
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Tensor:
+        """Refused: nats are those of a best response, which there is not."""
+        raise InputError(
+            "HPGDConfig.natural: expected none with a StepResponse, since a trainer's next step has no metric in nats; "
+            "use an optimizer, or a KL term (beta > 0, and no scaling of rewards), which makes a best response"
+        )
+
     def _trace(self, problem: Problem, rollouts: Rollouts, critique: Critique) -> Tensor:
         """What each reward weighs in the surrogate: the advantages' weights, carried through their normalisation.
 

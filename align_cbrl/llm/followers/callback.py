@@ -62,7 +62,8 @@ class LeaderCallback(TrainerCallback):
             `rescaled` on the first batch it steps on, which leaves the reward as it is.
         objective: what the leader wants.
         every: optimizer steps between leader steps; no fewer than trl trains on one batch for.
-        optimizer: of the leader's parameters, with `maximize=True`; Adam for the weights of a mixture.
+        optimizer: of the leader's parameters, with `maximize=True`; Adam for the weights of a mixture, unless `config`
+            asks for natural steps, which there are around a best response only.
         config: of the leader's steps; `steps`, `contexts_per_step`, `group_size` and `checkpoint_every` are the
             trainer's business.
         reference: hub id or folder of the reference policy; None: the policy that the trainer is given.
@@ -73,9 +74,9 @@ class LeaderCallback(TrainerCallback):
     Raises:
         InputError: a leader without trainable parameters, or one that sets the follower's temperature; no optimizer for
             a leader that is no mixture. When training starts: settings that `response_of` refuses, `reward_weights`,
-            fewer steps between leader steps than a batch is trained on for, replays without a best response, or a
-            resumed run without the leader's state. In training: a trainer that was not given the leader's reward
-            function, or others beside it.
+            fewer steps between leader steps than a batch is trained on for, replays or natural steps without a best
+            response, or a resumed run without the leader's state. In training: a trainer that was not given the
+            leader's reward function, or others beside it.
 
     Example:
         >>> from align_cbrl import ExpectedUtility
@@ -103,8 +104,8 @@ class LeaderCallback(TrainerCallback):
                 "use RLOOFollower with HPGD for it"
             )
         self.leader, self.objective, self.every = leader, objective, every
-        self.optimizer = _adam(leader) if optimizer is None else optimizer
         self.config = HPGDConfig() if config is None else config
+        self.optimizer = _adam(leader) if optimizer is None and self.config.natural is None else optimizer
         self._reference = Reference(reference)
         self._judges = _judges_of(objective)
         self._loop: _Loop | None = None
@@ -271,11 +272,12 @@ class LeaderCallback(TrainerCallback):
                 "the price would be for another policy: set temperature=1, top_p=1, top_k=0 and no min_p, "
                 "repetition_penalty or generation_kwargs"
             )
-        if self.config.replays and not self._response.is_best:
-            raise InputError(
-                f"HPGDConfig.replays={self.config.replays}: expected 0; an old batch can be weighted to stand for a "
-                f"best response only, and the leader goes through {self._response.words}"
-            )
+        for name, value in (("replays", self.config.replays), ("natural", self.config.natural)):
+            if value and not self._response.is_best:
+                raise InputError(
+                    f"HPGDConfig.{name}={value}: expected none; an old batch can be weighted to stand for a best "
+                    f"response only, and the leader goes through {self._response.words}"
+                )
 
     def _learned(self) -> dict[str, float]:
         """What the leader has learned, and what its judges were asked, in all processes together."""
