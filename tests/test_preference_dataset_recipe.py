@@ -73,7 +73,7 @@ def test_a_file_of_pairs_is_all_it_takes(
     out = tmp_path / "run"
     datasets.enable_progress_bars()
     assert main(command(material, out, *overrides)) == 0
-    assert "examples/s" not in capsys.readouterr().err
+    assert "Tokenizing" not in capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == ["base", "plain", "pooled", "direct", "hpgd", "fresh"]
