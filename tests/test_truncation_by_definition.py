@@ -96,11 +96,11 @@ def test_differences_of_a_plane_are_its_slope_along_the_directions(two_sided: bo
     rollouts = Rollouts.bandit(contexts=torch.zeros(1).long(), steps={})
     for radius in (0.1, 2.0):
         problem.leader.zero_grad()
-        estimator = ZerothOrder(radius, directions=4000, two_sided=two_sided, value=plane)
+        estimator = ZerothOrder(radius, directions=500, two_sided=two_sided, value=plane)
         metrics = estimator.backward(problem, rollouts)
         (x,) = problem.parameters
         assert x.grad is not None
-        torch.testing.assert_close(x.grad, slope, rtol=0, atol=0.4)  # deviation: |g| sqrt(2 / 4000) = 0.07
+        torch.testing.assert_close(x.grad, slope, rtol=0, atol=0.7)  # deviation: |g| sqrt(2 / 500) = 0.19
         if not two_sided:
             assert metrics["objective"] == pytest.approx(4.0)
         assert x.tolist() == [1.0, -2.0]
