@@ -409,6 +409,7 @@ def test_rescaling_leaves_the_reward_as_it_is() -> None:
     Problem(leader, ExpectedUtility(Judge(judge)), TrainerPolicy(1.0))
 
 
+@pytest.mark.filterwarnings("ignore:the leader's gradient is zero")  # this policy has none of the desk's words
 def test_the_recipe_trains_a_script_without_and_with_a_leader(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--steps", "2", "--every", "1", "--batch", "8", "--learning-rate", "1e-4"]
     trl_script.main(["--scripts", "grpo", "--seeds", "0", "--model", str(folder), *sizes])
