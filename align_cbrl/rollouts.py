@@ -139,13 +139,10 @@ class Rollouts:
             >>> one = Rollouts.bandit(contexts=torch.tensor([4, 4]), steps={"completion": ["yes", "no"]})
             >>> both = Rollouts.joined([one, one])
             >>> both.contexts.tolist(), both.group[:, 0].tolist(), both.steps["completion"]
-            ([4, 4, 4, 4], [0, 0, 1, 1], ['yes', 'no', 'yes', 'no'])
+            ([4, 4, 4, 4], [8, 8, 9, 9], ['yes', 'no', 'yes', 'no'])
         """
-        numbers, count = [], 0
-        for batch in batches:
-            labels, places = torch.unique(batch.group, return_inverse=True)
-            numbers.append(places + count)
-            count += len(labels)
+        # Not numbered anew: a decision point may have paths in other processes, which count by themselves.
+        numbers = [len(batches) * batch.group + i for i, batch in enumerate(batches)]
         first = batches[0]
         fields = {name: [getattr(batch, name) for batch in batches] for name in ("contexts", "mask", *_OPTIONAL)}
         whole: dict[str, Any] = {

@@ -84,7 +84,7 @@ def natural_step(
         >>> metric = torch.tensor([[2.0, 0.0], [0.0, 8.0]], dtype=torch.float64)
         >>> gradient = torch.tensor([2.0, 8.0], dtype=torch.float64)
         >>> step = natural_step(gradient, metric, Natural(nats=0.2, ridge=1e-12))
-        >>> step.change.tolist(), round(step.nats, 9)  # as long in both, F^-1 g = (1, 1)
+        >>> step.change.round(decimals=9).tolist(), round(step.nats, 9)  # as long in both, F^-1 g = (1, 1)
         ([0.2, 0.2], 0.2)
     """
     sampled = metric if sampled is None else sampled

@@ -55,6 +55,7 @@ class StepResponse(PolicyResponse):
     Example:
         >>> import toy_cmdp
         >>> problem = toy_cmdp.preferences(seed=0)
+        >>> _ = problem.follower.respond(problem.leader, torch.arange(2))
         >>> rollouts = problem.follower.rollout(torch.arange(2), 8, torch.Generator().manual_seed(0))
         >>> StepResponse(scale="batch").backward(problem, rollouts)["gradient_norm"] > 0
         True

@@ -35,6 +35,7 @@ class SetJudge(Asked):
         InputError: a score that depends on the order; a score that is no finite number, or another number of scores.
 
     Example:
+        >>> import torch
         >>> def different(prompts, completions):
         ...     return [float(len(set(texts))) for texts in completions]
         >>> judge = SetJudge(different)
