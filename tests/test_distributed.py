@@ -91,6 +91,8 @@ def test_two_processes_take_the_natural_steps_of_one(numbers: tuple[Path, list[d
             two = rank["natural"][name]
             assert (two["x"] - one["x"]).norm() <= 1e-9 * one["x"].norm(), name
             for row, same in zip(two["rows"], one["rows"], strict=True):
+                for found in (row, same):  # of a weight that CVaR leaves on its edge, rounding decides
+                    found.pop("degenerate_groups", None)
                 assert row == pytest.approx(same, rel=1e-6, abs=1e-9), name
 
 
