@@ -37,7 +37,8 @@ class Natural:
         ridge: added to the metric's diagonal, relative to it: the metric is estimated from few samples, and singular
             where terms are copies of each other, which then share a weight.
         memory: newest batches that every step uses, each weighted as samples of the present best response. What was
-            judged once is used that often.
+            judged once is used that often. A leader without fixed features (`Leader.fixed_features`) scores all of them
+            anew at every step: give it fewer.
     """
 
     nats: Positive = 0.3
