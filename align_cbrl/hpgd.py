@@ -63,7 +63,7 @@ class HPGDConfig:
             or "auto", where `Certificate.correction_pays` decides at every leader step. For one-step problems with
             log-probabilities; elsewhere there is none.
         natural: take natural steps, on all remembered batches, instead of the optimizer's (`Natural`): the default
-            for language models (`hpgd.step` of their recipes). For one-step problems with log-probabilities, and for
+            of `hpgd.step` in the YAML of language models. For one-step problems with log-probabilities, and for
             estimators with a model; None: the optimizer's.
         replays: further updates of the optimizer after each leader step, each on a batch of an earlier step (or this
             one), drawn at random and weighted as samples of the best response to the leader as it is by then. They
