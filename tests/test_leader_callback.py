@@ -198,12 +198,15 @@ def test_log_probabilities_are_those_of_the_policy_that_sampled_and_of_the_start
     assert (rollouts.log_policy - rollouts.log_prior).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("kind", "price"), [(GRPOConfig, 0.1), (RLOOConfig, None)])
+@pytest.mark.parametrize(
+    ("kind", "price", "natural"), [(GRPOConfig, 0.1, None), (RLOOConfig, None, None), (RLOOConfig, 0.01, Natural())]
+)
 def test_a_resumed_script_repeats_the_uninterrupted_one_to_the_last_bit(
-    train: Train, kind: type[Any], price: float | None
+    train: Train, kind: type[Any], price: float | None, natural: Natural | None
 ) -> None:
     rows = Dataset.from_dict({"prompt": lm.PROMPTS * 8})  # trl's own order of prompts resumes within an epoch only
     saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "script": {"train_dataset": rows}}
+    saved |= {} if natural is None else {"callback": {"config": HPGDConfig(natural=natural)}}
     one, whole, trainer = train(kind, price=price, **saved)
     policy = weights(trainer.model)
     for step in Path(trainer.args.output_dir).glob("checkpoint-6"):
@@ -215,8 +218,9 @@ def test_a_resumed_script_repeats_the_uninterrupted_one_to_the_last_bit(
     assert [[row[name] for name in same] for row in whole.history] == [
         [row[name] for name in same] for row in again.history
     ]
+    other = {**saved, "callback": {"config": HPGDConfig(natural=natural, max_gradient_norm=0.5)}}
     with pytest.raises(CheckpointError, match="belongs to another configuration"):
-        train(kind, price=price, resume=True, callback={"config": HPGDConfig(max_gradient_norm=0.5)}, **saved)
+        train(kind, price=price, resume=True, **other)
     for state in Path(resumed.args.output_dir).glob("checkpoint-*/leader"):
         state.rename(state.with_name("lost"))
     with pytest.raises(

@@ -297,6 +297,7 @@ class _Loop(HPGD):
         """Make all processes one, and continue from the state in `folder`, where there is one."""
         initialize()
         self.out = None
+        self._memory.saved = True  # with the trainer's checkpoints
         self._prepare(False)
         if folder is not None:
             self._restore(folder)
