@@ -327,9 +327,7 @@ class HPGD:
         """A natural step, on a batch whose gradient is in `.grad`; metrics: `step_nats`, how far the response moves."""
         problem = self.problem
         gradient = torch.cat([_flat(p.grad, p) for p in problem.parameters])
-        metric = self.hypergradient.metric(problem, batch)
-        plain = None if batch.weight is None else dataclasses.replace(batch, weight=None, log_policy=None)
-        sampled = None if plain is None else self.hypergradient.metric(problem, plain)
+        metric, sampled = self.hypergradient.metric(problem, batch)
         step = natural_step(gradient, metric, settings, problem.objective.price_of_a_nat, sampled)
         if step.copies is not None:
             first, second = (_parameter_name(problem.leader, number) for number in step.copies)

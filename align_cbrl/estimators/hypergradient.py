@@ -39,10 +39,11 @@ class Hypergradient(abc.ABC):
         Metrics: `objective` (the estimated J), `gradient_norm` (of all parameters together).
         """
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> Tensor:
-        """The Fisher metric F of x -> pi*_x that a natural step divides by, [n, n] float64 over all parameters.
+    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """The Fisher metric F of x -> pi*_x that a natural step divides by, and that of the policies that were sampled.
 
-        Default: that of samples of one step (`response_metric`), whatever the estimator.
+        Both are [n, n], float64, over all parameters. Default: those of samples of one step (`response_metric`),
+        whatever the estimator.
         """
         return response_metric(problem, rollouts)
 

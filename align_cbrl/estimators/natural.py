@@ -104,8 +104,10 @@ def natural_step(
     return NaturalStep(length * direction, length**2 * square / 2, _copies(sampled))
 
 
-def response_metric(problem: Problem, rollouts: Rollouts) -> Tensor:
-    """F, the Fisher metric of x -> pi*_x, from samples of one step, [n, n] float64 in nats.
+def response_metric(problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """F, the Fisher metric of x -> pi*_x, from samples of one step, and the same without their weights.
+
+    Both are [n, n], float64, in nats; without weights it is the metric of the policies that were sampled.
 
     It is the mean over paths of the covariance within groups of d log pi* = d(r / lambda) + d log prior, estimated as
     the hypergradient estimates its own covariance (`group_advantage`): both are of the same samples and weights.
@@ -131,10 +133,14 @@ def response_metric(problem: Problem, rollouts: Rollouts) -> Tensor:
         )
     slope = gather_rows(response_gradients(problem, rollouts))  # [B, n]
     whole = rollouts.over_ranks()
-    weight = whole.path_weight(slope.dtype).to(slope.device)
-    centred = group_advantage(slope, whole.group[:, 0].to(slope.device), weight)
-    metric = (weight[:, None] * centred).T @ slope / whole.size
-    return (metric + metric.T) / 2  # which it is but for rounding
+    group = whole.group[:, 0].to(slope.device)
+
+    def covariance(weight: Tensor) -> Tensor:
+        metric = (weight[:, None] * group_advantage(slope, group, weight)).T @ slope / whole.size
+        return (metric + metric.T) / 2  # which it is but for rounding
+
+    sampled = covariance(slope.new_ones(len(slope)))
+    return sampled if whole.weight is None else covariance(whole.path_weight().to(slope)), sampled
 
 
 def response_gradients(problem: Problem, rollouts: Rollouts) -> Tensor:

@@ -79,7 +79,7 @@ class StepResponse(PolicyResponse):
         self._reward = gather_rows(scored[:, 0])
         return super().backward(problem, rollouts)
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> Tensor:
+    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Refused: nats are those of a best response, which there is not."""
         raise InputError(
             "HPGDConfig.natural: expected none with a StepResponse, since a trainer's next step has no metric in nats; "

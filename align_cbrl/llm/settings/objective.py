@@ -69,13 +69,14 @@ class _Objective(abc.ABC):
             InputError: a judge of pairs or of sets with another kind, or a cost that is not among `costs`.
         """
         if isinstance(judge, (PairwiseJudge, SetJudge)):
-            does = (
-                "compares pairs; use kind 'preference'"
-                if isinstance(judge, PairwiseJudge)
-                else "scores sets; use kind 'set'"
-            )
-            raise InputError(f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}")
+            return self._of_several(judge)
         return self._fitted(self.of(ExpectedUtility(judge), self._cost(costs or {})), natural)
+
+    def _of_several(self, judge: PairwiseJudge | SetJudge) -> Objective:
+        """The objective of a judge that looks at several completions at once."""
+        pairs = isinstance(judge, PairwiseJudge)
+        does = "compares pairs; use kind 'preference'" if pairs else "scores sets; use kind 'set'"
+        raise InputError(f"kind: {self.kind!r} needs a judge that scores completions, got one that {does}")
 
     def _fitted(self, objective: Objective, natural: bool) -> Objective:
         return objective
@@ -173,16 +174,10 @@ class PreferenceSettings(_Objective):
         scale = 1.0 if self.scale is None else self.scale
         return PreferenceLikelihood(score.utility_function, scale=scale, partners=self.partners)
 
-    def build(
-        self,
-        judge: UtilityFunction | PairwiseJudge | SetJudge,
-        costs: Mapping[str, UtilityFunction] | None = None,
-        *,
-        natural: bool = False,
-    ) -> Objective:
-        """The objective; a judge of pairs says probabilities, which have no scale."""
+    def _of_several(self, judge: PairwiseJudge | SetJudge) -> Objective:
+        """A judge of pairs says probabilities, which have no scale."""
         if not isinstance(judge, PairwiseJudge):
-            return super().build(judge, costs, natural=natural)
+            return super()._of_several(judge)
         if self.scale is not None:
             raise InputError("scale: a judge of pairs says probabilities, which have no scale")
         return PreferenceLikelihood(preference=judge, partners=self.partners)
@@ -311,16 +306,10 @@ class SetSettings(_Priced):
         assert isinstance(score, ExpectedUtility)
         return self._priced(SetUtility(self._score(score.utility_function), self.size, self.subsets))
 
-    def build(
-        self,
-        judge: UtilityFunction | PairwiseJudge | SetJudge,
-        costs: Mapping[str, UtilityFunction] | None = None,
-        *,
-        natural: bool = False,
-    ) -> Objective:
-        """The objective; a judge of sets says what they are worth."""
+    def _of_several(self, judge: PairwiseJudge | SetJudge) -> Objective:
+        """A judge of sets says what they are worth."""
         if not isinstance(judge, SetJudge):
-            return super().build(judge, costs, natural=natural)
+            return super()._of_several(judge)
         if self.score is not None:
             raise InputError(f"score: a judge of sets says what they are worth, got {self.score!r}; leave it out")
         return self._priced(SetUtility(judge, self.size, self.subsets))
