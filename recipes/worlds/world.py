@@ -15,9 +15,12 @@ from align_cbrl.plain import plain
 from .cache import cached
 from .docstrings.policy import train_policy as train_docstring_policy
 from .docstrings.proxy import train_proxy as train_docstring_proxy
+from .docstrings.shipped import POLICY as SHIPPED_POLICY
+from .docstrings.shipped import PROXY as SHIPPED_PROXY
 from .replies.policy import Family, train_policy
 from .replies.proxy import train_proxy
 
+_SIGNATURES = "align_cbrl.recipes.worlds.docstrings.data.load_docstrings"
 PROXY = "proxy"
 """Name of the reward model's term in a mixture."""
 
@@ -45,9 +48,9 @@ class World(abc.ABC):
 
     Attributes:
         data: prompts: a function, a file, a folder or a hub id.
-        model: folder or hub id of the policy and reference; null trains one.
-        proxy: folder or hub id of the reward model; null trains a flawed one for the policy that is made, and leaves
-            the first of `rewards` to stand in for it where `model` names a policy and the data have no completions.
+        model: folder or hub id of the policy and reference; null: the world's own.
+        proxy: folder or hub id of the reward model; null: a flawed one for the world's own policy, while the first of
+            `rewards` stands in for it where `model` names a policy and the data have no completions.
         proxy_pairs: preference pairs for the reward model that is made.
         rewards: further reward functions by name, as `package.module.function` or `file.py:function`.
         costs: what a constrained objective may bound, likewise.
@@ -90,22 +93,30 @@ class Docstrings(World):
     """Signatures and docstrings of the running Python's standard library.
 
     Attributes:
-        base_epochs: of fine-tuning the small Llama that is made.
+        base_epochs: of training another small Llama on the data, and a reward model for it; null: the policy and the
+            reward model that come with this world.
     """
 
     name: Literal["docstrings"] = "docstrings"
-    data: str = "align_cbrl.recipes.worlds.docstrings.data.load_docstrings"
+    data: str = _SIGNATURES
     proxy_pairs: int = 3000
     reference_prompts: int = 64
-    base_epochs: float = 4.5
+    base_epochs: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.base_epochs > 0:
-            raise InputError(f"base_epochs: expected a positive number, got {self.base_epochs}")
+        if self.base_epochs is not None and not self.base_epochs > 0:
+            raise InputError(f"base_epochs: expected a positive number or null, got {self.base_epochs}")
+        if self.model is None and self.base_epochs is None and self.data != _SIGNATURES:
+            raise InputError(
+                "model: null stands for a policy that writes docstrings, which data of one's own do not ask for; name "
+                "a folder or a hub id, or set world.base_epochs to train a small policy on the data's completions"
+            )
 
     def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
-        """A small Llama that writes docstrings, trained on prompts and completions of the data."""
+        """The policy of this world, or a small Llama trained on prompts and completions of the data."""
+        if self.base_epochs is None:
+            return SHIPPED_POLICY
         _need_completions(data, "model")
         facts = {**self._rows(data, seed), "epochs": self.base_epochs}
         return str(
@@ -117,6 +128,8 @@ class Docstrings(World):
 
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
         """A reward model with a weakness for length and pet phrases."""
+        if model == SHIPPED_POLICY:
+            return SHIPPED_PROXY
         if self.model is not None and self.rewards and "completion" not in data["train"].column_names:
             return None
         _need_completions(data, "proxy")

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from align_cbrl import InputError
 
-from ...fine_tuning import fine_tune
+from ...fine_tuning import fine_tune, without_bars
 from ..annotators import sample_texts
 from .data import extract_pairs, load_docstrings
 from .judge import docstring_judge, signature_words
@@ -211,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=4.5)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
+    without_bars()
     packages, facts = read_packages(chosen.packages)
     train, held, test = split(packages)
     print(f"{len(packages)} packages; rows: {len(train)} to train on, {len(held)} and {len(test)} held out", flush=True)
