@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Bench:
         model: folder or hub id of the policy.
         proxy: folder or hub id of the reward model, or None.
         judge: one for the whole seed, which counts what it is asked.
+        further: figures by name, of all completions of the test prompts, that a recipe measures besides.
     """
 
     def __init__(self, settings: BenchSettings, seed: int, out: Path, cache: Path) -> None:
@@ -133,6 +135,7 @@ class Bench:
         self.model = world.model or world.make_policy(self.data, seed, cache)
         self.follower(seed).check(self._prompts("test"))  # before a reward model is trained
         self.proxy = world.proxy or world.make_proxy(self.model, self.data, seed, cache)
+        self.further: Mapping[str, Callable[[Rollouts], float]] = {}
         self._reference: Rollouts | None = None
         self._plain: LanguageLeader | None = None
 
@@ -362,6 +365,7 @@ class Bench:
         figures["words"] = by_prompt(torch.tensor([float(len(text.split())) for text in texts]))
         return {
             **{name: mean_and_error(value) for name, value in figures.items()},
+            **{name: {"mean": figure(rollouts), "se": math.nan} for name, figure in self.further.items()},
             "by_prompt": {
                 **{name: figures[name].tolist() for name in ("judge", "kl")},
                 **{n: by_prompt(cost(None, rollouts)[:, 0]).tolist() for n, cost in self.costs().items()},
@@ -379,7 +383,7 @@ class Bench:
     def point(self, follower: TrainedFollower) -> dict[str, float]:
         """The means of `measure`, for a point of a curve."""
         found = self.measure(follower, None, self.settings.measure.group_size)
-        return {name: found[name]["mean"] for name in ("judge", "proxy", "kl", "words")}
+        return {name: found[name]["mean"] for name in ("judge", "proxy", "kl", "words", *self.further)}
 
     def final(self, follower: TrainedFollower, leader: LanguageLeader | None = None) -> dict[str, Any]:
         """`measure` with many completions."""
