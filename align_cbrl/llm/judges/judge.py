@@ -77,17 +77,16 @@ class Asked:
         # What cannot be told from another judge shares scores with nobody, not even in memory.
         self._cached_as = f"{name}, number {next(_unnamed)}" if self.identity is None else self.identity
         self.budget = budget
-        paid = isinstance(function, _PaidByRequest)
-        if paid and batch_size not in (None, 1):
+        paid: Any = function if isinstance(function, _PaidByRequest) else None
+        if paid is not None and batch_size not in (None, 1):
             raise InputError(
                 f"{name}: batch_size: expected 1 or none of a judge that is paid by the request, got {batch_size}; "
                 "concurrency says how many are made at a time"
             )
-        self.batch_size = 1 if paid else batch_size
-        self.concurrency = 1 if concurrency is None else concurrency
-        if isinstance(function, _PaidByRequest):
-            self.concurrency = function.concurrency if concurrency is None else concurrency
-            function.charge_to(self.cache, self._cached_as)
+        self.batch_size = batch_size if paid is None else 1
+        self.concurrency = concurrency or (1 if paid is None else paid.concurrency)
+        if paid is not None:
+            paid.charge_to(self.cache, self._cached_as)
         self._storing = threading.Lock()
         self.columns = getattr(function, "columns", None) if columns is None else columns
         self.calls = 0
