@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -389,6 +390,45 @@ def test_nothing_is_paid_twice_after_a_kill(tmp_path: Path) -> None:
         assert judge().spent == 40 and api.calls == 40 + len(twice)
         # An answer that arrived was written down, also where its score was not.
         assert api.calls - len(twice) <= judge().function.usage.calls <= api.calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_run_that_is_killed_and_resumed_pays_nothing_twice(tmp_path: Path, concurrency: int) -> None:
+    """HPGD around a tiny model; 3 in 10 requests fail. Counts are the server's own."""
+    (tmp_path / "rubric.txt").write_text(RUBRIC)
+    with chat_server(faults=(10, 10, 10, 6), slow=0.02) as api:
+        command = [sys.executable, str(ROOT / "tests/chat_worker.py"), api.url, str(tmp_path), str(concurrency)]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE)
+        api.after = lambda paid: child.send_signal(signal.SIGKILL) if paid == 60 else None
+        assert child.wait(timeout=500) == -signal.SIGKILL, child.communicate()[1].decode()
+        child.communicate()
+        time.sleep(0.1)  # whatever was under way
+        api.after = lambda paid: None
+        before = spending(tmp_path / "run/judge_cache.sqlite")
+        lost = api.calls - before["calls"]  # answered, and not written down
+        assert 0 <= lost <= concurrency
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        after = spending(tmp_path / "run/judge_cache.sqlite")
+        again = api.calls - len(api.paid) - api.statuses["malformed"]  # readable replies beyond the first
+        print(f"killed with {before}, ended with {after}; the server: {api.calls} replies paid, {api.tokens} tokens, "
+              f"{len(api.paid)} questions, {dict(api.statuses)}; {lost} in flight, {again} paid again")  # fmt: skip
+        assert again <= concurrency and after["scores"] == len(api.paid)
+        assert after["calls"] == api.calls - lost and after["unread"] <= api.statuses["malformed"]
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any("checkpoint" in str(file) for file in files)
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+
+
+def spending(cache: Path) -> dict[str, int]:
+    with contextlib.closing(sqlite3.connect(cache)) as database:
+        names = ["calls", "failed", "prompt_tokens", "completion_tokens", "unread", "fallbacks"]
+        (row,) = database.execute(f"SELECT {', '.join(names)} FROM usage").fetchall()
+        return {
+            **dict(zip(names, row, strict=True)),
+            "scores": database.execute("SELECT count(*) FROM scores").fetchone()[0],
+        }
 
 
 # ---- keys ----
