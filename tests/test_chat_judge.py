@@ -289,6 +289,21 @@ def test_a_reply_without_a_score_stops_the_run_with_words_or_gets_the_fallback(t
         assert lenient.identity != Judge(chat(api, attempts=2)).identity
 
 
+def test_half_a_key_is_not_shown_either() -> None:
+    with chat_server(lambda question: "x" * 190 + KEY) as api:
+        with pytest.raises(RunStopped) as stopped:
+            Judge(chat(api, attempts=1))(None, rollouts(["a"]))
+        assert KEY[:6] not in str(stopped.value) and "***" in str(stopped.value)
+
+
+def test_a_reply_that_ended_at_its_limit_is_told() -> None:
+    cut = {"choices": [{"message": {"content": ""}, "finish_reason": "length"}], "usage": {}}
+    with chat_server() as api, answering(api, 200, cut), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        Judge(chat(api, fallback=0.5, attempts=2))(None, rollouts(["a", "b"]))
+    assert sum("ended at its limit of tokens" in str(warning.message) for warning in told) == 1
+
+
 def test_failures_between_unreadable_replies_do_not_begin_the_count_anew() -> None:
     with chat_server(lambda question: "hm") as api:
         api.fate = lambda: "500" if len(api.seen) % 2 == 0 else "good"  # type: ignore[method-assign]
@@ -400,7 +415,7 @@ def test_a_run_that_is_killed_and_resumed_pays_nothing_twice(tmp_path: Path, con
     with chat_server(faults=(10, 10, 10, 6), slow=0.02) as api:
         command = [sys.executable, str(ROOT / "tests/chat_worker.py"), api.url, str(tmp_path), str(concurrency)]
         child = subprocess.Popen(command, stderr=subprocess.PIPE)
-        api.after = lambda paid: child.send_signal(signal.SIGKILL) if paid == 60 else None
+        api.after = lambda paid: child.send_signal(signal.SIGKILL) if paid == 30 else None
         assert child.wait(timeout=500) == -signal.SIGKILL, child.communicate()[1].decode()
         child.communicate()
         time.sleep(0.1)  # whatever was under way

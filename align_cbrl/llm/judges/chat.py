@@ -178,14 +178,14 @@ class ChatJudge:
             # Counted across calls: a failure in between makes `Judge` begin this one again.
             self._unread[question] = unread = self._unread.get(question, 0) + 1
             if unread >= self.attempts:
-                del self._unread[question]
+                self._unread.pop(question, None)
                 return self._without_a_score(row, reply)
 
     def _without_a_score(self, row: Mapping[str, Any], reply: str) -> float:
-        shown = " and ".join(f"{row[name]!r:.{_SHOWN}}" for name in self._judged)
-        what = self._endpoint.hidden(
+        shown = " and ".join(self._brief(row[name]) for name in self._judged)
+        what = (
             f"{self._endpoint.name}: no score in {self.attempts} replies about {shown}: expected "
-            f"{self._reader.expected}, got {reply!r:.{_SHOWN}} ({self._template.name})"
+            f"{self._reader.expected}, got {self._brief(reply)} ({self._template.name})"
         )
         if self.fallback is None:
             raise RunStopped(
@@ -196,6 +196,10 @@ class ChatJudge:
             self._cache.charge(self._account, Usage(fallbacks=1))
         self._tell("fallback", f"{what}; its score is the fallback, {self.fallback:g}, as that of all further ones")
         return self.fallback
+
+    def _brief(self, said: Any) -> str:
+        """What was said, for a message: hidden first, since half a key would not be known as one."""
+        return f"{self._endpoint.hidden(repr(said)):.{_SHOWN}}"
 
     def _question(self, row: Mapping[str, Any]) -> str:
         values = {name: _text(row[name]) for name in self._template.columns} | {"prompt": shown_text(row["prompts"])}
@@ -224,6 +228,8 @@ class ChatJudge:
                     f"{self._endpoint.brief(answer)}"
                 )
             score = self._reader.read(reply)
+            if score is None and answer["choices"][0].get("finish_reason") == "length":
+                self._tell("length", f"{self._endpoint.name}: a reply without a score ended at its limit of tokens")
             spent = (tokens or Usage()) + Usage(calls=1, unread=int(score is None))
             return reply, score
         finally:
