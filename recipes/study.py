@@ -84,6 +84,9 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+USAGE = "judge_usage.json"
+"""In a seed's folder: what was spent on a judge that is paid by the request."""
+
 Work = Callable[[Any, int, Path, Path], None]
 """work(config, seed, folder of the seed, cache): one seed of a study, from wherever it stopped."""
 
@@ -209,7 +212,8 @@ class Study:
             free=["jobs", "tracking", *(f"judge.{name}" for name in PRACTICAL_OF_JUDGE)],
         )
         each_seed(self.one_seed, config, out, config.seeds, config.jobs)
-        write_summary(out, self.summarize(config, out))
+        usage = judge_usage(out, config.seeds)
+        write_summary(out, {**self.summarize(config, out), **({"judge_usage": usage} if usage else {})})
         self.report(out)
         self.show(out)
 
@@ -218,6 +222,8 @@ class Study:
         summary, config = read_summary(out), load_config(self.config, out / "config.yaml")
         title, subtitle = self.title(config, summary)
         sections = self.sections(config, out, summary)
+        if "judge_usage" in summary:
+            sections = [*sections, Section("What the judge was asked", f"{usage_in_words(summary['judge_usage'])}.")]
         write_report(out / "report.html", title=title, subtitle=subtitle, sections=sections)
 
     def show(self, out: Path) -> None:
@@ -235,6 +241,8 @@ class Study:
             print(f"{name}: {shown(value)}")
         for line in self.lines(summary):
             print(line)
+        if "judge_usage" in summary:
+            print(f"judge: {usage_in_words(summary['judge_usage'])}")
         print(f"report: {out / 'report.html'}")
 
     def result(self, summary: Mapping[str, Any], caption: str, highlight: str | None = None) -> list[Table]:
@@ -257,6 +265,32 @@ class Study:
 def parts_of(out: Path, seeds: Sequence[int], *names: str) -> dict[str, list[dict[str, Any]]]:
     """The parts of every seed, as `kept` left them, by name."""
     return {name: [read_json(out / f"seed-{seed}" / f"{name}.json") for seed in seeds] for name in names}
+
+
+def judge_usage(out: Path, seeds: Sequence[int]) -> dict[str, float] | None:
+    """What was spent on a judge that is paid by the request, over all seeds; None for another judge."""
+    files = [file for seed in seeds if (file := out / f"seed-{seed}" / USAGE).exists()]
+    # Seeds that share a cache have one account; the largest is the latest.
+    last = {found["cache"]: found for found in sorted(map(read_json, files), key=lambda found: found["calls"])}
+    names = [name for name in next(iter(last.values()), {}) if name != "cache"]
+    known = [name for name in names if all(found[name] is not None for found in last.values())]
+    return {name: sum(found[name] for found in last.values()) for name in known} or None
+
+
+def usage_in_words(usage: Mapping[str, float]) -> str:
+    """What was spent, in one line.
+
+    Example:
+        >>> usage_in_words({"calls": 1200, "failed": 3, "prompt_tokens": 90000, "completion_tokens": 2400, "cost": 0.9,
+        ...     "unread": 2, "fallbacks": 1})
+        '1,200 calls answered, 3 failed; 90,000 + 2,400 tokens; cost 0.9; 2 replies without a score, 1 fallback scores'
+    """
+    cost = f"; cost {usage['cost']:.4g}" if "cost" in usage else ""
+    return (
+        f"{usage['calls']:,} calls answered, {usage['failed']:,} failed; {usage['prompt_tokens']:,} + "
+        f"{usage['completion_tokens']:,} tokens{cost}; {usage['unread']:,} replies without a score, "
+        f"{usage['fallbacks']:,} fallback scores"
+    )
 
 
 def over_seeds(parts: Sequence[Mapping[str, Any]], figure: str) -> dict[str, float] | None:

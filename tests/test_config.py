@@ -197,6 +197,69 @@ def test_a_configuration_survives_the_way_to_plain_data_and_back(tmp_path: Path)
         to_dict(Config)
 
 
+@dataclasses.dataclass
+class FromFunction:
+    function: str
+    budget: int | None = None
+
+
+@dataclasses.dataclass
+class FromServer:
+    url: str
+    model: str
+    rate: float | None = None
+    budget: int | None = None
+
+
+@dataclasses.dataclass
+class WithJudge:
+    judge: FromFunction | FromServer = dataclasses.field(default_factory=lambda: FromFunction("a.b", budget=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "judge"),
+    [
+        ("", [], FromFunction("a.b", 1)),
+        ("judge: {budget: 2}", [], FromFunction("a.b", 2)),
+        ("judge: {url: x, model: m}", [], FromServer("x", "m")),
+        ("judge: {function: null, url: x, model: m}", [], FromServer("x", "m")),
+        ("", ["judge.url=x", "judge.model=m"], FromServer("x", "m")),
+        ("judge: {function: c.d, budget: 5}", ["judge.url=x", "judge.model=m"], FromServer("x", "m")),
+        (
+            "judge: {function: c.d, budget: 5}",
+            ["judge.model=m", "judge.url=x", "judge.rate=2"],
+            FromServer("x", "m", 2.0),
+        ),
+        ("judge: {function: c.d}", ["judge.function=null", "judge.url=x", "judge.model=m"], FromServer("x", "m")),
+        ("judge: {function: c.d}", ["judge={url: x, model: m}"], FromServer("x", "m")),
+        ("judge: {function: c.d}", ["judge={url: x}", "judge.model=m"], FromServer("x", "m")),
+        ("judge: {url: x, model: m, rate: 3}", ["judge.function=e.f"], FromFunction("e.f", 1)),
+        ("judge: {url: x, model: m, rate: 3}", ["judge.url=y"], FromServer("y", "m", 3.0)),
+        ("judge: {url: x, model: m, rate: 3}", ["judge.budget=4"], FromServer("x", "m", 3.0, 4)),
+    ],
+)
+def test_a_key_that_names_another_variant_replaces_the_files(
+    tmp_path: Path, text: str, overrides: list[str], judge: object
+) -> None:
+    assert load_config(WithJudge, write(tmp_path, text), overrides).judge == judge
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("judge: {function: a, url: x}", [], r"expected exactly one of function, url, got \['function', 'url'\]"),
+        ("", ["judge.function=a", "judge.url=x"], "expected exactly one of function, url"),
+        ("", ["judge={function: a, url: x}"], "expected exactly one of function, url"),
+        ("judge: {function: a}", ["judge.url=x"], "judge.model: is required"),
+        ("judge: {function: a}", ["judge.url=x", "judge.model=m", "judge.rte=2"], "did you mean 'rate'"),
+        ("judge: {function: a, rate: 2}", [], "judge.rate: unknown key"),
+    ],
+)
+def test_two_variants_at_once_are_refused(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(WithJudge, write(tmp_path, text), overrides)
+
+
 def test_the_fingerprint_depends_on_the_values_alone() -> None:
     assert fingerprint(Config()) == fingerprint(Config()) == fingerprint(to_dict(Config()))
     assert fingerprint(Config()) != fingerprint(Config(inner=Inner(lr=math.nextafter(0.1, 1))))

@@ -595,8 +595,9 @@ def test_settings_build_judges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], "expected exactly one of function, reward_model, url, got"),
+        ([], "expected exactly one of chat, function, reward_model, url, got"),
         (["function=a:b", "url=https://x.example"], "got .'function', 'url'"),
+        (["chat=https://x.example"], "model: is required: expected a string"),
         (["reward_model=x", "pairwise=true"], "pairwise: unknown key; there are: batch_size"),
         (["function=a:b", "rate=2"], "rate: unknown key; did you mean 'wait'"),
         (["function=a:b", "budget=0"], "budget: expected a whole number >= 1, got 0"),

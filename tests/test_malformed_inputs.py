@@ -213,6 +213,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "SetJudge": {"function": length_reward},
         "AnswerKind": {"function": length_reward},
         "RemoteJudge": {"url": "http://localhost:1/score"},
+        "ChatJudge": {"url": "http://localhost:1/v1", "model": "m", "template": "{prompt} {completion}"},
+        "Prices": {"prompt": 1.0, "completion": 2.0},
         "Completions": {
             "context": torch.tensor([0]),
             "columns": {"prompt": ["a"]},
@@ -237,6 +239,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "FunctionSettings": {"function": "builtins.len"},
         "RewardModelJudgeSettings": {"reward_model": str(folder)},
         "RemoteSettings": {"url": "http://localhost:1/score"},
+        "ChatSettings": {"chat": "http://localhost:1/v1", "model": "m", "template": "judge.txt"},
         "BetaSettings": {"start": 0.5, "low": 0.1, "high": 2.0},
         "LengthSettings": {"target": 10.0},
         "KLPricedSettings": {"price": 0.1},

@@ -3,7 +3,7 @@
 Modules:
     leaders: rewards that a leader learns
     followers: policies trained by trl, reweighted samples, populations
-    judges: scores by function, reward model, server or comparison
+    judges: scores by function, reward model, server, language model or comparison
     settings: all of these from YAML
     scoring: the signature of scoring functions, and the check of what they return
     reward_models: RewardModel, sequence classifiers as reward functions
@@ -24,11 +24,13 @@ from align_cbrl.llm.followers.tilted import TiltedFollower
 from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower, TrainedFollower
 from align_cbrl.llm.followers.training import train_follower
 from align_cbrl.llm.judges.cache import JudgeCache
+from align_cbrl.llm.judges.chat import ChatJudge
 from align_cbrl.llm.judges.judge import Judge
 from align_cbrl.llm.judges.kind import AnswerKind
 from align_cbrl.llm.judges.pairwise import PairwiseJudge
 from align_cbrl.llm.judges.remote import RemoteJudge
 from align_cbrl.llm.judges.sets import SetJudge
+from align_cbrl.llm.judges.usage import Prices, Usage
 from align_cbrl.llm.leaders import (
     Correction,
     LanguageLeader,
@@ -72,6 +74,9 @@ __all__ = [
     "SetJudge",
     "AnswerKind",
     "RemoteJudge",
+    "ChatJudge",
+    "Usage",
+    "Prices",
     "JudgeCache",
     "Completions",
     "sample_completions",

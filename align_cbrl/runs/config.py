@@ -36,6 +36,9 @@ def load_config(cls: types.UnionType, path: Path | None, overrides: Sequence[str
 def load_config(cls: Any, path: Path | None, overrides: Sequence[str] = ()) -> Any:
     """A `cls` from its defaults, then the YAML file at `path`, then `overrides`.
 
+    Where an override names another of several dataclasses than the file does, what the file says of its own is left
+    out: `judge.url=https://...` replaces a `judge: {function: ...}` of the file.
+
     Args:
         cls: a dataclass, or a union of dataclasses that a tag or a needed key tells apart; fields may be numbers,
             strings, booleans, paths, None-unions, literals, lists, tuples, dictionaries and such dataclasses.
@@ -211,6 +214,8 @@ class _Builder:
             return given
         classes = [m for m in members if dataclasses.is_dataclass(m)]
         if isinstance(given, Mapping) and classes:  # its own message says more than that none fits
+            if len(classes) > 1 and not tag(classes[0])[1]:
+                given = self._of_one_variant(classes, given, at)
             chosen = classes[0] if len(classes) == 1 else self._variant(classes, given, at, default)
             return self.value(chosen, given, at, default)
         for member in members:
@@ -231,16 +236,22 @@ class _Builder:
             if name not in tags:
                 raise self._error((*at, field), f"got {_describe(name)}; {nearest(str(name), tags)}")
             return tags[name]
-        needed = {
-            cls: [f.name for f in dataclasses.fields(cls) if default_of(f) is dataclasses.MISSING] for cls in classes
-        }
-        fitting = [cls for cls, names in needed.items() if all(given.get(name) is not None for name in names)]
+        keys = {variant_key(cls): cls for cls in classes}
+        fitting = [cls for key, cls in keys.items() if given.get(key) is not None]
         if not fitting and isinstance(default, tuple(classes)):
             return type(default)
         if len(fitting) != 1:
-            keys = ", ".join(sorted({name for names in needed.values() for name in names}))
-            raise self._error(at, f"expected exactly one of {keys}, got {sorted(map(str, given))}")
+            raise self._error(at, f"expected exactly one of {', '.join(sorted(keys))}, got {sorted(map(str, given))}")
         return fitting[0]
+
+    def _of_one_variant(self, classes: Sequence[Any], given: Mapping[Any, Any], at: Path_) -> Mapping[Any, Any]:
+        """Without what a file says of another variant than the one that an override names, and without null names."""
+        keys = {variant_key(cls) for cls in classes}
+        named = {key for key in keys if given.get(key) is not None}
+        overridden = {str(given_at[len(at)]) for given_at in self._sources if given_at[: len(at)] == at != given_at}
+        if len(chosen := named & overridden) == 1 and named > chosen:
+            given = {key: value for key, value in given.items() if key in overridden}
+        return {key: value for key, value in given.items() if key in named or key not in keys}
 
     def _wrong(self, at: Path_, hint: Any, given: Any) -> InputError:
         advice = ""
@@ -356,6 +367,11 @@ def tag(cls: Any) -> tuple[str, tuple[str, ...]]:
     first = dataclasses.fields(cls)[0].name
     hint = get_type_hints(cls)[first]
     return first, get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def variant_key(cls: Any) -> str:
+    """The first key without which a dataclass cannot be built: what names it in a union without tags."""
+    return next((f.name for f in dataclasses.fields(cls) if default_of(f) is dataclasses.MISSING), "")
 
 
 def _elsewhere(cls: type, key: str) -> list[str]:

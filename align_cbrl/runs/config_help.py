@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from align_cbrl.runs.config import default_of, tag, to_plain, type_name
+from align_cbrl.runs.config import default_of, tag, to_plain, type_name, variant_key
 
 _WIDTH = 110
 _ENTRY = re.compile(r" {4}(\w[\w, ]*): (.*)")
@@ -63,14 +63,14 @@ def _lines(cls: Any, prefix: str, default: Any, skip: str | None) -> Iterator[st
             names = ", ".join(str(v) for variant in classes for v in tag(variant)[1])
             yield f"{name}: by its {tag(classes[0])[0]}, one of {names}"
         else:
-            names = ", ".join(_needed(variant) for variant in classes)
+            names = ", ".join(variant_key(variant) for variant in classes)
             yield f"{name}: by the key that is given, one of {names}"
         yield from _wrapped(meanings.get(field.name, ""))
         for variant in classes:
             own = value if isinstance(value, variant) else None
             key, values = tag(variant) if tagged else ("", ())
             if len(classes) > 1:
-                title = f"{key}: {' or '.join(map(str, values))}" if tagged else _needed(variant)
+                title = f"{key}: {' or '.join(map(str, values))}" if tagged else variant_key(variant)
                 chosen = ", the default" if own is not None else ""
                 yield f"  {name} with {title}{chosen}. {(inspect.getdoc(variant) or '').splitlines()[0]}"
             lines = _lines(variant, f"{below}.", own, skip=key if len(values) == 1 else None)
@@ -90,11 +90,6 @@ def _classes(hint: Any, name: str) -> tuple[list[Any], str]:
     if origin in (dict, Mapping) and len(arguments) == 2:
         return _classes(arguments[1], f"{name}.NAME")
     return [], name
-
-
-def _needed(cls: Any) -> str:
-    """The keys without which a dataclass cannot be built: what tells it from others in a union without tags."""
-    return " and ".join(f.name for f in dataclasses.fields(cls) if default_of(f) is dataclasses.MISSING)
 
 
 def _meanings(cls: type) -> dict[str, str]:

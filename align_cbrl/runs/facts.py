@@ -24,9 +24,12 @@ from align_cbrl.runs.imports import load_object
 
 PACKAGES = ("align-cbrl", "torch", "transformers", "trl")
 """Whose versions change numbers."""
-FILES = ("data", "model", "proxy", "reward_model")
+FILES = ("data", "model", "proxy", "reward_model", "template")
 """Last parts of the keys under which a configuration names files and folders."""
-PRACTICAL_OF_JUDGE = ("budget", "cache", "retries", "wait", "rate", "timeout", "token_variable")
+PRACTICAL_OF_JUDGE = (
+    *("budget", "cache", "retries", "wait", "rate", "timeout", "token_variable", "concurrency", "attempts", "prices"),
+    *("max_calls", "max_tokens", "max_cost"),
+)
 """Settings of a judge that change no score, so that a run may be resumed with others: a larger budget, say."""
 UNREADABLE = "what it does cannot be read"
 _OWN_FILE = re.compile(r".+\.py:[A-Za-z_][\w.]*")

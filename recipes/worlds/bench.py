@@ -20,6 +20,7 @@ from torch import Tensor
 from align_cbrl import HPGD, InputError, Objective, Problem, Rollouts
 from align_cbrl.functional import best_response_gap
 from align_cbrl.llm import (
+    ChatJudge,
     Judge,
     LanguageLeader,
     Population,
@@ -43,9 +44,11 @@ from align_cbrl.runs.config import fingerprint, nearest, to_dict
 from align_cbrl.runs.facts import facts_of
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.run_folder import write_json
 
 from ..fine_tuning import without_bars
 from ..statistics import mean_and_error
+from ..study import USAGE
 from .cache import being_made
 from .world import PROXY, PolicySettings, Replies, WorldSettings
 
@@ -386,8 +389,12 @@ class Bench:
         return {name: found[name]["mean"] for name in ("judge", "proxy", "kl", "words", *self.further)}
 
     def final(self, follower: TrainedFollower, leader: LanguageLeader | None = None) -> dict[str, Any]:
-        """`measure` with many completions."""
-        return self.measure(follower, leader, self.settings.measure.final_group_size)
+        """`measure` with many completions; what a judge that is paid by the request has cost so far is noted, too."""
+        found = self.measure(follower, leader, self.settings.measure.final_group_size)
+        if isinstance(self.judge.function, ChatJudge):
+            spent = {**dataclasses.asdict(self.judge.function.usage), "cost": self.judge.function.cost}
+            write_json(self.out / USAGE, {"cache": str(self.judge.cache.path), **spent})
+        return found
 
     def _prompts(self, split: str) -> Dataset:
         """Prompts without what somebody once answered, of which only a world's own policy is made."""

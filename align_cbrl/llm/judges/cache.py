@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sqlite3
 import warnings
@@ -12,19 +13,21 @@ from pathlib import Path
 
 from align_cbrl.checks import checked
 from align_cbrl.errors import InputError, RunStopped
+from align_cbrl.llm.judges.usage import Usage
 from align_cbrl.runs.files import in_words
 
 _AT_ONCE = 500  # keys in one query
-_TABLES = {"scores": ["key", "score"], "spent": ["judge", "completions"]}
+_COUNTS = [field.name for field in dataclasses.fields(Usage)]
+_TABLES = {"scores": ["key", "score"], "spent": ["judge", "completions"], "usage": ["judge", *_COUNTS]}
 
 
 @checked
 class JudgeCache:
-    """Scores by a key of what was scored, and the number of scores paid for, by judge.
+    """Scores by a key of what was scored, and the number of scores paid for and the tokens spent on them, by judge.
 
     On disk it is an SQLite database, which several stages of a run and several processes may share. `add` returns once
     the scores are physically on the disk (fsync), and a score is used only after that, so that a kill can lose no more
-    than the call that was running. The database holds keys and scores, no texts.
+    than the calls that were running. The database holds keys, scores and counts, no texts.
 
     Args:
         path: of the database, which is created if it does not exist; None: everything is kept in memory, at about 200
@@ -45,6 +48,7 @@ class JudgeCache:
         self.path = None if path is None else Path(path)
         self._scores: dict[str, float] = {}
         self._spent: Counter[str] = Counter()
+        self._usage: dict[str, Usage] = {}
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,8 @@ class JudgeCache:
                 self._refuse_another(database)
                 database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
                 database.execute("CREATE TABLE IF NOT EXISTS spent (judge TEXT PRIMARY KEY, completions INTEGER)")
+                counts = ", ".join(f"{name} INTEGER" for name in _COUNTS)
+                database.execute(f"CREATE TABLE IF NOT EXISTS usage (judge TEXT PRIMARY KEY, {counts})")
 
     def get(self, keys: Sequence[str]) -> dict[str, float]:
         """The stored scores among `keys`, by key."""
@@ -96,6 +102,34 @@ class JudgeCache:
         with self._database() as database:
             row = database.execute("SELECT completions FROM spent WHERE judge = ?", (judge,)).fetchone()
         return 0 if row is None else int(row[0])
+
+    def charge(self, judge: str, usage: Usage) -> None:
+        """Add to what was spent on `judge`."""
+        if self.path is None:
+            self._usage[judge] = self.usage(judge) + usage
+            return
+        marks = ", ".join("?" * len(_COUNTS))
+        sums = ", ".join(f"{name} = {name} + excluded.{name}" for name in _COUNTS)
+        with self._database() as database:
+            database.execute(
+                f"INSERT INTO usage VALUES (?, {marks}) ON CONFLICT (judge) DO UPDATE SET {sums}",
+                (judge, *dataclasses.astuple(usage)),
+            )
+
+    def usage(self, judge: str) -> Usage:
+        """What was spent on `judge`, in all runs that share this cache; zeros for one that is not paid by the request.
+
+        Example:
+            >>> cache = JudgeCache()
+            >>> cache.charge("my judge", Usage(calls=1, prompt_tokens=90))
+            >>> cache.usage("my judge").tokens, cache.usage("another").calls
+            (90, 0)
+        """
+        if self.path is None:
+            return self._usage.get(judge, Usage())
+        with self._database() as database:
+            row = database.execute(f"SELECT {', '.join(_COUNTS)} FROM usage WHERE judge = ?", (judge,)).fetchone()
+        return Usage() if row is None else Usage(*row)
 
     def _refuse_another(self, database: sqlite3.Connection) -> None:
         """Another program's database is left as it is."""

@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +36,15 @@ judge_identity = identity_of
 _unnamed = itertools.count()
 
 
+@runtime_checkable
+class _PaidByRequest(Protocol):
+    """What a function has that pays for every request, such as a `ChatJudge`."""
+
+    concurrency: int
+
+    def charge_to(self, cache: JudgeCache, account: str) -> None: ...
+
+
 @checked
 class Asked:
     """A scoring function whose calls are expensive: called once per distinct row, in batches, and within a budget."""
@@ -52,6 +63,7 @@ class Asked:
         identity: str | None = None,
         budget: Count | None = None,
         batch_size: Count | None = None,
+        concurrency: Count | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
         self.function = function
@@ -65,7 +77,17 @@ class Asked:
         # What cannot be told from another judge shares scores with nobody, not even in memory.
         self._cached_as = f"{name}, number {next(_unnamed)}" if self.identity is None else self.identity
         self.budget = budget
-        self.batch_size = batch_size
+        paid: Any = function if isinstance(function, _PaidByRequest) else None
+        if paid is not None and batch_size not in (None, 1):
+            raise InputError(
+                f"{name}: batch_size: expected 1 or none of a judge that is paid by the request, got {batch_size}; "
+                "concurrency says how many are made at a time"
+            )
+        self.batch_size = batch_size if paid is None else 1
+        self.concurrency = concurrency or (1 if paid is None else paid.concurrency)
+        if paid is not None:
+            paid.charge_to(self.cache, self._cached_as)
+        self._storing = threading.Lock()
         self.columns = getattr(function, "columns", None) if columns is None else columns
         self.calls = 0
         self.cached = 0
@@ -105,14 +127,44 @@ class Asked:
                 f"{self.name}: {spent} of the budget of {self.budget} {self.unit} are spent, and {len(first)} more are "
                 "needed now; the run is saved up to its last leader step; resume with a larger budget"
             )
-        unknown = list(first.items())
-        size = len(unknown) if self.batch_size is None else self.batch_size
-        for start in range(0, len(unknown), max(size, 1)):
-            piece = unknown[start : start + size]
-            returned = self._call({name: [value[i] for _, i in piece] for name, value in taken.items()})
-            known.update(self._keep([key for key, _ in piece], returned))
+        known |= self._ask(first, taken)
         self.cached += count - len(first)
         return torch.tensor([known[key] for key in keys], dtype=torch.float64)
+
+    def _ask(self, rows: Mapping[str, int], taken: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+        """The scores of rows by their keys, asked in batches; those of a batch are stored as soon as they are there."""
+        unknown = list(rows.items())
+        size = self.batch_size or max(1, math.ceil(len(unknown) / self.concurrency))
+        batches = [unknown[start : start + size] for start in range(0, len(unknown), size)]
+
+        stop = threading.Event()
+
+        @torch.no_grad()  # a thread of its own has gradients
+        def asked(batch: Sequence[tuple[str, int]]) -> dict[str, float]:
+            if stop.is_set():
+                return {}
+            try:
+                returned = self._call({name: [value[i] for _, i in batch] for name, value in taken.items()})
+                with self._storing:
+                    return self._keep([key for key, _ in batch], returned)
+            except BaseException:
+                stop.set()
+                raise
+
+        found: dict[str, float] = {}
+        if self.concurrency == 1:
+            for batch in batches:
+                found |= asked(batch)
+            return found
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.name) as threads:
+            asking = [threads.submit(asked, batch) for batch in batches]
+            try:
+                for answered in as_completed(asking):
+                    found |= answered.result()
+            except BaseException:  # what is under way is paid for: it is waited for and stored, and nothing more asked
+                stop.set()
+                raise
+        return found
 
     def _key(self, row: Mapping[str, Any]) -> str:
         try:
@@ -161,7 +213,11 @@ class Judge(Asked):
         identity: the name of the judge in the cache; by default `identity_of(function)`, a digest of its content.
         budget: largest number of completions that may be paid for, in all runs that share the cache. Processes that
             judge at the same time may each exceed it by one batch.
-        batch_size: completions per call; the scores of a batch are stored before the next call. None: all in one call.
+        batch_size: completions per call; the scores of a batch are stored before the next call. None: all in one call,
+            or in `concurrency` ones. A `ChatJudge` is asked about one at a time.
+        concurrency: calls at a time, in threads, so that the function must be one that several threads may call; for
+            functions that wait, for a server, say. Scores keep the order of the completions, and those of a batch are
+            stored as soon as they are there. None: 1, or what a `ChatJudge` says.
         columns: columns of the data that are passed on besides prompts and completions; None: all that the function
             takes.
 

@@ -49,7 +49,7 @@ class SetJudge(Asked):
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         super().__init__(function, **options)
-        self._order_checked = False
+        self._order_checked = bool(getattr(function, "sorts_completions", False))
 
     def __call__(self, rollouts: Rollouts, sets: Tensor) -> Tensor:
         """Scores [M] of the sets of rows, long [M, k], float64."""

@@ -4,7 +4,7 @@
     objective  expected, kl_priced, preference, cvar, worst_group, mean_variance, constrained, set,
                targets, means: tagged by `kind`
     follower   rloo, grpo, tilted: tagged by `trainer`
-    judge      a function, a reward model, or a server: told apart by the key that names it
+    judge      a function, a reward model, a server, or a language model: told apart by the key that names it
     hpgd       the leader's steps
     tracking   experiment trackers
 
