@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -91,6 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = next((given for given in error.args if isinstance(given, int)), signal.SIGINT)
         resumable = options.command is _run
         return _fail(f"stopped; resume with: {_resume_command(arguments)}" if resumable else "stopped", 128 + number)
+    except BrokenPipeError:
+        if options.command is _run:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads has seen enough, as `head` has
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if (refused := storage_failure(error)) is not None:
             said = str(error) if isinstance(error, CheckpointError) else f"{refused}; repair that"
@@ -320,11 +327,17 @@ def _list(options: argparse.Namespace) -> int:
     for name in recipe_names():
         folder = recipe_folder(name)
         about = ast.get_docstring(ast.parse((folder / "recipe.py").read_text(encoding="utf-8"))) or ""
-        print(f"{name}: {first_line(InputError(about))}")
+        print(f"{name}: {about.partition(chr(10))[0]}")
         for file in sorted(folder.glob("*.yaml"), key=lambda file: (file.name != "config.yaml", file.name)):
-            comment = file.read_text(encoding="utf-8").partition("\n")[0]
-            print(f"    {file.name:<20} {comment.lstrip('# ') if comment.startswith('#') else ''}".rstrip())
+            print(f"    {file.name:<20} {_first_sentence(file.read_text(encoding='utf-8'))}".rstrip())
     return 0
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment that a YAML file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    sentence = re.split(r"\.(?: (?=[A-Z])|$)", " ".join(line.lstrip("# ") for line in lines))[0]
+    return textwrap.shorten(sentence, 100, placeholder=" ...")
 
 
 def _copy(options: argparse.Namespace) -> int:

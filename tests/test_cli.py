@@ -195,6 +195,7 @@ def test_report_is_written_again_from_the_folder_alone(capsys: pytest.CaptureFix
     assert cli.main(["run", "toy"]) == 0
     Path("runs/toy").rename("moved")
     Path("moved/report.html").unlink()
+    capsys.readouterr()
     assert cli.main(["report", "moved"]) == 0
     assert capsys.readouterr().out == "report: moved/report.html\n"
     assert Path("moved/report.html").read_text() == "the judge gives 0.5"
@@ -397,6 +398,7 @@ def test_what_is_no_problem_is_named(
 def test_compare_prints_tables_and_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "toy", "--out", "a"]) == 0
     assert cli.main(["run", "toy", "--set", "steps=6", "--out", "b"]) == 0
+    capsys.readouterr()
     assert cli.main(["compare", "a", "b", "--out", "page"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "",
@@ -531,4 +533,4 @@ def test_every_recipe_can_be_run_and_reported() -> None:
         names |= {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
         targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
         names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-        assert {"Config", "run", "report"} <= names, f"{folder.name}: expected Config, run and report"
+        assert {"Config", "preflight", "run", "report"} <= names, f"{folder.name}: lacks one of these"

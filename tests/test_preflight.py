@@ -78,7 +78,7 @@ measure: {{every: null, prompts: 4, final_group_size: 2}}
 
 
 WRONG: dict[str, tuple[list[str], list[str]]] = {
-    "a misspelt key": (["hpgd.stepz=3"], ["--set hpgd.stepz=3: hpgd.stepz: unknown key; did you mean 'steps'"]),
+    "a misspelt key": (["hpgd.nat=0.3"], ["--set hpgd.nat=0.3: hpgd.nat: unknown key; did you mean 'nats'"]),
     "a misspelt kind": (["leader.kind=mixtur"], ["--set leader.kind=mixtur: leader.kind: ", "did you mean 'mixture'?"]),
     "a judge that is not there": (
         ["judge.function={}/own.py:jugde"],
@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a policy that is not there": (
         ["world.model={}/polici"],
-        ["polici: world.model: model ", "does not load", "did you mean '{}/policy'?"],
+        ["polici: world.model: model ", "neither a hub id nor a folder that loads", "did you mean '{}/policy'?"],
     ),
     "a language model as a reward model": (
         ["world.proxy={}/policy"],
@@ -110,9 +110,9 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "data that are not there": (
         ["world.data={}/promts.jsonl"],
-        ["promts.jsonl: world.data: data ", "there is no such file; did you mean '{}/prompts.jsonl'?"],
+        ["promts.jsonl: world.data: data ", "there is no such file; did you mean '{}/prompts.jsonl'"],
     ),
-    "data that are torn": (["world.data={}/torn.jsonl"], ["torn.jsonl: world.data: data ", "loading it raised"]),
+    "data that are torn": (["world.data={}/torn.jsonl"], ["torn.jsonl: world.data: data ", "loading it raised DatasetGenerationError: JSON parse error"]),
     "a broken chat template": (
         ["world.data={}/talks.jsonl", "world.model={}/chatty", "judge.function={}/own.py:echo", "world.proxy=null"],
         ["talks.jsonl: world.data: prompts: row 0: the chat template refuses it, TemplateSyntaxError"],
@@ -276,7 +276,7 @@ def test_check_says_what_is_there_and_makes_nothing(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tune_weights with my.yaml, into ") and lines[-1] == "nothing is missing"
     told = dict(line.split(maxsplit=1) for line in lines[1:-1])
-    assert told["world.data"] == "25 training and 5 test prompts"
+    assert told["world.data"] == "26 training and 4 test prompts"
     assert told["world.model"] == f"{material}/policy: LlamaForCausalLM, 8 tokens"
     assert told["judge.function"] == "0, 0 for two completions"
     assert told["world.rewards.echo"] == "4, 21 for two completions"

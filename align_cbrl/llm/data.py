@@ -227,7 +227,7 @@ def _load(source: str) -> DatasetDict:
     except Exception as error:  # the loading code of `datasets`, or of the user's function, raises what it likes
         raise InputError(
             f"data {source!r}: expected package.module.function, file.py:function, a data file, a folder or a hub id; "
-            f"loading it raised {type(error).__name__}: {first_line(error)}"
+            f"loading it raised {type(error).__name__}: {first_line(error.__cause__ or error)}"
         ) from error
     if isinstance(data, Dataset):
         data = DatasetDict({"train": data})

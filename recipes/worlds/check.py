@@ -25,6 +25,7 @@ from align_cbrl.runs.config import nearest
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.preflight import Preflight
 
+from ..fine_tuning import without_bars
 from .bench import BenchSettings
 from .world import PROXY
 
@@ -56,6 +57,7 @@ def check_bench(
         objectives: what the leader may want, by the key under which it stands; None: `settings.objective`.
         policies: further policies' folders or hub ids, by key; None values are made.
     """
+    without_bars()
     world, data = settings.world, None
     with notes.about("world.data"):
         data = load_prompts(world.data, seed=seeds[0])
