@@ -112,7 +112,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["world.data={}/promts.jsonl"],
         ["promts.jsonl: world.data: data ", "there is no such file; did you mean '{}/prompts.jsonl'"],
     ),
-    "data that are torn": (["world.data={}/torn.jsonl"], ["torn.jsonl: world.data: data ", "loading it raised DatasetGenerationError: JSON parse error"]),
+    "data that are torn": (
+        ["world.data={}/torn.jsonl"],
+        ["torn.jsonl: world.data: data ", "loading it raised DatasetGenerationError: JSON parse error"],
+    ),
     "a broken chat template": (
         ["world.data={}/talks.jsonl", "world.model={}/chatty", "judge.function={}/own.py:echo", "world.proxy=null"],
         ["talks.jsonl: world.data: prompts: row 0: the chat template refuses it, TemplateSyntaxError"],
@@ -199,12 +202,18 @@ def test_a_wrong_file_is_named(material: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"error: {file}: judge.function: judge: raised ConnectionError" in capsys.readouterr().err
 
 
-def test_all_that_is_wrong_is_said_at_once(
-    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wrong = [f"judge.function={material}/own.py:raising", f"world.proxy={material}/policy", f"world.rewards.two={material}/own.py:two"]
+def test_all_that_is_wrong_is_said_at_once(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [
+        f"judge.function={material}/own.py:raising",
+        f"world.proxy={material}/policy",
+        f"world.rewards.two={material}/own.py:two",
+    ]
     error = refused(material, tmp_path / "run", wrong, capsys)
-    assert [line.split(": ")[2] for line in error.splitlines()] == ["world.rewards.two", "world.proxy", "judge.function"]
+    assert [line.split(": ")[2] for line in error.splitlines()] == [
+        "world.rewards.two",
+        "world.proxy",
+        "judge.function",
+    ]
     assert all(line.startswith("error: --set ") for line in error.splitlines())
 
 
@@ -212,7 +221,11 @@ def test_all_that_is_wrong_is_said_at_once(
     ("package", "overrides", "message"),
     [
         ("peft", ["follower.lora=8"], "--set follower.lora=8: follower.lora: rank 8 needs peft; pip install"),
-        ("peft", ["leader={kind: reward_model, trainable: lora}", "hpgd.step=gradient"], "adapters need the package peft"),
+        (
+            "peft",
+            ["leader={kind: reward_model, trainable: lora}", "hpgd.step=gradient"],
+            "adapters need the package peft",
+        ),
         ("vllm", ["follower.vllm=true"], "--set follower.vllm=true: follower.vllm: the package vllm is not installed"),
         ("optuna", ["methods=[hpgd, tpe]"], "--set methods=[hpgd, tpe]: methods: tpe and random: need optuna"),
         ("matplotlib", [], "curves: need matplotlib, which is not installed: pip install 'align-cbrl[plots]'"),
@@ -250,21 +263,29 @@ def test_a_disk_that_is_too_small_is_named(
 
 
 def test_a_start_that_failed_later_leaves_the_folder_usable(
-    material: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the mistake could not be seen before: here the whole job runs after it, in the same folder."""
-    out = tmp_path / "run"
-    constant = f"world.rewards.same={material}/constant.py:same"
-    (material / "constant.py").write_text("def same(prompts, completions):\n    return [1.0 for _ in completions]\n")
+    """Where a mistake was not seen before, but in the run."""
+    recipe = load_recipe("tune_weights")
     with monkeypatch.context() as patched:
-        patched.setattr("align_cbrl.recipes.worlds.check.check_bench", lambda *arguments, **more: None)
-        patched.setattr("align_cbrl.recipes.tune_weights.recipe.check_bench", lambda *arguments, **more: None)
-        assert cli.main(command(material, out, "seeds=[0]", f"judge.function={material}/own.py:needing")) == 2
-    assert not out.exists() and constant
-    capsys.readouterr()
+        patched.setattr(recipe, "check_bench", lambda *arguments, **more: None)
+        refused(material, tmp_path / "run", [f"judge.function={material}/own.py:needing"], capsys)
+    monkeypatch.setattr(recipe, "run", lambda config, out, resume: claim(out, config, recipe="tune_weights"))
+    assert cli.main(command(material, tmp_path / "run", "seeds=[0]")) == 0
+
+
+def test_a_copied_recipe_runs_by_its_path(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["cp", "tune_weights", "mine"]) == 0
+    assert capsys.readouterr().out == "mine: change it, and run it with: align-cbrl run mine/\n"
+    assert cli.main(["check", "mine", "--config", f"{material}/my.yaml"]) == 0
+    assert "nothing is missing" in capsys.readouterr().out
+    assert cli.main(["cp", "tune_weights", "mine"]) == 2
+    assert "mine: expected a folder that is not there yet" in capsys.readouterr().err
+    assert cli.main(["cp", "tune_wieghts", "other"]) == 2
+    assert "did you mean 'tune_weights'?" in capsys.readouterr().err and not Path("other").exists()
 
 
 def test_check_says_what_is_there_and_makes_nothing(
@@ -279,7 +300,7 @@ def test_check_says_what_is_there_and_makes_nothing(
     assert told["world.data"] == "26 training and 4 test prompts"
     assert told["world.model"] == f"{material}/policy: LlamaForCausalLM, 8 tokens"
     assert told["judge.function"] == "0, 0 for two completions"
-    assert told["world.rewards.echo"] == "4, 21 for two completions"
+    assert told["world.rewards.echo"] == "4, 22 for two completions"
     assert cli.main([*arguments, "--set", f"judge.function={material}/own.py:raising"]) == 2
     assert "judge: raised ConnectionError" in capsys.readouterr().err
     assert not out.exists()

@@ -57,10 +57,10 @@ class Preflight:
         except (InputError, RunStopped) as error:
             named, message = named_in(str(error))
             deeper = ".".join([*([key] if key else []), *named])
-            # A message that begins with the name of a field inside is about that field.
+            # A message that begins with the name of a field inside is about that field; or it repeats the key.
             if named and _reaches(self._tree, deeper):
                 key = deeper
-            else:
+            elif not named or tuple(key.split("."))[-len(named) :] != named:
                 message = str(error)
             told = f"{self._sources.where(key)}: {message}"
             if told not in self.wrong:

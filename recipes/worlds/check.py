@@ -110,7 +110,7 @@ def two_rows(data: Dataset, model: str | None) -> dict[str, list[Any]]:
     return {"prompts": prompts, "completions": said, "completion_ids": ids, **columns}
 
 
-def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, list[Any]]) -> Any:
+def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, list[Any]]) -> Judge | None:
     """The judge, asked about two completions; None where something is wrong with it."""
     given = settings.judge
     key = f"judge.{next(name for name in ('function', 'reward_model', 'url') if hasattr(given, name))}"
@@ -118,8 +118,9 @@ def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, li
         with notes.about(key):
             notes.found(key, check_reward_model(given.reward_model))
         return Judge(_nothing, name="judge")
+    asked: Judge | None = None
     with notes.about(key), tempfile.TemporaryDirectory() as folder:
-        # A service may stumble once. Its scores go to the cache only if that is not a file of the run's folder.
+        # A service may stumble once. Scores are kept only in a cache that is no file of the run's folder.
         judge = dataclasses.replace(given, retries=min(given.retries, 1)).build(Path(folder))
         if not isinstance(judge, Judge):
             raise InputError("expected a judge that scores completions, got one that compares pairs or scores sets")
@@ -127,8 +128,8 @@ def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, li
         with refusing_what_raises("judge"):
             scores = judge.scores(dict(rows)).tolist()
         notes.found(key, f"{', '.join(f'{score:.3g}' for score in scores)} for two completions")
-        return judge
-    return None
+        asked = judge
+    return asked
 
 
 def _check_follower(settings: BenchSettings, notes: Preflight, data: DatasetDict, seed: int) -> None:
@@ -165,7 +166,7 @@ def _check_objective(
     notes: Preflight,
     key: str,
     objective: ObjectiveSettings,
-    judge: Any,
+    judge: Judge | None,
     rows: Mapping[str, list[Any]],
 ) -> None:
     costs = {name: Judge(_nothing, name=f"cost {name}") for name in settings.world.costs}
