@@ -208,10 +208,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         return self._trainer.observed.rollouts()
 
     def trainer_metrics(self) -> dict[str, float]:
-        """trl's own metrics (`trl/reward`, `trl/kl`, `trl/completions/mean_length`, ...), of the newest steps.
-
-        Means over the optimizer steps since they were last asked for, or since a response began.
-        """
+        """trl's own metrics of the newest optimizer step: `trl/reward`, `trl/kl`, `trl/completions/mean_length`, ..."""
         taken = {} if self._trainer is None else self._trainer.take_metrics()
         self._trainer_metrics = taken or self._trainer_metrics
         return dict(self._trainer_metrics)

@@ -102,18 +102,18 @@ class ObservedTrainer(Trainer):
         self._buffered_inputs = None
 
     def take_metrics(self) -> dict[str, float]:
-        """trl's own metrics of training, under `trl/`: means over the steps since they were last taken.
+        """trl's own metrics of the newest optimizer step, under `trl/`; nothing where none was taken since.
 
         Without those of the one reward function, which are those of the reward, and without counts and times that
         begin anew in every train() call.
         """
         kept = self._metrics["train"]
-        known = {name: [v for v in values if not math.isnan(v)] for name, values in kept.items()}
+        newest = {name: values[-1] for name, values in kept.items() if values}
         kept.clear()
         return {
-            f"trl/{name}": math.fsum(values) / len(values)
-            for name, values in known.items()
-            if values and name not in _NOT_TAKEN and not name.startswith("rewards/")
+            f"trl/{name}": float(value)
+            for name, value in newest.items()
+            if math.isfinite(value) and name not in _NOT_TAKEN and not name.startswith("rewards/")
         }
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
