@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command is _run:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads has seen enough, as `head` has
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, which not every system has
     except Exception as error:
         if (refused := storage_failure(error)) is not None:
             said = str(error) if isinstance(error, CheckpointError) else f"{refused}; repair that"
