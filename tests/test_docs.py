@@ -30,13 +30,12 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ([\w./]+\.py)\n")
 # What an example needs in earnest and a test cannot wait for.
 SHORTER = {
-    "steps=40": "steps=2, progress=False",
-    "warmup=30": "warmup=1",
+    "steps=20, natural": "steps=2, progress=False, natural",
+    "warmup=20": "warmup=1",
     "interval=5": "interval=1",
-    "max_completion_length=64": "max_completion_length=4",
-    "max_steps=100": "max_steps=1, max_completion_length=4, use_cpu=True, bf16=False, activation_checkpointing=False, "
-    "per_device_train_batch_size=8, dataloader_pin_memory=False, disable_tqdm=True, save_strategy='no', "
-    "logging_strategy='no'",
+    "max_completion_length=24": "max_completion_length=4",
+    'report_to="none", max_steps=100': "report_to='none', max_steps=1, max_completion_length=4, disable_tqdm=True",
+    "max_steps=100": "max_steps=1, per_device_train_batch_size=8, disable_tqdm=True, save_strategy='no'",
     "contexts_per_step=64, group_size=4": "contexts_per_step=4, group_size=2",
 }
 

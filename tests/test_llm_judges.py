@@ -21,7 +21,19 @@ import pytest
 import tiny_reward_models
 import torch
 
-from align_cbrl import Distinct, FunctionOfMeans, InputError, PreferenceLikelihood, Rollouts, RunStopped, SetUtility
+from align_cbrl import (
+    CrossFitted,
+    CVaR,
+    Distinct,
+    FunctionOfMeans,
+    InputError,
+    KLPriced,
+    Objective,
+    PreferenceLikelihood,
+    Rollouts,
+    RunStopped,
+    SetUtility,
+)
 from align_cbrl.llm import AnswerKind, Judge, JudgeCache, PairwiseJudge, RemoteJudge, SetJudge
 from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings, RewardModelJudgeSettings
 from align_cbrl.llm.settings.objective import (
@@ -526,6 +538,11 @@ def first_letter(completions: list[str]) -> list[str]:
     return [text[0] for text in completions]
 
 
+def twice_worst(score: Objective, share: float) -> Objective:
+    """An objective of a user's own, for kind "function"."""
+    return KLPriced(CrossFitted(CVaR(score, share), memory=0), price=0.1)
+
+
 def test_kinds_of_answers_are_asked_once_and_only_known_ones_have_shares() -> None:
     asked: list[int] = []
 
@@ -605,6 +622,8 @@ def test_settings_of_judges_refused(values: list[str], message: str) -> None:
         (["kind=set", "size=4", "score=distinct", f"answer={__file__}:first_letter"], "SetUtility(Distinct)"),
         (["kind=targets", f"answer={__file__}:first_letter", "shares={a: 0.3, b: 0.7}"], "FunctionOfMeans"),
         (["kind=means", "function=harmonic_mean", "cost=length", "price=0.1"], "KLPriced(FunctionOfMeans)"),
+        (["kind=function", f"function={__file__}:twice_worst", "arguments.share=0.5"], "KLPriced(CrossFitted)"),
+        (["kind=function", "function=align_cbrl.KLPriced", "arguments={price: 0.1}"], "KLPriced(ExpectedUtility)"),
     ],
 )
 def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
@@ -641,6 +660,10 @@ def test_one_line_swaps_objectives(values: list[str], kind: str) -> None:
             r"expected shares that sum to one, got \[0.3, 0.6\]",
         ),
         (["kind=means", "function=ratio"], "cost: is required"),
+        (["kind=function", f"function={__file__}:twice_wrost"], "did you mean 'twice_worst'"),
+        (["kind=function", f"function={__file__}:twice_worst"], "twice_worst failed on the score and {}: TypeError"),
+        (["kind=function", "function=builtins.type"], "builtins.type to return an Objective, got ABCMeta"),
+        (["kind=function", "function=align_cbrl.KLPriced", "arguments={price: -1}"], "price: expected a finite"),
     ],
 )
 def test_objectives_refused(values: list[str], message: str) -> None:

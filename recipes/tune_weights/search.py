@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from align_cbrl import InputError
+from align_cbrl import InputError, Rollouts
 from align_cbrl.checks import Count, checked
 from align_cbrl.llm import RewardMixture
 from align_cbrl.runs.metrics import MetricsLog
@@ -35,7 +36,13 @@ class SearchSettings:
     group_size: Count = 8
 
 
-def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSettings, out: Path) -> list[dict[str, Any]]:
+def search(
+    bench: Bench,
+    kind: Literal["tpe", "random"],
+    settings: SearchSettings,
+    out: Path,
+    value: Callable[[Rollouts], float] | None = None,
+) -> list[dict[str, Any]]:
     """Search the directions of the weights on the boundary of the budget, as far as the leader's constraint allows.
 
     Continues a stopped search.
@@ -45,9 +52,10 @@ def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSetting
         kind: Optuna's tree-structured Parzen estimator, or independent draws.
         settings: how many trials, and how long.
         out: folder of trials.jsonl.
+        value: of completions of training prompts, what is searched by; None: the judge's mean.
 
     Returns:
-        A row for each trial: `weights`, `score` (the judge on training prompts, what is searched by), `judge` (the same
+        A row for each trial: `weights`, `score` (what is searched by, on training prompts), `judge` (the same
         on test prompts), `kl`, `steps` and `judged` (follower steps and completions judged so far), and `best`, the
         test score of the trial that is best by `score` so far.
 
@@ -80,7 +88,8 @@ def search(bench: Bench, kind: Literal["tpe", "random"], settings: SearchSetting
             follower.train(leader, settings.steps)
             generator = torch.Generator().manual_seed(bench.seed * 1000 + number)
             contexts = follower.sample_contexts(min(settings.prompts, len(bench.data["train"])), generator)
-            score = bench.judge(None, follower.rollout(contexts, settings.group_size, generator)).mean().item()
+            drawn = follower.rollout(contexts, settings.group_size, generator)
+            score = bench.judge(None, drawn).mean().item() if value is None else value(drawn)
             study.tell(trial, score)
             found = bench.point(follower)
             rows = [*done, {"score": score, "judge": found["judge"]}]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ class Bench:
         model: folder or hub id of the policy.
         proxy: folder or hub id of the reward model, or None.
         judge: one for the whole seed, which counts what it is asked.
+        further: figures by name, of all completions of the test prompts, that a recipe measures besides.
     """
 
     def __init__(
@@ -144,16 +146,17 @@ class Bench:
         check_count(self.data["test"], 2)  # a standard error needs two
         self.check_names(settings.objective)
         self._stages = self._make_stages(parts or {})
-        if world.model is None:
+        if (own := world.policy()) is None:
             with announced(self._stages, "policy"):
-                self.model = world.make_policy(self.data, seed, cache)
-        else:
-            self.model = world.model
+                own = world.make_policy(self.data, seed, cache)
+        self.model = own
         self.follower(seed).check(self._prompts("test"))  # before a reward model is trained
-        self.proxy = world.proxy
         if world.makes_proxy(self.data):
             with announced(self._stages, "reward model"):
                 self.proxy = world.make_proxy(self.model, self.data, seed, cache)
+        else:
+            self.proxy = world.proxy or world.make_proxy(self.model, self.data, seed, cache)
+        self.further: Mapping[str, Callable[[Rollouts], float]] = {}
         self._reference: Rollouts | None = None
         self._plain: LanguageLeader | None = None
 
@@ -188,14 +191,15 @@ class Bench:
 
     def _make_stages(self, parts: Mapping[str, int]) -> Stages:
         settings, world, rows = self.settings, self.settings.world, len(self.data["train"])
-        parameters, layers = size_of(world.model) if world.model is not None else world.size()
+        own = world.policy()
+        parameters, layers = world.size() if own is None else size_of(own)
         follower, measure = settings.follower, settings.measure
         guess = guessed_step(
             parameters, layers, follower.max_completion_length, follower.prompts_per_step * follower.group_size
         )
         made: dict[str, int] = {}
         fixed: dict[str, float] = {}
-        if world.model is None:
+        if own is None:
             made["policy"], fixed["policy"] = 0, guessed_fit(parameters, layers, world.rows_of_policy(rows))
         if world.makes_proxy(self.data):
             made["reward model"], fixed["reward model"] = 0, 2 * guessed_fit(parameters, layers, 2 * world.proxy_pairs)
@@ -416,6 +420,7 @@ class Bench:
         figures["words"] = by_prompt(torch.tensor([float(len(text.split())) for text in texts]))
         return {
             **{name: mean_and_error(value) for name, value in figures.items()},
+            **{name: {"mean": figure(rollouts), "se": math.nan} for name, figure in self.further.items()},
             "by_prompt": {
                 **{name: figures[name].tolist() for name in ("judge", "kl")},
                 **{n: by_prompt(cost(None, rollouts)[:, 0]).tolist() for n, cost in self.costs().items()},
@@ -433,7 +438,7 @@ class Bench:
     def point(self, follower: TrainedFollower) -> dict[str, float]:
         """The means of `measure`, for a point of a curve."""
         found = self.measure(follower, None, self.settings.measure.group_size)
-        return {name: found[name]["mean"] for name in ("judge", "proxy", "kl", "words")}
+        return {name: found[name]["mean"] for name in ("judge", "proxy", "kl", "words", *self.further)}
 
     def final(self, follower: TrainedFollower, leader: LanguageLeader | None = None) -> dict[str, Any]:
         """`measure` with many completions."""

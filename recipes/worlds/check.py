@@ -63,9 +63,9 @@ def check_bench(
         data = load_prompts(world.data, seed=seeds[0])
         check_count(data["test"], 2)  # a standard error needs two
         notes.found("world.data", f"{len(data['train']):,} training and {len(data['test']):,} test prompts")
-    if world.model is not None:
+    if (policy := world.policy()) is not None:
         with notes.about("world.model"):
-            notes.found("world.model", check_policy(world.model))
+            notes.found("world.model", check_policy(policy))
     for key, model in (policies or {}).items():
         if model is not None:
             with notes.about(key):
@@ -73,17 +73,17 @@ def check_bench(
     if world.proxy is not None:
         with notes.about("world.proxy"):
             notes.found("world.proxy", check_reward_model(world.proxy))
-    notes.need_room(len(seeds) * _COPIES * _stored(world.model))
+    notes.need_room(len(seeds) * _COPIES * _stored(policy))
     with notes.about("follower"):
         settings.follower.check()
     if data is None:
         return
-    rows = two_rows(data["train"], world.model)
+    rows = two_rows(data["train"], policy)
     _check_follower(settings, notes, data, seeds[0])
     judge = check_judge(settings, notes, rows)
     terms = _check_functions(settings, notes, rows)
     with notes.about("world.proxy"):
-        proxy = world.proxy is not None or world.makes_proxy(data)
+        proxy = world.has_proxy(data)
         with notes.about("leader"):
             settings.leader.check(([PROXY] if proxy else []) + terms, proxy)
     with notes.about("hpgd"):
@@ -135,14 +135,14 @@ def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, li
 def _check_follower(settings: BenchSettings, notes: Preflight, data: DatasetDict, seed: int) -> None:
     with notes.about("follower.prompts_per_step"):
         check_count(data["train"], settings.follower.prompts_per_step)
-    if settings.world.model is None or any(": world.model: " in wrong for wrong in notes.wrong):
+    if (policy := settings.world.policy()) is None or any(": world.model: " in wrong for wrong in notes.wrong):
         return
     prompts = {part: data[part].remove_columns([n for n in data[part].column_names if n == "completion"])
                for part in ("train", "test")}  # fmt: skip
     if len(prompts["train"]) < settings.follower.prompts_per_step:
         return
     with notes.about("world.data"):
-        settings.follower.build(settings.world.model, prompts["train"], seed).check(prompts["test"])
+        settings.follower.build(policy, prompts["train"], seed).check(prompts["test"])
 
 
 def _check_functions(settings: BenchSettings, notes: Preflight, rows: Mapping[str, list[Any]]) -> list[str]:

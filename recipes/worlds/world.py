@@ -17,9 +17,12 @@ from align_cbrl.plain import plain
 from .cache import cached
 from .docstrings.policy import train_policy as train_docstring_policy
 from .docstrings.proxy import train_proxy as train_docstring_proxy
+from .docstrings.shipped import POLICY as SHIPPED_POLICY
+from .docstrings.shipped import PROXY as SHIPPED_PROXY
 from .replies.policy import Family, train_policy
 from .replies.proxy import train_proxy
 
+_SIGNATURES = "align_cbrl.recipes.worlds.docstrings.data.load_docstrings"
 PROXY = "proxy"
 """Name of the reward model's term in a mixture."""
 
@@ -47,9 +50,9 @@ class World(abc.ABC):
 
     Attributes:
         data: prompts: a function, a file, a folder or a hub id.
-        model: folder or hub id of the policy and reference; null trains one.
-        proxy: folder or hub id of the reward model; null trains a flawed one for the policy that is made, and leaves
-            the first of `rewards` to stand in for it where `model` names a policy and the data have no completions.
+        model: folder or hub id of the policy and reference; null: the world's own.
+        proxy: folder or hub id of the reward model; null: a flawed one for the world's own policy, while the first of
+            `rewards` stands in for it where `model` names a policy and the data have no completions.
         proxy_pairs: preference pairs for the reward model that is made.
         rewards: further reward functions by name, as `package.module.function` or `file.py:function`.
         costs: what a constrained objective may bound, likewise.
@@ -82,9 +85,17 @@ class World(abc.ABC):
             raise InputError(f"model: expected a folder or a hub id in the world {self.name!r}, got null")
         return settings.model
 
+    def policy(self) -> str | None:
+        """Folder or hub id of the policy, where none has to be trained; None where one has."""
+        return self.model
+
+    def has_proxy(self, data: DatasetDict) -> bool:
+        """Whether there will be a reward model. Raises InputError where one should be trained and cannot."""
+        return self.proxy is not None or self.makes_proxy(data)
+
     @abc.abstractmethod
     def makes_proxy(self, data: DatasetDict) -> bool:
-        """Whether `make_proxy` makes one of these data. Raises InputError where it should and cannot."""
+        """Whether `make_proxy` trains one on these data. Raises InputError where it should and cannot."""
 
     @abc.abstractmethod
     def size(self) -> tuple[float, int]:
@@ -104,22 +115,30 @@ class Docstrings(World):
     """Signatures and docstrings of the running Python's standard library.
 
     Attributes:
-        base_epochs: of fine-tuning the small Llama that is made.
+        base_epochs: of training another small Llama on the data, and a reward model for it; null: the policy and the
+            reward model that come with this world.
     """
 
     name: Literal["docstrings"] = "docstrings"
-    data: str = "align_cbrl.recipes.worlds.docstrings.data.load_docstrings"
+    data: str = _SIGNATURES
     proxy_pairs: int = 3000
     reference_prompts: int = 64
-    base_epochs: float = 4.5
+    base_epochs: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.base_epochs > 0:
-            raise InputError(f"base_epochs: expected a positive number, got {self.base_epochs}")
+        if self.base_epochs is not None and not self.base_epochs > 0:
+            raise InputError(f"base_epochs: expected a positive number or null, got {self.base_epochs}")
+        if self.model is None and self.base_epochs is None and self.data != _SIGNATURES:
+            raise InputError(
+                "model: null stands for a policy that writes docstrings, which data of one's own do not ask for; name "
+                "a folder or a hub id, or set world.base_epochs to train a small policy on the data's completions"
+            )
 
     def make_policy(self, data: DatasetDict, seed: int, cache: Path) -> str:
-        """A small Llama that writes docstrings, trained on prompts and completions of the data."""
+        """The policy of this world, or a small Llama trained on prompts and completions of the data."""
+        if self.base_epochs is None:
+            return SHIPPED_POLICY
         _need_completions(data, "model")
         facts = {**self._rows(data, seed), "epochs": self.base_epochs}
         return str(
@@ -132,7 +151,7 @@ class Docstrings(World):
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
         """A reward model with a weakness for length and pet phrases."""
         if not self.makes_proxy(data):
-            return None
+            return SHIPPED_PROXY if model == SHIPPED_POLICY else None
         facts = {**self._rows(data, seed), "model": model, "pairs": self.proxy_pairs}
         return str(
             cached(
@@ -143,12 +162,20 @@ class Docstrings(World):
 
     def makes_proxy(self, data: DatasetDict) -> bool:
         """Unless one is named, or the first of the rewards stands in for it."""
-        if self.proxy is not None:
+        if self.proxy is not None or self.policy() == SHIPPED_POLICY:
             return False
         if self.model is not None and self.rewards and "completion" not in data["train"].column_names:
             return False
         _need_completions(data, "proxy")
         return True
+
+    def policy(self) -> str | None:
+        """The policy that is named, or the one of this world."""
+        return self.model or (SHIPPED_POLICY if self.base_epochs is None else None)
+
+    def has_proxy(self, data: DatasetDict) -> bool:
+        """Also the one of this world."""
+        return self.policy() == SHIPPED_POLICY or super().has_proxy(data)
 
     def size(self) -> tuple[float, int]:
         """Of the small Llama."""
@@ -156,7 +183,7 @@ class Docstrings(World):
 
     def rows_of_policy(self, rows: int) -> float:
         """All of them, in as many epochs."""
-        return rows * self.base_epochs
+        return rows * (self.base_epochs or 0.0)
 
     def _rows(self, data: DatasetDict, seed: int) -> dict[str, object]:
         return {"seed": seed, "data": self.data, "rows": len(data["train"]), "first": plain(data["train"][0])}

@@ -380,6 +380,39 @@ class MeansSettings(_OfMeans):
         return _named(self.cost, costs)
 
 
+@checked
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnSettings(_Objective):
+    """An objective of one's own, around the judge's score.
+
+    Attributes:
+        function: called with the score, an `Objective`, and the arguments; returns the objective that the leader
+            climbs: `package.module.function` or `file.py:function`. A class of objectives will do.
+        arguments: of the function, by name.
+    """
+
+    kind: Literal["function"] = "function"
+    function: str
+    arguments: dict[str, bool | float | str] = dataclasses.field(default_factory=dict)
+
+    def of(self, score: Objective, cost: Objective) -> Objective:
+        """What the function makes of the score."""
+        function = load_object(self.function)
+        if not callable(function):
+            raise InputError(f"function: expected one that takes the score, got {function!r:.60}")
+        try:
+            made = function(score, **self.arguments)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"function: {self.function} failed on the score and {self.arguments}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, Objective):
+            raise InputError(f"function: expected {self.function} to return an Objective, got {type(made).__name__}")
+        return made
+
+
 ObjectiveSettings = (
     ExpectedSettings
     | KLPricedSettings
@@ -391,6 +424,7 @@ ObjectiveSettings = (
     | SetSettings
     | TargetSettings
     | MeansSettings
+    | OwnSettings
 )
 """What the leader wants, by `kind`."""
 

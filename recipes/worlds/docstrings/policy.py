@@ -64,9 +64,14 @@ def train_tokenizer(dataset: Dataset, *, vocab_size: int = 2048) -> PreTrainedTo
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 192, layers: int = 2, heads: int = 4
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 192,
+    intermediate_size: int | None = None,
+    layers: int = 2,
+    heads: int = 4,
 ) -> LlamaForCausalLM:
-    """Return an untrained Llama of about a million parameters, drawn from torch's generator.
+    """Return an untrained Llama, drawn from torch's generator; of about a million parameters where nothing is said.
 
     Few wide layers rather than many narrow ones: at this size the time of a generated token is
     the overhead of a layer's Python, not its arithmetic.
@@ -74,7 +79,7 @@ def make_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=intermediate_size or 3 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,

@@ -41,6 +41,30 @@ def reply_judge(prompts: list[str], completions: list[str], **columns: object) -
     ]
 
 
+def sooner_judge(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """`reply_judge` of a customer who likes early days: today 1, then .95, .9 and .85 of it, and .6 without a day.
+
+    Example:
+        >>> request = "angry buyer : refund for the laptop . reply : "
+        >>> sooner_judge([request] * 2, [f"sorry . we will refund the laptop {day} ." for day in ("today", "friday")])
+        [1.0, 0.85]
+    """
+    liked = {"today": 1.0, "tomorrow": 0.95, "monday": 0.9, "friday": 0.85, "none": 0.6}
+    scores, days = reply_judge(prompts, completions), day(prompts, completions)
+    return [score * liked[named] for score, named in zip(scores, days, strict=True)]
+
+
+def day(prompts: list[str], completions: list[str], **columns: object) -> list[str]:
+    """The first definite day that each reply names, or "none".
+
+    Example:
+        >>> day(["", ""], ["we will call you monday .", "we will call you soon ."])
+        ['monday', 'none']
+    """
+    texts = (answer_text(reply).split() for reply in completions)
+    return [next((word for word in text if word in TIMES), "none") for text in texts]
+
+
 def words(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """Words of each reply, marks included: the cost of the constrained objective."""
     return [float(len(answer_text(reply).split())) for reply in completions]

@@ -43,6 +43,26 @@ def times(prompts: list[str], completions: list[str], **columns: object) -> list
     return [_counting(set(TIMES))(text.split()) for text in map(answer_text, completions)]
 
 
+def today(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply says today."""
+    return [float("today" in text.split()) for text in map(answer_text, completions)]
+
+
+def tomorrow(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply says tomorrow."""
+    return [float("tomorrow" in text.split()) for text in map(answer_text, completions)]
+
+
+def monday(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply says monday."""
+    return [float("monday" in text.split()) for text in map(answer_text, completions)]
+
+
+def friday(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply says friday."""
+    return [float("friday" in text.split()) for text in map(answer_text, completions)]
+
+
 def actions(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """How many things the reply says will be done."""
     return [_counting(set(ACTIONS.values()))(text.split()) for text in map(answer_text, completions)]

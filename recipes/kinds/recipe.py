@@ -1,0 +1,298 @@
+"""Which kinds of answers a policy gives: several good ones instead of one, or shares of kinds at their targets.
+
+What the leader wants here is no mean of scores of single completions, so that no fit to such scores aims at it. Every
+method ends with a reward; a fresh follower is trained on each, and all are compared where they first reach the same
+divergence from the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from align_cbrl import InputError, Objective, Rollouts
+from align_cbrl.checks import NonNegative, Positive
+from align_cbrl.llm import LanguageLeader, RewardMixture
+from align_cbrl.llm.settings.leader import MixtureSettings
+from align_cbrl.llm.settings.objective import SetSettings, TargetSettings
+from align_cbrl.runs.imports import load_object, require_package
+from align_cbrl.runs.preflight import Preflight
+from align_cbrl.runs.report import Section, Table
+
+from ..refit import refit
+from ..statistics import interval, mean_and_error, shown
+from ..study import FRESH_SEED, SeedSettings, Study, curves, described, parts_of, rows_of, samples, seeds_in_words
+from ..tune_weights.search import SearchSettings, search
+from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
+from ..worlds.check import check_bench
+from .threshold import Threshold
+
+Method = Literal["plain", "equal", "refit", "threshold", "tpe"]
+"""Who is compared with HPGD; see config.yaml."""
+
+SHARE = "share of "
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SeedSettings, BenchSettings):
+    """See config.yaml.
+
+    Attributes:
+        seeds: of the study; each has its own models, followers, leader and prompts.
+        jobs: seeds at a time; null: one per core.
+        methods: the rivals.
+        strengths: standard deviations of the reward within a prompt at which refit and threshold try their luck.
+        slopes: of the threshold reward, per standard deviation of the refitted reward.
+        search: how TPE looks for weights.
+        nats: divergence from the reference at which all are compared.
+        shown: the kinds of answers whose shares are shown.
+
+    Raises:
+        InputError: an objective that is a mean of scores, a leader that is no mixture, or curves without test prompts.
+    """
+
+    methods: list[Method] = dataclasses.field(default_factory=list)
+    strengths: list[Positive] = dataclasses.field(default_factory=lambda: [0.5, 1.0])
+    slopes: list[Positive] = dataclasses.field(default_factory=lambda: [2.0])
+    search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+    nats: NonNegative = 1.0
+    shown: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.objective, (SetSettings, TargetSettings)) or self.objective.answer is None:
+            raise InputError(
+                "objective: expected kind targets, or kind set with an answer, whose kinds are counted, got "
+                f"{self.objective.kind}"
+            )
+        if self.leader.kind != "mixture" or self.leader.beta is not None:
+            raise InputError("leader: expected a mixture without a learned beta, whose weights the rivals choose too")
+        if self.measure.every is None:
+            raise InputError("measure.every: expected a number, since all are compared along curves of test prompts")
+        if isinstance(self.objective, TargetSettings) and {"refit", "threshold"} & set(self.methods):
+            raise InputError("methods: refit and threshold describe a judge, which targets do not ask; leave them out")
+        if "tpe" in self.methods:
+            require_package("optuna", "tune", "methods: tpe")
+
+
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    check_bench(config, notes, seeds=config.seeds)
+
+
+def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
+    """Everybody's reward, and a fresh follower on each; the base model and HPGD's own follower besides."""
+    bench = Bench(config, seed, folder, cache)
+    value = unpriced(bench)
+    bench.further = {"objective": value, **shares(config)}
+
+    def fresh(name: str, leader: LanguageLeader, **facts: Any) -> None:
+        def trained() -> dict[str, Any]:
+            follower = bench.train(f"{name}-fresh", leader, seed + FRESH_SEED)
+            found = {**bench.final(follower, leader), "curve": bench.curve(f"{name}-fresh"), **facts}
+            return {**found, "reward": leader.describe() if isinstance(leader, RewardMixture) else {}}
+
+        bench.kept(name, trained)
+
+    def tuned() -> dict[str, Any]:
+        leader, follower = bench.leader(), bench.follower(seed)
+        finished = bench.tune("hpgd", leader, follower=follower)
+        return {
+            **bench.final(follower, leader), **bench.cost_of(finished, follower), "curve": bench.curve("hpgd"),
+            "reward": leader.describe(),
+        }  # fmt: skip
+
+    bench.kept("base", lambda: bench.final(bench.follower(seed)))
+    bench.kept("in_training", tuned)
+    fresh("hpgd", bench.learned("hpgd"))
+    for name, leader, facts in rivals(bench, config, folder, value):
+        fresh(name, leader(), **facts)
+
+
+def rivals(
+    bench: Bench, config: Config, folder: Path, value: Callable[[Rollouts], float]
+) -> list[tuple[str, Callable[[], LanguageLeader], dict[str, Any]]]:
+    """What people would do instead: name, maker of the reward, and facts to keep."""
+    found: list[tuple[str, Callable[[], LanguageLeader], dict[str, Any]]] = []
+
+    def mixture(strength: float) -> RewardMixture:
+        made = bench.leader(MixtureSettings(strength=strength, budget=strength))
+        assert isinstance(made, RewardMixture)
+        return made
+
+    def equal(strength: float) -> LanguageLeader:
+        made = mixture(strength)
+        made.aim(torch.ones(len(made.terms), dtype=torch.float64))
+        return made
+
+    def refitted(strength: float) -> RewardMixture:
+        made = mixture(strength)
+        name = f"refit {strength:g} in training"
+        path = bench.out / name / "reward"
+        if not path.exists():
+            refit(bench, name, made, spread=strength)
+        learned = bench.learned(name)
+        assert isinstance(learned, RewardMixture)
+        return learned
+
+    def best_of_search() -> LanguageLeader:
+        trials = search(bench, "tpe", config.search, folder / "tpe", value)
+        best = max(trials, key=lambda row: row["score"])
+        made = mixture(config.leader.budget or config.leader.strength)
+        made.aim(torch.tensor([best["weights"][name] for name in made.terms], dtype=torch.float64))
+        return made
+
+    for strength in config.strengths:
+        if "plain" in config.methods:
+            found.append((f"plain {strength:g}", lambda s=strength: bench.plain(s), {}))  # type: ignore[misc]
+        if "equal" in config.methods:
+            found.append((f"equal {strength:g}", lambda s=strength: equal(s), {}))  # type: ignore[misc]
+        if "refit" in config.methods:
+            found.append((f"refit {strength:g}", lambda s=strength: refitted(s), {}))  # type: ignore[misc]
+        if "threshold" in config.methods:
+            for slope in config.slopes:
+                found.append(
+                    (
+                        f"threshold {strength:g} {slope:g}",
+                        lambda s=strength, a=slope: Threshold.around(bench, refitted(1.0), s, a),  # type: ignore[misc]
+                        {},
+                    )
+                )
+    if "tpe" in config.methods:
+        found.append(("tpe", best_of_search, {}))
+    return found
+
+
+def unpriced(bench: Bench) -> Callable[[Rollouts], float]:
+    """What the leader wants, less the price, of the completions of a batch."""
+    settings = bench.settings.objective
+    assert isinstance(settings, (SetSettings, TargetSettings))
+    objective: Objective = dataclasses.replace(settings, price=None).build(bench.judge, bench.costs(), natural=True)
+    return lambda rollouts: objective.evaluate(None, rollouts).value.item()  # type: ignore[arg-type]  # asks for no reward
+
+
+def shares(config: Config) -> dict[str, Callable[[Rollouts], float]]:
+    """The share of each kind among the completions of a batch."""
+    assert isinstance(config.objective, (SetSettings, TargetSettings))
+    answer = load_object(config.objective.answer or "")
+
+    def share(kind: str) -> Callable[[Rollouts], float]:
+        def of(rollouts: Rollouts) -> float:
+            kinds = answer(prompts=rollouts.steps["prompt"], completions=rollouts.steps["completion"])
+            return sum(found == kind for found in kinds) / len(kinds)
+
+        return of
+
+    return {f"{SHARE}{kind}": share(kind) for kind in config.shown}
+
+
+# ------------------------------------------------------------------------------------------------- summarizing
+
+
+def at(part: dict[str, Any], base: dict[str, Any], nats: float) -> tuple[float, float]:
+    """The objective where a curve first reaches a divergence, and that divergence; where it ends, if it never does."""
+    start = {"kl": 0.0, "objective": base["objective"]["mean"]}
+    reached = at_divergence([start, *part["curve"]], nats, "objective")
+    return (reached, nats) if reached is not None else (part["objective"]["mean"], part["kl"]["mean"])
+
+
+def family(name: str) -> str:
+    """The method of a rival, without its strength."""
+    return name.split()[0]
+
+
+def summarize(config: Config, out: Path) -> dict[str, Any]:
+    """Gains over the base model at equal divergence; of a rival's strengths, the best by this very figure counts."""
+    files = sorted(path.stem for path in (out / f"seed-{config.seeds[0]}").glob("*.json"))
+    names = ["base", "in_training", "hpgd", *[n for n in files if family(n) in config.methods]]
+    parts = parts_of(out, config.seeds, *names)
+
+    def gains(name: str) -> list[float]:
+        pairs = zip(parts[name], parts["base"], strict=True)
+        return [at(part, base, config.nats)[0] - base["objective"]["mean"] for part, base in pairs]
+
+    equal = {name: gains(name) for name in names if name != "base"}
+    chosen = {
+        method: max((n for n in names if family(n) == method), key=lambda n: mean_and_error(equal[n])["mean"])
+        for method in config.methods
+    }
+    best = max(chosen.values(), key=lambda n: mean_and_error(equal[n])["mean"], default=None)
+    comparisons = {
+        f"objective at {config.nats:g} nats, HPGD's fresh follower minus {name}": interval(
+            [a - b for a, b in zip(equal["hpgd"], equal[name], strict=True)]
+        )
+        for name in chosen.values()
+    }
+    finals = ["objective", "judge", "kl", "words", *(f"{SHARE}{kind}" for kind in config.shown)]
+    return {
+        "rows": rows_of(parts, finals),
+        "comparisons": comparisons,
+        "gains": {name: mean_and_error(values) for name, values in equal.items()},
+        "reached": {n: [at(p, b, config.nats)[1] for p, b in zip(parts[n], parts["base"], strict=True)] for n in equal},
+        "best_rival": best,
+        "gain_over_best_rival": None if best is None else _ratio(equal["hpgd"], equal[best]),
+        "kept_by_fresh": _ratio(equal["hpgd"], equal["in_training"]),
+        "rewards": {name: [part["reward"] for part in parts[name]] for name in names if name != "base"},
+        "judge_calls": max(part["judge_calls"] for part in parts["in_training"]),
+    }
+
+
+def _ratio(gains: Sequence[float], others: Sequence[float]) -> float | None:
+    """A mean gain over another one; None where the other is no gain."""
+    of_others: float = mean_and_error(others)["mean"]
+    return mean_and_error(gains)["mean"] / of_others if of_others > 0 else None
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """What is printed below the table."""
+    found = ["", "gain over the base model at equal divergence (nats reached, by seed):"]
+    for name, gain in summary["gains"].items():
+        nats = ", ".join(f"{value:.2f}" for value in summary["reached"][name])
+        found.append(f"  {name}: {shown(gain)} ({nats})")
+    if summary["gain_over_best_rival"] is not None:
+        gain = f"{summary['gain_over_best_rival']:.2f} times what {summary['best_rival']} gains"
+        found.append(f"HPGD's fresh follower gains {gain}")
+    if summary["kept_by_fresh"] is not None:
+        found.append(f"a fresh follower keeps {summary['kept_by_fresh']:.0%} of the gain of the one in training")
+    return found
+
+
+def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
+    """The report."""
+    names = [row["name"] for row in summary["rows"]]
+    parts = parts_of(out, config.seeds, *names)
+    drawn: dict[str, Sequence[Any]] = {n: [p["curve"] for p in runs] for n, runs in parts.items() if "curve" in runs[0]}
+    panels = [
+        ("What the leader wants", "follower steps", "objective", "step", "objective"),
+        ("Divergence from the reference", "follower steps", "nats", "step", "kl"),
+    ]
+    equal = [[n, shown(g), ", ".join(f"{v:.2f}" for v in summary["reached"][n])] for n, g in summary["gains"].items()]
+    rewards = [[name, described(found[0])] for name, found in summary["rewards"].items() if found[0]]
+    return [
+        Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends; mean and error over seeds.")),
+        Section(
+            f"At {config.nats:g} nats",
+            "Where each curve first reaches this divergence, or its end where it never does. Rivals at several "
+            "strengths are compared at the one that is best by this very figure.",
+            [Table(["reward", "gain over the base model", "nats, by seed"], equal, highlight="hpgd")],
+        ),
+        Section("Curves", "", [curves(out, panels, drawn)]),
+        Section("Rewards of the first seed", "", [Table(["reward", "weights"], rewards)]),
+        Section("Test prompts", "", samples(parts, {n: n for n in names}, ["base", "hpgd", *list(names[3:5])])),
+    ]
+
+
+def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
+    """Title and subtitle of the report."""
+    wanted = "Shares of kinds of answers" if isinstance(config.objective, TargetSettings) else "Several good answers"
+    return wanted, f"{config.world.name}, {seeds_in_words(config)}; a fresh follower on every reward."
+
+
+_NAMES = {**FIGURES, "objective": "objective"}
+STUDY = Study("kinds", Config, one_seed, summarize, sections, title, _NAMES, lines=lines)
+run, report = STUDY.run, STUDY.report
