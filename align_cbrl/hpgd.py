@@ -469,7 +469,9 @@ class HPGD:
         return log
 
     def _bar(self) -> Progress:
-        return Progress(self.config.steps, "leader", self.step, self.config.progress and is_main())
+        # Seeds side by side share a log.
+        name = "leader" if self.out is None else f"{self.out.parent.name} {self.out.name}, leader".lstrip()
+        return Progress(self.config.steps, name, self.step, self.config.progress and is_main())
 
     def _tell_once(self, subject: str, message: str) -> None:
         if subject not in self._told and is_main():

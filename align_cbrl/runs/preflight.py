@@ -48,6 +48,7 @@ class Preflight:
         self._tree, self._sources, self._out = to_dict(config), sources, out
         self.wrong: list[str] = []
         self.right: dict[str, str] = {}
+        self._refused: set[str] = set()
 
     @contextlib.contextmanager
     def about(self, key: str) -> Iterator[None]:
@@ -62,9 +63,14 @@ class Preflight:
                 key = deeper
             elif not named or tuple(key.split("."))[-len(named) :] != named:
                 message = str(error)
+            self._refused.add(key)
             told = f"{self._sources.where(key)}: {message}"
             if told not in self.wrong:
                 self.wrong.append(told)
+
+    def refused(self, key: str) -> bool:
+        """Whether something was wrong at `key`, so that what depends on it need not be looked at."""
+        return key in self._refused
 
     def found(self, key: str, what: str) -> None:
         """Note what is there, in words for `align-cbrl check`."""

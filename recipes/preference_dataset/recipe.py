@@ -177,7 +177,7 @@ def preflight(config: Config, notes: Preflight) -> None:
         if path is not None:
             with notes.about(name):
                 load_object(path)
-    if any(": reward_model: " in wrong or ": truth: " in wrong for wrong in notes.wrong):
+    if notes.refused("reward_model") or notes.refused("truth"):
         return
     for seed in config.seeds:
         with notes.about("preferences"):

@@ -135,7 +135,7 @@ def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, li
 def _check_follower(settings: BenchSettings, notes: Preflight, data: DatasetDict, seed: int) -> None:
     with notes.about("follower.prompts_per_step"):
         check_count(data["train"], settings.follower.prompts_per_step)
-    if (policy := settings.world.policy()) is None or any(": world.model: " in wrong for wrong in notes.wrong):
+    if (policy := settings.world.policy()) is None or notes.refused("world.model"):
         return
     prompts = {part: data[part].remove_columns([n for n in data[part].column_names if n == "completion"])
                for part in ("train", "test")}  # fmt: skip
