@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from align_cbrl import CheckpointError
 from align_cbrl.runs.config import fingerprint
 from align_cbrl.runs.progress import duration
 from align_cbrl.runs.run_folder import read_kept, write_json
@@ -85,7 +86,8 @@ class Stages:
         if (steps := self._steps.get(name, 0)) and not self._fixed.get(name):
             self._pace, self._measured = seconds / steps, True
         if self._file is not None:
-            write_json(self._file, {**self._known(), self._key(name): round(seconds, 3)})
+            with contextlib.suppress(CheckpointError):  # another seed writes it too; no run ends for want of a guess
+                write_json(self._file, {**self._known(), self._key(name): round(seconds, 3)})
 
     def skipped(self, name: str) -> None:
         """Say that a stage was found finished."""
