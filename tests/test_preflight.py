@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a policy that is not there": (
         ["world.model={}/polici"],
-        ["polici: world.model: model ", "neither a hub id nor a folder that loads", "did you mean '{}/policy'?"],
+        ["polici: world.model: model ", "there is no such folder; did you mean '{}/policy'?"],
     ),
     "a language model as a reward model": (
         ["world.proxy={}/policy"],
@@ -327,3 +327,17 @@ def test_the_real_command_line_refuses_too(name: str, material: Path, tmp_path: 
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert all(fragment.replace("{}", str(material)) in done.stderr for fragment in fragments)
     assert done.stdout.startswith("tune_weights with my.yaml, into ")
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which takes half a minute where there is no network."""
+
+    def asked(*arguments: object, **more: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("align_cbrl.llm.followers.base.find_adapter_config_file", asked)
+    monkeypatch.chdir(material.parent)
+    error = refused(material, tmp_path / "run", [f"world.model={material.name}/polici"], capsys)
+    assert f"there is no such folder; did you mean '{material.name}/policy'?" in error

@@ -23,7 +23,7 @@ from transformers import (
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.identity import content_digest
-from align_cbrl.llm.loading import loading, weight_names
+from align_cbrl.llm.loading import check_folder, loading, weight_names
 from align_cbrl.llm.sampling import batches
 
 HEADS = ("score", "classifier", "v_head")
@@ -237,6 +237,7 @@ def check_reward_model(path: str) -> str:
     Raises:
         InputError: what `RewardModel` would refuse of it, as far as that can be told, or a folder without weights.
     """
+    check_folder("reward model", path)
     if (Path(path) / "adapter_config.json").is_file():
         import_peft()
         return f"{path}: an adapter"

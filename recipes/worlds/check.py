@@ -78,7 +78,7 @@ def check_bench(
         settings.follower.check()
     if data is None:
         return
-    rows = two_rows(data["train"], policy)
+    rows = two_rows(data["train"], None if notes.refused("world.model") else policy)
     _check_follower(settings, notes, data, seeds[0])
     judge = check_judge(settings, notes, rows)
     terms = _check_functions(settings, notes, rows)
