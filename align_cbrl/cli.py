@@ -1,33 +1,41 @@
-"""The command line: `align-cbrl run`, `report`, `compare` and `validate`."""
+"""The command line: `align-cbrl run`, `check`, `ls`, `cp`, `report`, `compare` and `validate`.
+
+What needs torch is imported by the commands that need it: help, names and completion are there at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
+import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from align_cbrl import moved
-from align_cbrl.distributed import initialize, world_size
+from align_cbrl import __version__, moved
 from align_cbrl.errors import CheckpointError, InputError, RunStopped, first_line
-from align_cbrl.runs.config import load_config, nearest
+from align_cbrl.runs.config import Sources, load_config, nearest
 from align_cbrl.runs.config_help import describe
 from align_cbrl.runs.files import storage_failure
 from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names
 from align_cbrl.runs.interrupt import acting_interrupt
-from align_cbrl.runs.lock import only_here
-from align_cbrl.runs.run_folder import ABOUT, DESCRIPTION, claim, finish, nothing_kept, read_about, read_summary
+from align_cbrl.runs.preflight import Preflight, check_paths
+from align_cbrl.runs.progress import duration
 from align_cbrl.runs.secrets import redact
 
 _DESCRIPTION = """\
@@ -45,10 +53,13 @@ change when the reward does. Plain RLHF has the follower only, and a reward that
 
 _EXAMPLES = """\
 examples:
+  align-cbrl ls                                            the recipes and their configurations
   align-cbrl run tune_weights                              tune reward weights around a trl follower
   align-cbrl run tune_weights --config smoke.yaml          the same in a minute, to see it work
   align-cbrl run tune_weights --set hpgd.steps=50          change values of the configuration
   align-cbrl run tune_weights --help                       every key of its configuration
+  align-cbrl check tune_weights --config my.yaml           is everything there that it names?
+  align-cbrl cp tune_weights my_recipe/                    a recipe to change, and to run by path
   align-cbrl run tune_weights --out runs/tune_weights --resume
                                                            continue after a stop, or start
   align-cbrl run my_recipe/                                a recipe of your own: a folder
@@ -66,7 +77,10 @@ checkpoint cannot be used; 128 + n the signal n: 130 Ctrl-C, 143 SIGTERM.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors of the user's or the run's become one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell that wants to know how a word may go on
+        importlib.import_module("argcomplete").autocomplete(parser)
+    options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
@@ -79,6 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = next((given for given in error.args if isinstance(given, int)), signal.SIGINT)
         resumable = options.command is _run
         return _fail(f"stopped; resume with: {_resume_command(arguments)}" if resumable else "stopped", 128 + number)
+    except BrokenPipeError:
+        if options.command is _run:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads has seen enough, as `head` has
+        return 128 + 13  # SIGPIPE, which not every system has
     except Exception as error:
         if (refused := storage_failure(error)) is not None:
             said = str(error) if isinstance(error, CheckpointError) else f"{refused}; repair that"
@@ -105,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{run,report,compare,validate}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser(
         "run",
@@ -115,26 +135,36 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     run.set_defaults(command=_run, parser=run)
-    run.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help="a name from the list below, or a folder with a recipe.py"
-    )
+    _add_recipe(run)
     run.add_argument("-h", "--help", action="store_true", help="show this; after a recipe, its configuration's keys")
-    run.add_argument(
-        "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
-    )
-    run.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="change values of the configuration: seed=1 hpgd.steps=50",
-    )
-    run.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/RECIPE[-CONFIG])")
     run.add_argument(
         "--resume", action="store_true", help="continue the run in the output folder; start it where there is none"
     )
+
+    check = commands.add_parser(
+        "check",
+        help="look at everything that a run would need, and train nothing",
+        description="Load the data, tokenizers and configurations that a recipe's configuration names, ask judge and "
+        "rewards about two completions, and look for packages and room on the disk. `run` begins with the same.",
+        epilog=f"recipes: {', '.join(recipe_names())}",
+    )
+    check.set_defaults(command=_check, parser=check, resume=False)
+    _add_recipe(check)
+
+    listed = commands.add_parser(
+        "ls", help="list the recipes and their configurations", description="The recipes, with their YAML files."
+    )
+    listed.set_defaults(command=_list)
+
+    copied = commands.add_parser(
+        "cp",
+        help="copy a recipe, to change it",
+        description="Copy a recipe's files into a new folder, which `align-cbrl run FOLDER` runs.",
+        epilog=f"recipes: {', '.join(recipe_names())}",
+    )
+    copied.set_defaults(command=_copy)
+    copied.add_argument("recipe", metavar="RECIPE", help="a name from the list below").completer = _recipes_like  # type: ignore[attr-defined]
+    copied.add_argument("folder", metavar="FOLDER", type=Path, help="a folder that is not there yet")
 
     report = commands.add_parser(
         "report",
@@ -174,37 +204,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that read a recipe's configuration."""
+    recipe = parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a name from the list below, or a folder with a recipe.py"
+    )
+    recipe.completer = _recipes_like  # type: ignore[attr-defined]  # for argcomplete
+    config = parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
+    )
+    config.completer = _configs_like  # type: ignore[attr-defined]
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change values of the configuration: seed=1 hpgd.steps=50",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/RECIPE[-CONFIG])")
+
+
+class _Job(NamedTuple):
+    """A recipe whose configuration was looked at."""
+
+    name: str
+    recipe: Any
+    config: Any
+    out: Path
+    notes: Preflight
+
+
 def _run(options: argparse.Namespace) -> int:
-    if options.recipe is None:
-        if not options.help:
-            options.parser.error(f"expected a recipe: one of {', '.join(recipe_names())}, or a folder with a recipe.py")
+    if options.recipe is not None and options.help:
+        print(_recipe_help(moved.recipe(options.recipe, options.config)[0]))
+        return 0
+    if options.recipe is None and options.help:
         options.parser.print_help()
         return 0
-    name, given = moved.recipe(options.recipe, options.config)
-    if options.help:
-        print(_recipe_help(name))
-        return 0
-    initialize()
-    if world_size() > 1:
-        raise InputError(
-            f"recipe {name!r}: expected one process, got {world_size()}; its stages read each other's files. "
-            "Several processes run a script of your own (docs/scaling.md)"
-        )
-    path = _config_path(recipe_folder(name), given)
-    stem, folder = path.stem, recipe_folder(name).resolve().name
-    out: Path = options.out or Path("runs") / (folder if stem == "config" or not given else f"{folder}-{stem}")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: expected a folder, this is a file")
-    recipe = _recipe(name)
-    config: Any = load_config(recipe.Config, path, options.overrides)
+    with acting_interrupt():
+        began = time.perf_counter()
+        job = _looked_at(options)
+        job.notes.conclude()
+        print(f"checked in {duration(time.perf_counter() - began)}; nothing is missing", flush=True)
+        _start(job, options.resume)
+    return 0
+
+
+def _start(job: _Job, resume: bool) -> None:
+    from align_cbrl.runs.lock import only_here
+    from align_cbrl.runs.run_folder import ABOUT, DESCRIPTION, claim, finish, nothing_kept, read_about
+
+    out = job.out
     ours = not out.exists() or (nothing_kept(out) and {file.name for file in out.iterdir()} <= DESCRIPTION)
-    with acting_interrupt(), only_here(out):
-        if not options.resume and not nothing_kept(out):
-            raise InputError(
-                f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
-            )
+    with only_here(out):
+        if not resume:
+            _refuse_a_run_in(out)
         try:
-            recipe.run(config, out, options.resume)
+            job.recipe.run(job.config, out, resume)
         except InputError:
             if ours:
                 _release(out)
@@ -212,10 +270,100 @@ def _run(options: argparse.Namespace) -> int:
         finally:
             # A user's recipe may leave the description of its folder to us; `report` and `compare` need it.
             if out.is_dir() and not (out / ABOUT).exists():
-                claim(out, config, recipe=name)
+                claim(out, job.config, recipe=job.name)
         if read_about(out)["sessions"][-1]["ended"] is None:
             finish(out)
+
+
+def _check(options: argparse.Namespace) -> int:
+    notes = _looked_at(options).notes
+    width = max(map(len, notes.right), default=0)
+    for key, what in notes.right.items():
+        print(f"{key:<{width}}  {what}")
+    notes.conclude()
+    print("nothing is missing")
     return 0
+
+
+def _looked_at(options: argparse.Namespace) -> _Job:
+    """Read a configuration and look at everything that it names; the first line is printed before torch is imported."""
+    if options.recipe is None:
+        options.parser.error(f"expected a recipe: one of {', '.join(recipe_names())}, or a folder with a recipe.py")
+    name, given = moved.recipe(options.recipe, options.config)
+    path = _config_path(recipe_folder(name), given)
+    stem, folder = path.stem, recipe_folder(name).resolve().name
+    out: Path = options.out or Path("runs") / (folder if stem == "config" or not given else f"{folder}-{stem}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: expected a folder, this is a file")
+    print(f"{name} with {path.name}, into {out}: looking at all that it names, before anything is trained", flush=True)
+    from align_cbrl.distributed import initialize, world_size
+
+    initialize()
+    if world_size() > 1:
+        raise InputError(
+            f"recipe {name!r}: expected one process, got {world_size()}; its stages read each other's files. "
+            "Several processes run a script of your own (docs/scaling.md)"
+        )
+    recipe = _recipe(name)
+    config: Any = load_config(recipe.Config, path, options.overrides)
+    if not options.resume:
+        _refuse_a_run_in(out)
+    notes = Preflight(config, Sources.read(path, options.overrides), out)
+    check_paths(config, notes)
+    getattr(recipe, "preflight", lambda config, notes: notes.need_room(0))(config, notes)
+    return _Job(name, recipe, config, out, notes)
+
+
+def _refuse_a_run_in(out: Path) -> None:
+    from align_cbrl.runs.run_folder import nothing_kept
+
+    if out.exists() and not nothing_kept(out):
+        raise InputError(
+            f"{out} already holds a run: continue it with --resume, choose another --out, or remove the folder"
+        )
+
+
+def _list(options: argparse.Namespace) -> int:
+    for name in recipe_names():
+        folder = recipe_folder(name)
+        about = ast.get_docstring(ast.parse((folder / "recipe.py").read_text(encoding="utf-8"))) or ""
+        print(f"{name}: {about.partition(chr(10))[0]}")
+        for file in sorted(folder.glob("*.yaml"), key=lambda file: (file.name != "config.yaml", file.name)):
+            print(f"    {file.name:<20} {_first_sentence(file.read_text(encoding='utf-8'))}".rstrip())
+    return 0
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment that a YAML file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    sentence = re.split(r"\.(?: (?=[A-Z])|$)", " ".join(line.lstrip("# ") for line in lines))[0]
+    return textwrap.shorten(sentence, 100, placeholder=" ...")
+
+
+def _copy(options: argparse.Namespace) -> int:
+    if options.recipe not in recipe_names():
+        raise InputError(f"there is no recipe {options.recipe!r}; {nearest(options.recipe, recipe_names())}")
+    target: Path = options.folder
+    if target.exists():
+        raise InputError(f"{target}: expected a folder that is not there yet; choose another name, or remove it")
+    shutil.copytree(recipe_folder(options.recipe), target, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in target.rglob("*.py"):  # what lies beside the recipes is imported by its name from elsewhere
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub(r"^(\s*from )\.\.(?=\w)", r"\1align_cbrl.recipes.", text, flags=re.M), encoding="utf-8")
+    print(f"{target}: change it, and run it with: align-cbrl run {shlex.quote(str(target))}/")
+    return 0
+
+
+def _recipes_like(prefix: str, **_: Any) -> list[str]:
+    """How a recipe's name may go on; folders of one's own too."""
+    folders = [f"{file.parent}/" for file in Path().glob(f"{prefix}*/recipe.py")] if prefix else []
+    return [name for name in recipe_names() if name.startswith(prefix)] + folders
+
+
+def _configs_like(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """How the name of a recipe's YAML file, or of one here, may go on."""
+    folders = [Path(), *([recipe_folder(parsed_args.recipe)] if parsed_args.recipe else [])]
+    return sorted({file.name for folder in folders for file in folder.glob(f"{prefix}*.yaml")})
 
 
 def _recipe(name: str) -> Any:
@@ -240,11 +388,15 @@ def _recipe_help(name: str) -> str:
 
 def _release(out: Path) -> None:
     """Remove a folder in which nothing happened before the mistake was found; scores that were paid for stay."""
+    from align_cbrl.runs.run_folder import nothing_kept
+
     if nothing_kept(out) and not any(out.rglob("*.sqlite")):
         shutil.rmtree(out)
 
 
 def _report(options: argparse.Namespace) -> int:
+    from align_cbrl.runs.run_folder import read_about, read_summary
+
     read_summary(options.folder)
     name = read_about(options.folder)["recipe"]
     try:

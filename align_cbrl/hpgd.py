@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import time
 import warnings
@@ -13,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.distributed import (
@@ -42,8 +42,11 @@ from align_cbrl.runs.facts import flat, optimizer_settings, settings_of, version
 from align_cbrl.runs.interrupt import end_with_launcher, noted_interrupt
 from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.progress import Progress, warn_beside_bars
 
 _CHECKPOINTS = "checkpoints"
+_SHOWN = ("objective", "kl", "gap")
+"""Of a leader step's metrics, those beside the bar."""
 
 Observer = Callable[[dict[str, float], Rollouts], None]
 """Called after each leader step with its row of metrics and the rollouts it was taken on; changes neither."""
@@ -113,6 +116,8 @@ class HPGD:
         step: leader steps taken.
         history: one dictionary of metrics a leader step: `step`, `objective`, `gradient_norm`, `leader_seconds`,
             `follower_seconds`, `leader_share` (of wall time so far), `skipped_steps` (without a gradient, so far),
+            `judge_calls` (completions that the objective's judges were asked about since the run began), what a
+            language leader has learned (the numbers of `LanguageLeader.describe`, such as `weight of length`),
             `step_nats` (of a natural step: how far the best response moves, before the budget), the
             estimator's and the follower's own metrics and, for one-step problems with log-probabilities, those of
             `Certificate.metrics` and `corrected` (1 where the samples were weighted).
@@ -172,6 +177,7 @@ class HPGD:
         self._memory = Memory(saved=saved) if config.natural is None else Memory(config.natural.memory - 1, saved)
         self._between_steps = True  # not while a step has moved some of what a checkpoint holds
         self._told: set[str] = set()  # what has been warned of
+        self._asked_before = 0.0  # judges' calls in steps that other processes took, less those before this run
 
     def run(self, resume: bool = False) -> None:
         """Take leader steps until `config.steps`.
@@ -215,8 +221,7 @@ class HPGD:
                     log.append(row)
                 for observer in self.observers:
                     observer(row, rollouts)
-                bar.update()
-                bar.set_postfix(objective=f"{row['objective']:.4g}", refresh=False)
+                bar.update(**{name: row[name] for name in _SHOWN if name in row})
                 done = self.step >= self.config.steps
                 interrupt.asked = any_rank(interrupt.asked)  # all stop after the same step, or some would wait
                 if done or interrupt.asked or self.step % self.config.checkpoint_every == 0:
@@ -302,9 +307,29 @@ class HPGD:
             self._memory.add(rollouts.knowing({} if observed is None else observed.lasting))
         if self.config.replays:
             row |= self._replay()
+        row |= self._learned()
         if certificate is not None:
             row |= {**certificate.metrics(), "corrected": float(seen.weight is not rollouts.weight)}
         return row
+
+    def _learned(self) -> dict[str, float]:
+        """What the leader has learned, where it says so in numbers, and what its judges were asked so far."""
+        describe = getattr(self.problem.leader, "describe", None)
+        learned = {} if describe is None else {k: v for k, v in describe().items() if isinstance(v, float)}
+        asked = self._asked()
+        return learned if asked is None else {**learned, "judge_calls": self._asked_before + asked}
+
+    def _count_from_here(self) -> None:
+        """Leave out what the judges were asked before this run, for somebody else; count an earlier part of it."""
+        before = self.history[-1].get("judge_calls", 0.0) if self.history else 0.0
+        self._asked_before = before - (self._asked() or 0.0)
+
+    def _asked(self) -> float | None:
+        """How many completions the objective's judges were asked about in this process's life; None without a judge."""
+        judges = {id(judge): judge for judge in _judges_of(self.problem.objective)}
+        if not judges:
+            return None
+        return float(gather_rows(torch.tensor([[sum(judge.calls for judge in judges.values())]])).sum())
 
     def _apply(self, gradient_norm: float) -> bool:
         """Step along `.grad`, and bring the leader back into its budget; returns whether the step was skipped."""
@@ -422,6 +447,7 @@ class HPGD:
             self._restore(self.out)
         elif self.out is not None and self.step == 0:
             _refuse_a_run_in(self.out)
+        self._count_from_here()
         steps = gather_rows(torch.tensor([self.step])).tolist()
         if len(set(steps)) > 1:
             raise InputError(
@@ -442,13 +468,14 @@ class HPGD:
         log.rewrite(self.history)  # without the steps to be redone, and whatever a kill left behind
         return log
 
-    def _bar(self) -> tqdm:
-        shown = self.config.progress and is_main()
-        return tqdm(total=self.config.steps, initial=self.step, desc="leader", disable=not shown)
+    def _bar(self) -> Progress:
+        # Seeds side by side share a log.
+        name = "leader" if self.out is None else f"{self.out.parent.name} {self.out.name}, leader".lstrip()
+        return Progress(self.config.steps, name, self.step, self.config.progress and is_main())
 
     def _tell_once(self, subject: str, message: str) -> None:
         if subject not in self._told and is_main():
-            warnings.warn(message, stacklevel=2)
+            warn_beside_bars(message)
         self._told.add(subject)
 
     def _facts(self, but: tuple[str, ...], practical: bool = False) -> dict[str, Any]:
@@ -502,6 +529,21 @@ class HPGD:
         self._memory.load_state_dict(state.get("memory", []))
         self.history = state["history"]
         self._seconds = state["seconds"]
+        self._count_from_here()
+
+
+def _judges_of(part: Any, depth: int = 5) -> list[Any]:
+    """What counts its calls, as a `Judge` does, among the parts of an objective; also behind a wrapper around it."""
+    part = inspect.unwrap(part) if callable(part) else part
+    if isinstance(getattr(part, "calls", None), int):
+        return [part]
+    if depth == 0 or isinstance(part, (Tensor, torch.nn.Module)):
+        return []
+    ours = type(part).__module__.startswith("align_cbrl.") and hasattr(part, "__dict__")
+    inside = (
+        part if isinstance(part, (list, tuple)) else vars(part).values() if ours and hasattr(part, "__dict__") else ()
+    )
+    return [judge for each in inside for judge in _judges_of(each, depth - 1)]
 
 
 def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Modules:
     loop: HPGD around trl in one file; read it first
     study: seeds side by side, kept parts, tables, curves, report
+    stages: which stage of a seed is under way, and how long it takes
     worlds: policies, data, rewards and judges
     tune_weights: the main job: reward weights, or a reward model's head
     trl_script: somebody's own trl script, without and with a leader

@@ -16,15 +16,51 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from align_cbrl.runs.progress import Progress
 
 
 def without_bars() -> None:
     """Switch off the libraries' bars: a hundred of a fraction of a second each would bury the run's own."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+class _Shown(TrainerCallback):
+    """Shows how far a training is, in place of the libraries' own bars."""
+
+    def __init__(self, steps: int, name: str) -> None:
+        self._progress, self._figures = Progress(steps, name), {}  # type: ignore[var-annotated]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Called by transformers with the newest loss."""
+        self._figures = {name: value for name, value in (logs or {}).items() if name == "loss"} or self._figures
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Called by transformers after each optimizer step."""
+        self._progress.update(**self._figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Called by transformers."""
+        self._progress.close()
 
 
 def fine_tune(
@@ -78,8 +114,9 @@ def fine_tune(
         args=args,
         train_dataset=dataset.select_columns(["prompt", "completion"]),
         processing_class=tokenizer,
+        callbacks=[_Shown(steps, "policy")],
     )
-    trainer.remove_callback(PrinterCallback)  # it prints a dictionary at the end
+    trainer.remove_callback(PrinterCallback)  # it prints a dictionary now and then
     trainer.train()
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
@@ -133,8 +170,14 @@ def train_reward_model(
         center_rewards_coefficient=0.01,
         **_common(out_dir, seed, learning_rate),
     )
-    trainer = RewardTrainer(model=model, args=args, train_dataset=preferences, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)  # it prints a dictionary at the end
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=preferences,
+        processing_class=tokenizer,
+        callbacks=[_Shown(steps, "reward model")],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints a dictionary now and then
     trainer.train()
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
@@ -155,7 +198,8 @@ def _common(out_dir: str | Path, seed: int, learning_rate: float) -> dict[str, o
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "save_strategy": "no",
-        "logging_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 10,  # for the loss beside the bar
         "report_to": "none",
         "disable_tqdm": True,
     }

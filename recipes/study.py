@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from align_cbrl import InputError, RunStopped
+from align_cbrl.checks import Count, Whole, check
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.facts import PRACTICAL_OF_JUDGE
 from align_cbrl.runs.files import read_json, sync_tree
-from align_cbrl.runs.imports import load_recipe, recipe_of, require_package
+from align_cbrl.runs.imports import load_recipe, recipe_of
 from align_cbrl.runs.interrupt import Interrupt, acting_interrupt, end_with_parent, noted_interrupt, pass_on
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import claim, read_kept, read_summary, write_json, write_summary
 
@@ -53,6 +55,8 @@ class SeedSettings:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise InputError("seeds: expected at least one, got none")
+        check("seeds", self.seeds, list[Whole])
+        check("jobs", self.jobs, Count | None)
 
 
 # ---------------------------------------------------------------------------------------------------- running
@@ -193,6 +197,10 @@ class Study:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lines: Callable[[dict[str, Any]], list[str]] = lambda summary: []
 
+    def preflight(self, config: Any, notes: Preflight) -> None:
+        """What every study needs; the `preflight` of a recipe that needs no more."""
+        notes.need_package("matplotlib", "plots", "curves")
+
     def run(self, config: Any, out: Path, resume: bool) -> None:
         """Every seed, then summary.json, report.html and a table on the terminal.
 
@@ -204,7 +212,6 @@ class Study:
         Raises:
             CheckpointError: `out` holds a run of another configuration.
         """
-        require_package("matplotlib", "plots", "curves")
         claim(
             out,
             config,

@@ -195,6 +195,7 @@ def test_report_is_written_again_from_the_folder_alone(capsys: pytest.CaptureFix
     assert cli.main(["run", "toy"]) == 0
     Path("runs/toy").rename("moved")
     Path("moved/report.html").unlink()
+    capsys.readouterr()
     assert cli.main(["report", "moved"]) == 0
     assert capsys.readouterr().out == "report: moved/report.html\n"
     assert Path("moved/report.html").read_text() == "the judge gives 0.5"
@@ -320,6 +321,69 @@ def test_a_recipe_without_what_it_needs_is_named(tmp_path: Path, capsys: pytest.
     assert "recipe './mine': its recipe.py has no run" in capsys.readouterr().err
 
 
+def test_a_users_recipe_may_look_before_it_runs(own: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without a preflight of its own, the files that it names are loaded all the same."""
+    assert cli.main(["check", "mine/counting"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing is missing"
+    assert not (tmp_path / "runs").exists()
+    (own / "recipe.py").write_text(
+        OWN.replace("    steps: int\n", "    steps: int\n    judge: str = 'words.py:WORD'\n")
+        + "from align_cbrl.errors import InputError\n"
+        "def preflight(config, notes):\n"
+        "    notes.found('steps', f'{config.steps} of them')\n"
+        "    with notes.about('way'):\n"
+        "        raise InputError('limit: expected another')\n"
+        "    with notes.about('steps'):\n"
+        "        raise InputError('steps: expected more')\n"
+    )
+    for name in [n for n in sys.modules if n.startswith("align_cbrl_by_path_")]:
+        del sys.modules[name]
+    assert cli.main(["check", "mine/counting", "--set", "way.limit=7"]) == 2
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-1] == "steps  5 of them"
+    first, second, third = output.err.splitlines()
+    assert first.startswith("error: mine/counting/config.yaml: judge (its default): 'words.py:WORD': there is no file")
+    assert second == "error: --set way.limit=7: way.limit: expected another"
+    assert third == "error: mine/counting/config.yaml: steps: expected more"
+
+
+def test_ls_has_a_line_for_every_recipe_and_configuration(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (recipe / "recipe.py").write_text(f'"""Toys, for a test."""{RECIPE}')
+    (recipe / "smoke.yaml").write_text("# As Thoma et al. (2024) have it. More\n# of it.\nsteps: 2\n")
+    assert cli.main(["ls"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "toy: Toys, for a test.",
+        "    config.yaml",
+        "    smoke.yaml           As Thoma et al. (2024) have it",
+    ]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"align-cbrl {align_cbrl.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("align-cbrl va", ["validate"]),
+        ("align-cbrl run t", ["toy"]),
+        ("align-cbrl cp ", ["toy"]),
+        ("align-cbrl run toy --config ", ["config.yaml", "here.yaml", "smoke.yaml"]),
+        ("align-cbrl check toy --config s", ["smoke.yaml"]),
+    ],
+)
+def test_the_shell_completes_commands_recipes_and_configurations(line: str, words: list[str]) -> None:
+    argcomplete = pytest.importorskip("argcomplete")
+    Path("here.yaml").write_text("")
+    parser = cli._parser()
+    finder = argcomplete.CompletionFinder(parser)
+    before, _, prefix = line.rpartition(" ")
+    found = finder._get_completions(before.split(), prefix, "", None)
+    assert [word.strip() for word in found if not word.startswith("-")] == words
+
+
 def test_run_without_a_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["run"])
@@ -397,6 +461,7 @@ def test_what_is_no_problem_is_named(
 def test_compare_prints_tables_and_writes_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "toy", "--out", "a"]) == 0
     assert cli.main(["run", "toy", "--set", "steps=6", "--out", "b"]) == 0
+    capsys.readouterr()
     assert cli.main(["compare", "a", "b", "--out", "page"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "",
@@ -531,4 +596,4 @@ def test_every_recipe_can_be_run_and_reported() -> None:
         names |= {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
         targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
         names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-        assert {"Config", "run", "report"} <= names, f"{folder.name}: expected Config, run and report"
+        assert {"Config", "preflight", "run", "report"} <= names, f"{folder.name}: lacks one of these"

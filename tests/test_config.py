@@ -135,7 +135,7 @@ def test_overrides_win_over_the_file_and_reach_into_lists_and_mappings(tmp_path:
         ("terms: [{weight: 1}]", r"terms\.0\.path: is required: expected a string"),
         ("inner: 3", r"inner: expected a mapping of Inner's fields, got the integer 3"),
         ("mode: heda", r"mode: expected 'full' or 'head', got the string 'heda'; did you mean 'head'"),
-        ("inner: {steps: 0}", r"config\.yaml: inner: steps: expected at least 1, got 0"),
+        ("inner: {steps: 0}", r"config\.yaml: inner\.steps: expected at least 1, got 0"),
         ("- 1", r"expected a mapping of keys to values, got the list \[1\]"),
         (
             "steps: 3",
@@ -173,7 +173,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: st
         ("seed.a=1", r"seed is the integer 3, it has no 'a'"),
         ("sizes.2=1", r"sizes is a list of 1; expected the number of an item from 0, got '2'"),
         ("sizes=[1", r"--set sizes=\[1: the value is not valid YAML"),
-        ("inner.steps=0", r"--set inner\.steps=0: inner: steps: expected at least 1"),
+        ("inner.steps=0", r"--set inner\.steps=0: inner\.steps: expected at least 1"),
     ],
 )
 def test_what_is_wrong_in_an_override_is_named(tmp_path: Path, override: str, message: str) -> None:

@@ -160,8 +160,11 @@ def fresh(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_importing_the_package_imports_torch_only() -> None:
-    modules = fresh("import sys; import align_cbrl; print(*sorted({m.split('.')[0] for m in sys.modules}))").split()
+def test_importing_the_package_imports_nothing_heavy_and_its_names_torch_only() -> None:
+    show = "print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    modules = fresh(f"import sys; import align_cbrl; assert 'HPGD' in dir(align_cbrl); {show}").split()
+    assert not set(modules) & (HEAVY | {"torch", "numpy"})
+    modules = fresh(f"import sys; from align_cbrl import HPGD; {show}").split()
     assert "torch" in modules
     assert not set(modules) & HEAVY
 
@@ -169,7 +172,8 @@ def test_importing_the_package_imports_torch_only() -> None:
 def test_help_needs_nothing_heavy() -> None:
     modules = fresh(
         "import sys, contextlib, io; from align_cbrl.cli import main\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(['--help'])\n"
+        "for words in (['--help'], ['--version'], ['ls'], ['run', '--help'], ['check', '--help']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(words)\n"
         "print(*sys.modules)"
     )
-    assert not {m.split(".")[0] for m in modules.split()} & HEAVY
+    assert not {m.split(".")[0] for m in modules.split()} & (HEAVY | {"torch", "numpy"})

@@ -194,14 +194,14 @@ def test_every_yaml_of_every_recipe_loads() -> None:
     ("override", "message"),
     [
         ("leader.kind=mixtur", "did you mean 'mixture'?"),
-        ("follower.group_size=1", "follower: TrainedSettings.group_size: expected a whole number >= 2, got 1"),
-        ("follower.steps=0", "follower: TrainedSettings.steps: expected a whole number >= 1, got 0"),
+        ("follower.group_size=1", "follower.group_size: expected a whole number >= 2, got 1"),
+        ("follower.steps=0", "follower.steps: expected a whole number >= 1, got 0"),
         ("hpgd.stepz=3", "steps"),
         ("judge.function=align_cbrl.recipes.worlds.docstrings.judge.docstring_jugde", "docstring_judge"),
         ("judge.function=nowhere.py:judge", "there is no file"),
         ("world.data=nowhere.jsonl", "data 'nowhere.jsonl'"),
         ("world.model=nowhere/at-all", "nowhere/at-all"),
-        ("follower.temperature=0", "follower: TrainedSettings.temperature: expected a finite number > 0, got 0.0"),
+        ("follower.temperature=0", "follower.temperature: expected a finite number > 0, got 0.0"),
         ("follower.prompts_per_step=1000", "expected at least 1000 rows"),
     ],
 )

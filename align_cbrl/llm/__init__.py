@@ -7,7 +7,7 @@ Modules:
     settings: all of these from YAML
     scoring: the signature of scoring functions, and the check of what they return
     reward_models: RewardModel, sequence classifiers as reward functions
-    loading: what is said of a model that does not load
+    loading: what is said of a model that does not load, and of one before it is loaded
     prompts: the door at which every row of prompts is looked at, and the names of columns that are taken
     conversations: what is said in texts and in lists of messages
     sampling: completions of a causal language model as Rollouts

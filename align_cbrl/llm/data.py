@@ -15,6 +15,7 @@ from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.prompts import check_prompts
 from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
 from align_cbrl.rollouts import Rollouts
+from align_cbrl.runs.config import near_path
 from align_cbrl.runs.imports import load_object
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -210,7 +211,7 @@ def _load(source: str) -> DatasetDict:
     try:
         if path.suffix in _FORMATS:
             if not path.is_file():
-                raise InputError(f"data {source!r}: there is no such file")
+                raise InputError(f"data {source!r}: there is no such file{near_path(path)}")
             data = load_dataset(_FORMATS[path.suffix], data_files=str(path))
             if path.suffix == ".txt":
                 data = data.rename_column("text", "prompt")
@@ -226,7 +227,7 @@ def _load(source: str) -> DatasetDict:
     except Exception as error:  # the loading code of `datasets`, or of the user's function, raises what it likes
         raise InputError(
             f"data {source!r}: expected package.module.function, file.py:function, a data file, a folder or a hub id; "
-            f"loading it raised {type(error).__name__}: {first_line(error)}"
+            f"loading it raised {type(error).__name__}: {first_line(error.__cause__ or error)}"
         ) from error
     if isinstance(data, Dataset):
         data = DatasetDict({"train": data})

@@ -1,8 +1,9 @@
-"""What is said when a model does not load: that there is none, or what the one that there is lacks."""
+"""What is said when a model does not load, and what can be told of one before it is loaded."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from align_cbrl.errors import InputError
+from align_cbrl.runs.config import near_path
 
 _NO_SUCH_MODEL = (HFValidationError, RepositoryNotFoundError)
 _NOT_REACHED = (LocalEntryNotFoundError, OfflineModeIsEnabled)
@@ -60,7 +62,68 @@ def loading(what: str, path: str) -> Iterator[None]:
             reason = f"there is no such folder, and of the hub there is neither a copy here nor an answer ({message})"
         else:
             reason = f"does not load, {type(error).__name__}: {message}"
-        raise InputError(f"{what} {path!r}: {reason}") from error
+        raise InputError(f"{what} {path!r}: {reason}{near_path(path)}") from error
+
+
+def check_folder(what: str, path: str) -> None:
+    """Refuse a folder that is not there, without asking the hub, which may take a minute to be out of reach.
+
+    A folder is meant by a path that begins with a slash, a dot or a tilde, and by one whose parent is a folder here.
+
+    Raises:
+        InputError: there is no such folder; with those beside it that have a similar name.
+
+    Example:
+        >>> check_folder("model", "./polici")
+        Traceback (most recent call last):
+        align_cbrl.errors.InputError: model './polici': there is no such folder
+    """
+    folder = Path(path).expanduser()
+    meant = path.startswith(("/", ".", "~")) or (len(folder.parts) > 1 and folder.parent.is_dir())
+    if meant and not folder.is_dir():
+        raise InputError(f"{what} {path!r}: there is no such folder{near_path(path)}")
+
+
+def weight_names(path: str) -> list[str] | None:
+    """The names of the weights that a folder holds, without loading them; None where that cannot be told.
+
+    Raises:
+        InputError: a folder without weights, or with a damaged index or header.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    tensors = sorted(folder.glob("*.safetensors"))
+    if not tensors:
+        if any(folder.glob("*.bin")):
+            return None
+        raise InputError(f"model {path!r}: the folder holds no weights (*.safetensors); save the model there")
+    with loading("model", path):
+        names: list[str] = []
+        for index in folder.glob("*.safetensors.index.json"):
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if missing := sorted(files - {file.name for file in tensors}):
+                raise InputError(f"model {path!r}: {index.name} names {missing[0]}, which is missing; copy it there")
+        for file in tensors:
+            with safe_open(file, framework="pt") as held:
+                names += held.keys()
+    return names
+
+
+def stored_bytes(path: str) -> int:
+    """Bytes of a folder's weights, in single precision; 0 of what is no folder.
+
+    Example:
+        >>> stored_bytes("someone/on-the-hub")
+        0
+    """
+    folder = Path(path)
+    size = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    try:
+        kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype"))
+    except (OSError, ValueError):
+        return size
+    return 2 * size if kind.endswith("16") else size
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

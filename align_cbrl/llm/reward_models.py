@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.identity import content_digest
-from align_cbrl.llm.loading import loading
+from align_cbrl.llm.loading import check_folder, loading, weight_names
 from align_cbrl.llm.sampling import batches
 
 HEADS = ("score", "classifier", "v_head")
@@ -73,11 +79,7 @@ class RewardModel:
             raise InputError(
                 f"reward model {self.path!r}: expected one label, the score, got {self.model.config.num_labels}"
             )
-        if self.tokenizer.pad_token_id is None:
-            raise InputError(
-                f"reward model {self.path!r}: its tokenizer has no pad token, so batches would be scored wrongly; set "
-                "tokenizer.pad_token and save it beside the model"
-            )
+        _check_pad_token(self.path, self.tokenizer)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.use_cache = False  # nothing is generated; keys and values would be kept in vain
         self.tokenizer.truncation_side = "left"
@@ -223,6 +225,35 @@ class RewardModel:
         return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
 
 
+def check_reward_model(path: str) -> str:
+    """Look at a reward model without loading its weights: tokenizer, configuration, and the names of the weights.
+
+    Args:
+        path: folder or hub id.
+
+    Returns:
+        What it is, in words.
+
+    Raises:
+        InputError: what `RewardModel` would refuse of it, as far as that can be told, or a folder without weights.
+    """
+    check_folder("reward model", path)
+    if (Path(path) / "adapter_config.json").is_file():
+        import_peft()
+        return f"{path}: an adapter"
+    with loading("reward model", path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    names = weight_names(path)
+    if names is not None and not any(part in HEADS for name in names for part in name.split(".")):
+        _check_missing(path, [HEADS[0]])
+    if config.num_labels != 1:
+        raise InputError(f"reward model {path!r}: expected one label, the score, got {config.num_labels}")
+    _check_pad_token(path, tokenizer)
+    kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+    return f"{path}: {kind}"
+
+
 def import_peft() -> Any:
     """The package peft, which is optional. Raises InputError when it is not installed."""
     try:
@@ -249,6 +280,14 @@ def _positions(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             found = min(found, module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from behind the padding
     return found
+
+
+def _check_pad_token(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"reward model {path!r}: its tokenizer has no pad token, so batches would be scored wrongly; set "
+            "tokenizer.pad_token and save it beside the model"
+        )
 
 
 def _check_missing(path: str, missing: list[str]) -> None:

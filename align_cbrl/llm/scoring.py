@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import pickle
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,38 @@ def scores_of(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) 
     with torch.no_grad():
         returned = call_patiently(name, function, arguments)
         return check_scores(name, returned, len(arguments["completions"]))
+
+
+def scores_of_once(name: str, function: ScoreFunction, arguments: Mapping[str, Any]) -> Tensor:
+    """As `scores_of`, with one attempt: for a look at a function before a run.
+
+    Raises:
+        InputError: as `scores_of`, and for a function that raises anything.
+    """
+    with refusing_what_raises(name), torch.no_grad():
+        return check_scores(name, call_patiently(name, function, arguments, 0), len(arguments["completions"]))
+
+
+@contextlib.contextmanager
+def refusing_what_raises(name: str) -> Iterator[None]:
+    """Turn the end of a run, because a function raised, into an `InputError`: there is no run yet.
+
+    Example:
+        >>> with refusing_what_raises("judge"):
+        ...     call_patiently("judge", lambda prompts: 1 / 0, {"prompts": ["a"]}, retries=0)
+        Traceback (most recent call last):
+        align_cbrl.errors.InputError: judge: raised ZeroDivisionError (division by zero) when it was asked before the \
+run; see to it that it answers
+    """
+    try:
+        yield
+    except RunStopped as error:
+        if (cause := error.__cause__) is None:
+            raise
+        raise InputError(
+            f"{name}: raised {type(cause).__name__} ({redact(first_line(cause))}) when it was asked before the run; "
+            "see to it that it answers"
+        ) from error
 
 
 def call_patiently(

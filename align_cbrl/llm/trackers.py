@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -73,6 +74,7 @@ class Tracker:
     def watch(self, utility: Utility) -> Utility:
         """`utility`, whose scores are remembered for the samples: no judge is asked twice for the tracker's sake."""
 
+        @functools.wraps(utility, updated=())  # so that a judge's calls are still counted
         def watched(leader: Leader, rollouts: Rollouts) -> Tensor:
             scores = utility(leader, rollouts)
             if self.names:

@@ -26,6 +26,7 @@ _LARGEST_INTEGER = 10**308  # that a float can be
 _MOST_VALUES = 100_000
 _DEEPEST = 40
 _LONGEST_NUMBER = 400  # characters
+_NAMED = re.compile(r"([A-Za-z_][\w.]*(?:\[\w+\])*): (.*)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")  # YAML 1.1 reads 1e-3 as a string
 
 
@@ -58,14 +59,83 @@ def load_config(cls: Any, path: Path | None, overrides: Sequence[str] = ()) -> A
         >>> load_config(Config, None, ["lr=1e-3"])
         Config(steps=10, lr=0.001)
     """
-    source = "defaults" if path is None else str(path)
     tree = {} if path is None else _read_mapping(path)
-    in_file = copy.deepcopy(tree)
-    sources: dict[Path_, str] = {}
+    sources = Sources(path, copy.deepcopy(tree))
     for override in overrides:
-        keys = _apply(tree, override)
-        sources[keys] = f"--set {override}"
-    return _Builder(source, in_file, sources).value(cls, tree, ())
+        sources.add(_apply(tree, override), override)
+    return _Builder(sources).value(cls, tree, ())
+
+
+class Sources:
+    """Where the values of a configuration come from: its file, one of the overrides, or the defaults.
+
+    Args:
+        path: the YAML file, or None.
+        in_file: what it holds.
+    """
+
+    def __init__(self, path: Path | None, in_file: Mapping[str, Any]) -> None:
+        self._name = "defaults" if path is None else str(path)
+        self._in_file = in_file
+        self._overrides: dict[Path_, str] = {}
+
+    @classmethod
+    def read(cls, path: Path | None, overrides: Sequence[str] = ()) -> Sources:
+        """The sources of what `load_config` makes of the same file and overrides.
+
+        Example:
+            >>> Sources.read(None, ["hpgd.steps=9"]).where("hpgd.steps")
+            '--set hpgd.steps=9: hpgd.steps'
+        """
+        tree = {} if path is None else _read_mapping(path)
+        sources = cls(path, copy.deepcopy(tree))
+        for override in overrides:
+            sources.add(_apply(tree, override), override)
+        return sources
+
+    def add(self, keys: Path_, override: str) -> None:
+        """Note that the value at `keys` comes from this override."""
+        self._overrides[keys] = f"--set {override}"
+
+    def where(self, key: str) -> str:
+        """A dotted key, and in front of it the file or the override that sets it, as errors begin.
+
+        Example:
+            >>> Sources(Path("my.yaml"), {"seeds": [0]}).where("world.model")
+            'my.yaml: world.model (its default)'
+        """
+        at = tuple(key.split(".")) if key else ()
+        told = self.of(at)
+        default = at and told.startswith(f"{self._name}: ") and not _contains(self._in_file, at)
+        return f"{told} (its default)" if default else told
+
+    def of(self, at: Path_) -> str:
+        """See `where`; the key in parts."""
+        source, here = self._name, _contains(self._in_file, at)
+        for keys, override in self._overrides.items():
+            if at[: len(keys)] == keys or (at and at == keys[: len(at)] and not here):
+                source = override
+        return f"{source}: {'.'.join(at)}" if at else source
+
+
+def named_in(message: str, owner: str = "") -> tuple[Path_, str]:
+    """The key that an error's message begins with, in parts, and the rest of the message; no key where there is none.
+
+    Args:
+        message: of an `InputError`.
+        owner: the class whose fields it may be about, which `checked` puts in front.
+
+    Example:
+        >>> named_in("Loop.steps: expected a whole number >= 1, got 0", "Loop")
+        (('steps',), 'expected a whole number >= 1, got 0')
+        >>> named_in("expected at least one")
+        ((), 'expected at least one')
+    """
+    found = _NAMED.fullmatch(message)
+    if found is None:
+        return (), message
+    name = found[1].removeprefix(f"{owner}.") if owner else found[1]
+    return tuple(name.replace("[", ".").replace("]", "").split(".")), found[2]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -108,12 +178,26 @@ def nearest(word: str, options: Collection[str]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}? T{there_are}"
 
 
+def near_path(path: str | Path) -> str:
+    """The end of an error message about a path that does not exist: what lies there under a similar name, or nothing.
+
+    Example:
+        >>> near_path("nowhere/at/all")
+        ''
+    """
+    wanted = Path(path).expanduser()
+    try:
+        beside = [entry.name for entry in wanted.parent.iterdir()] if not wanted.exists() else []
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(wanted.name, beside, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(str(Path(path).parent / name)) for name in close)}?" if close else ""
+
+
 class _Builder:
     """Builds typed values out of a YAML tree; knows which file or override every value came from, for the errors."""
 
-    def __init__(self, source: str, in_file: Any, sources: dict[Path_, str]) -> None:
-        self._source = source
-        self._in_file = in_file
+    def __init__(self, sources: Sources) -> None:
         self._sources = sources
 
     def dataclass(self, cls: type[T], tree: Any, at: Path_, default: Any) -> T:
@@ -139,7 +223,11 @@ class _Builder:
         try:
             return cls(**values)
         except InputError as error:
-            raise InputError(f"{self._where(at)}: {error}") from error
+            named, message = named_in(str(error), cls.__name__)
+            named = named[1:] if at and named[:1] == at[-1:] else named  # the mapping itself, by its own name
+            if named and named[0] not in fields:  # a subject, and no key
+                raise self._error(at, str(error)) from error
+            raise self._error((*at, *named), message) from error
 
     def value(self, hint: Any, given: Any, at: Path_, default: Any = dataclasses.MISSING) -> Any:
         """`given` as a value of the type `hint`."""
@@ -260,14 +348,7 @@ class _Builder:
         return self._error(at, f"expected {type_name(hint)}, got {_describe(given)}{advice}")
 
     def _error(self, at: Path_, message: str) -> InputError:
-        return InputError(f"{self._where(at)}: {message}")
-
-    def _where(self, at: Path_) -> str:
-        source = self._source
-        for keys, override in self._sources.items():
-            if at[: len(keys)] == keys or (at and at == keys[: len(at)] and not _contains(self._in_file, at)):
-                source = override
-        return f"{source}: {'.'.join(at)}" if at else source
+        return InputError(f"{self._sources.of(at)}: {message}")
 
 
 def _contains(tree: Any, at: Path_) -> bool:

@@ -16,6 +16,7 @@ from align_cbrl import Hypergradient, InputError, PolicyResponse, Problem
 from align_cbrl.problem import step_seed
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
 from toy_cmdp import ExactCritic, ExactFollower, ImplicitHypergradient, expected_policy_response, random_cmdp
@@ -54,6 +55,9 @@ class Config:
             numbers = getattr(self, name)
             if len(numbers) < length or min(numbers) < least or sorted(set(numbers)) != list(numbers):
                 raise InputError(f"{name}: expected at least {length} rising numbers >= {least}, got {list(numbers)}")
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

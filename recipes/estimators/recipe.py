@@ -13,6 +13,7 @@ from typing import Any
 from align_cbrl import InputError
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.files import read_json
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
 from toy_cmdp.validate import PROBLEMS
@@ -54,6 +55,9 @@ class Config:
         for problem in self.problems:
             if problem not in PROBLEMS:
                 raise InputError(f"problems: unknown problem {problem!r}; known are {', '.join(PROBLEMS)}")
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

@@ -17,6 +17,7 @@ from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyRespon
 from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.files import read_json
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
 
@@ -50,6 +51,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.paths < 1:
             raise InputError(f"paths: expected a positive number, got {self.paths}")
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

@@ -20,13 +20,15 @@ from align_cbrl.llm import LanguageLeader, RewardMixture
 from align_cbrl.llm.settings.leader import MixtureSettings
 from align_cbrl.llm.settings.objective import SetSettings, TargetSettings
 from align_cbrl.runs.imports import load_object, require_package
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section, Table
 
 from ..refit import refit
 from ..statistics import interval, mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, curves, described, kept, parts_of, rows_of, samples, seeds_in_words
+from ..study import FRESH_SEED, SeedSettings, Study, curves, described, parts_of, rows_of, samples, seeds_in_words
 from ..tune_weights.search import SearchSettings, search
 from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
+from ..worlds.check import check_bench
 from .threshold import Threshold
 
 Method = Literal["plain", "equal", "refit", "threshold", "tpe"]
@@ -77,6 +79,12 @@ class Config(SeedSettings, BenchSettings):
             require_package("optuna", "tune", "methods: tpe")
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    check_bench(config, notes, seeds=config.seeds)
+
+
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """Everybody's reward, and a fresh follower on each; the base model and HPGD's own follower besides."""
     bench = Bench(config, seed, folder, cache)
@@ -89,7 +97,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
             found = {**bench.final(follower, leader), "curve": bench.curve(f"{name}-fresh"), **facts}
             return {**found, "reward": leader.describe() if isinstance(leader, RewardMixture) else {}}
 
-        kept(folder / f"{name}.json", trained)
+        bench.kept(name, trained)
 
     def tuned() -> dict[str, Any]:
         leader, follower = bench.leader(), bench.follower(seed)
@@ -99,8 +107,8 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
             "reward": leader.describe(),
         }  # fmt: skip
 
-    kept(folder / "base.json", lambda: bench.final(bench.follower(seed)))
-    kept(folder / "in_training.json", tuned)
+    bench.kept("base", lambda: bench.final(bench.follower(seed)))
+    bench.kept("in_training", tuned)
     fresh("hpgd", bench.learned("hpgd"))
     for name, leader, facts in rivals(bench, config, folder, value):
         fresh(name, leader(), **facts)

@@ -12,11 +12,13 @@ import torch
 from align_cbrl import ExpectedUtility, InputError, Objective, Rollouts
 from align_cbrl.llm.settings.objective import ConstrainedSettings, ObjectiveSettings, WorstGroupSettings
 from align_cbrl.objectives import LogRatio
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Matrix, Section, Table
 
 from ..statistics import mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, kept, parts_of, rows_of, seeds_in_words
-from ..worlds.bench import FIGURES, Bench, BenchSettings
+from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
+from ..worlds.check import check_bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,20 @@ class Config(SeedSettings, BenchSettings):
                 )
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    named = {f"objectives.{n}": o for n, o in config.objectives.items()}
+    check_bench(config, notes, seeds=config.seeds, objectives=named)
+
+
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """HPGD for every objective, and a fresh follower on each learned reward."""
-    bench = Bench(config, seed, folder, cache)
+    both = tuning_steps(config) + config.follower.steps
+    bench = Bench(
+        config, seed, folder, cache,
+        {"base": 0, "plain": config.follower.steps, **dict.fromkeys(config.objectives, both)},
+    )  # fmt: skip
     for objective in config.objectives.values():
         bench.check_names(objective)
     bench.leader()  # refuses what it cannot be built from, before anything is trained
@@ -73,10 +86,10 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         fresh = bench.train(f"{name}-fresh", bench.learned(name), seed + FRESH_SEED)
         return {**reached(fresh), "reward": leader.describe(), "last": finished.history[-1]}
 
-    kept(folder / "base.json", lambda: reached(bench.follower(seed)))
-    kept(folder / "plain.json", lambda: reached(bench.train("plain", bench.plain(), seed + FRESH_SEED)))
+    bench.kept("base", lambda: reached(bench.follower(seed)))
+    bench.kept("plain", lambda: reached(bench.train("plain", bench.plain(), seed + FRESH_SEED)))
     for name, objective in config.objectives.items():
-        kept(folder / f"{name}.json", lambda name=name, objective=objective: tuned(name, objective))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+        bench.kept(name, lambda name=name, objective=objective: tuned(name, objective))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
 
 
 def measure(

@@ -11,11 +11,13 @@ import numpy as np
 
 from align_cbrl import InputError
 from align_cbrl.checks import Positive, check
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
 
 from ..statistics import counted, interval, mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, kept, parts_of, rows_of, seeds_in_words
-from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
+from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence, tuning_steps
+from ..worlds.check import check_bench
 
 LABELS = {"plain": "plain RLHF", "fresh": "on HPGD's reward", "hpgd": "while HPGD tunes"}
 
@@ -42,9 +44,18 @@ class Config(SeedSettings, BenchSettings):
             raise InputError("grid: expected at least one number of nats, got none")
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    check_bench(config, notes, seeds=config.seeds)
+
+
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """Plain RLHF, HPGD, and a fresh follower on what it learned."""
-    bench = Bench(config, seed, folder, cache)
+    bench = Bench(
+        config, seed, folder, cache,
+        {"plain": config.follower.steps, "hpgd": tuning_steps(config), "fresh": config.follower.steps},
+    )  # fmt: skip
     bench.leader()  # refuses what it cannot be built from, before anything is trained
 
     def frozen(name: str) -> dict[str, Any]:
@@ -59,9 +70,9 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         bench.tune("hpgd", leader, follower=follower)
         return {**bench.final(follower), "curve": bench.curve("hpgd"), "reward": leader.describe()}
 
-    kept(folder / "plain.json", lambda: frozen("plain"))
-    kept(folder / "hpgd.json", tuned)
-    kept(folder / "fresh.json", lambda: frozen("fresh"))
+    bench.kept("plain", lambda: frozen("plain"))
+    bench.kept("hpgd", tuned)
+    bench.kept("fresh", lambda: frozen("fresh"))
 
 
 def fit_overoptimization(curve: list[dict[str, Any]]) -> tuple[float, float]:

@@ -8,10 +8,12 @@ from typing import Any
 
 from align_cbrl import InputError
 from align_cbrl.llm import Population
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section
 
-from ..study import FRESH_SEED, SeedSettings, Study, curves, difference, kept, parts_of, rows_of, seeds_in_words
-from ..worlds.bench import FIGURES, Bench, BenchSettings
+from ..study import FRESH_SEED, SeedSettings, Study, curves, difference, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
+from ..worlds.check import check_bench
 from ..worlds.world import PolicySettings
 
 REWARDS = {"plain": "plain RLHF", "alone": "tuned around the first", "population": "tuned around all"}
@@ -38,9 +40,18 @@ class Config(SeedSettings, BenchSettings):
             raise InputError(f"followers: expected at least two, got {list(self.followers)}")
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    named = {f"followers.{n}.model": p.model for n, p in config.followers.items()}
+    check_bench(config, notes, seeds=config.seeds, policies=named)
+
+
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """Tune around all followers, and around the first; then a fresh follower of each on every reward."""
-    bench = Bench(config, seed, folder, cache)
+    around = tuning_steps(config)
+    fresh = {f"{reward}-{name}": config.follower.steps for reward in REWARDS for name in config.followers}
+    bench = Bench(config, seed, folder, cache, {"population": len(config.followers) * around, "alone": around, **fresh})
     models = {name: bench.policy(settings) for name, settings in config.followers.items()}
 
     def tuned(name: str, members: list[str]) -> dict[str, Any]:
@@ -52,11 +63,11 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         leader = bench.plain() if reward == "plain" else bench.learned(reward)
         return bench.final(bench.train(f"{reward}-{name}", leader, seed + FRESH_SEED, model=models[name]))
 
-    kept(folder / "population.json", lambda: tuned("population", list(models.values())))
-    kept(folder / "alone.json", lambda: tuned("alone", list(models.values())[:1]))
+    bench.kept("population", lambda: tuned("population", list(models.values())))
+    bench.kept("alone", lambda: tuned("alone", list(models.values())[:1]))
     for reward in REWARDS:
         for name in models:
-            kept(folder / f"{reward}-{name}.json", lambda reward=reward, name=name: frozen(reward, name))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+            bench.kept(f"{reward}-{name}", lambda reward=reward, name=name: frozen(reward, name))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
 
 
 def summarize(config: Config, out: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from align_cbrl import InputError
 from align_cbrl.llm import Judge, LanguageLeader, RewardModel, TrainedFollower
 from align_cbrl.llm.conversations import answer_text, shown_text
+from align_cbrl.llm.followers.base import check_policy
+from align_cbrl.llm.reward_models import check_reward_model
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.judge import RewardModelJudgeSettings
@@ -21,6 +23,7 @@ from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSetting
 from align_cbrl.objectives.preference_data import PreferenceData, Regularised
 from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section, Table
 
 from ..fine_tuning import train_reward_model, without_bars
@@ -32,15 +35,14 @@ from ..study import (
     curves,
     described,
     difference,
-    kept,
     parts_of,
     rows_of,
     samples,
     seeds_in_words,
 )
-from ..worlds.bench import Bench, BenchSettings, MeasureSettings
+from ..worlds.bench import Bench, BenchSettings, MeasureSettings, tuning_steps
 from ..worlds.cache import cached
-from ..worlds.world import PolicySettings, Replies
+from ..worlds.world import PROXY, PolicySettings, Replies
 from .data import Parts, load_parts, pairs
 
 LABELS = {
@@ -154,6 +156,40 @@ def _parts(config: Config, seed: int) -> Parts:
     return load_parts(config.preferences, (config.split.judge, config.split.test), seed, scorer)
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained: the pairs, and what a bench needs around them."""
+    STUDY.preflight(config, notes)
+    if config.model is not None:
+        with notes.about("model"):
+            notes.found("model", check_policy(config.model))
+    if config.reward_model is not None:
+        with notes.about("reward_model"):
+            notes.found("reward_model", check_reward_model(config.reward_model))
+    with notes.about("follower"):
+        config.follower.check()
+    with notes.about("leader"):
+        config.leader.check([PROXY, *config.rewards], True)
+    with notes.about("hpgd"):
+        config.hpgd.check(config.leader)
+    with notes.about("objective"):
+        config.objective.build(Judge(_nothing), natural=config.hpgd.step == "natural")
+    for name, path in {"truth": config.truth, **{f"rewards.{n}": p for n, p in config.rewards.items()}}.items():
+        if path is not None:
+            with notes.about(name):
+                load_object(path)
+    if notes.refused("reward_model") or notes.refused("truth"):
+        return
+    for seed in config.seeds:
+        with notes.about("preferences"):
+            parts = _parts(config, seed)
+            notes.found("preferences", f"{len(parts.train):,} pairs to train on")
+
+
+def _nothing(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """Stands for the judge's model, which is not made yet."""
+    return [0.0 for _ in completions]
+
+
 class Models:
     """One seed's pairs, and what is made of them: folders, in the cache that runs share.
 
@@ -199,7 +235,10 @@ class Models:
         world = Replies(data=self.prompts, model=self.policy, proxy=reward or self.reward, rewards=config.rewards)
         judge = RewardModelJudgeSettings(reward_model=self.judge)
         shared = {name: getattr(config, name) for name in ("leader", "follower", "hpgd", "measure")}
-        return Bench(BenchSettings(world=world, judge=judge, **shared), seed, out, cache)
+        settings = BenchSettings(world=world, judge=judge, **shared)
+        plain = dict.fromkeys(("plain", "pooled", "direct"), config.follower.steps)
+        steps = {"base": 0, **plain, "hpgd": tuning_steps(settings), "fresh": config.follower.steps}
+        return Bench(settings, seed, out, cache, steps)
 
 
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
@@ -239,12 +278,12 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         follower = bench.train("fresh", bench.learned("hpgd"), seed + FRESH_SEED)
         return {**referee.measure(follower), "curve": bench.curve("fresh")}
 
-    kept(folder / "base.json", base)
-    kept(folder / "plain.json", plain)
-    kept(folder / "pooled.json", lambda: on_another("pooled", models.pooled))
-    kept(folder / "direct.json", lambda: on_another("direct", models.judge))
-    kept(folder / "hpgd.json", tuned)
-    kept(folder / "fresh.json", fresh)
+    bench.kept("base", base)
+    bench.kept("plain", plain)
+    bench.kept("pooled", lambda: on_another("pooled", models.pooled))
+    bench.kept("direct", lambda: on_another("direct", models.judge))
+    bench.kept("hpgd", tuned)
+    bench.kept("fresh", fresh)
 
 
 class Referee:
@@ -367,16 +406,4 @@ def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
 
 
 STUDY = Study("preference_dataset", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines)
-report = STUDY.report
-
-
-def run(config: Config, out: Path, resume: bool) -> None:
-    """As for `Study.run`; what is wrong with the data is found before anything is trained.
-
-    Raises:
-        CheckpointError: `out` holds a run of another configuration.
-        InputError: preferences that cannot be used.
-    """
-    for seed in config.seeds:
-        _parts(config, seed)
-    STUDY.run(config, out, resume)
+run, report = STUDY.run, STUDY.report

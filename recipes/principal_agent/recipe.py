@@ -16,6 +16,7 @@ from torch import Tensor
 from align_cbrl import DirectOnly, InputError, Problem
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.files import read_json
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
@@ -52,6 +53,9 @@ class Config:
         falling = (math.inf, *self.temperatures, 0.0)
         if not self.temperatures or not all(a > b for a, b in itertools.pairwise(falling)):
             raise InputError(f"temperatures: expected positive numbers that fall, got {list(self.temperatures)}")
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

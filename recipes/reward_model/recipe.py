@@ -13,13 +13,15 @@ from align_cbrl.llm import RewardModelLeader
 from align_cbrl.llm.leaders.reward_model import Trainable
 from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.leader import RewardModelSettings
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
 
 from ..refit import refit
 from ..statistics import band, interval, mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, kept, parts_of, rows_of, seeds_in_words
-from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
-from ..worlds.world import PolicySettings
+from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
+from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence, tuning_steps
+from ..worlds.check import check_bench
+from ..worlds.world import PROXY, PolicySettings
 
 SAME = "same"
 """The name of the policy that HPGD tuned around, among the fresh followers."""
@@ -80,9 +82,21 @@ class Config(SeedSettings, BenchSettings):
             raise InputError(f"followers: {SAME!r} is the policy itself; choose another name")
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    named = {f"followers.{n}.model": p.model for n, p in config.followers.items()}
+    check_bench(config, notes, seeds=config.seeds, policies=named)
+    for key, variant in config.variants.items():
+        with notes.about(f"variants.{key}"):
+            RewardModelSettings(trainable=key).check([PROXY], True)  # type: ignore[arg-type]  # Config looked at it
+            if variant.learning_rate is None and key != "head":
+                raise InputError("learning_rate: expected one of Adam, got natural steps, which are for a head only")
+
+
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """Both repairs of every variant, and fresh followers on what they leave."""
-    bench = Bench(config, seed, folder, cache)
+    bench = Bench(config, seed, folder, cache, _stages(config))
     models = {SAME: bench.model, **{name: bench.policy(policy) for name, policy in config.followers.items()}}
 
     def frozen(part: str, reward: str, policy: str, strength: float) -> dict[str, Any]:
@@ -115,17 +129,30 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         return {**bench.final(follower), **bench.cost_of(finished, follower), "curve": bench.curve(name)}
 
     def train(part: str, reward: str, policy: str, strength: float) -> None:
-        kept(folder / f"{part}.json", lambda: frozen(part, reward, policy, strength))
+        bench.kept(part, lambda: frozen(part, reward, policy, strength))
 
     for policy in models:
         train(f"plain-{policy}", "plain", policy, config.plain_strength)
     for key in config.variants:
         for way in WAYS:
-            kept(folder / f"{way}-{key}.json", lambda way=way, key=key: repaired(way, key))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+            bench.kept(f"{way}-{key}", lambda way=way, key=key: repaired(way, key))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
             for strength in config.strengths:
                 train(f"{way}-{key}-{SAME}-{strength:g}", f"{way}-{key}", SAME, strength)
         for policy in config.followers:
             train(f"hpgd-{key}-{policy}", f"hpgd-{key}", policy, config.leader.strength)
+
+
+def _stages(config: Config) -> dict[str, int]:
+    """The stages of a seed in their order, and the follower steps of each."""
+    fresh, found = config.follower.steps, {}
+    for policy in (SAME, *config.followers):
+        found[f"plain-{policy}"] = fresh
+    for key in config.variants:
+        for way in WAYS:
+            found[f"{way}-{key}"] = tuning_steps(config)
+            found |= {f"{way}-{key}-{SAME}-{strength:g}": fresh for strength in config.strengths}
+        found |= {f"hpgd-{key}-{policy}": fresh for policy in config.followers}
+    return found
 
 
 def over_plain(policy: dict[str, Any], plain: dict[str, Any]) -> float:

@@ -16,6 +16,7 @@ from align_cbrl import InputError, Problem
 from align_cbrl.estimators.truncated import RandomlyTruncated, gradients_after
 from align_cbrl.problem import step_seed
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
 from toy_cmdp import ExactFollower, expected_policy_response, random_cmdp
@@ -49,6 +50,9 @@ class Config:
                 raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not self.budgets or min(self.budgets) < 1:
             raise InputError(f"budgets: expected positive numbers of iterations, got {list(self.budgets)}")
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

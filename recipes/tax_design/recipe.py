@@ -14,6 +14,7 @@ import torch
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, Problem, Rollouts
 from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Section, Table, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
@@ -85,6 +86,9 @@ class _Unseen(ExactFollower):
 
     def rollout(self, contexts: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
         return Rollouts.bandit(contexts=contexts, steps={})
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

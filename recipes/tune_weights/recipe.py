@@ -11,6 +11,7 @@ from typing import Any, Literal
 from align_cbrl import InputError
 from align_cbrl.llm import RewardMixture
 from align_cbrl.runs.imports import require_package
+from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section, Table
 
 from ..refit import refit
@@ -21,13 +22,13 @@ from ..study import (
     curves,
     described,
     difference,
-    kept,
     parts_of,
     rows_of,
     samples,
     seeds_in_words,
 )
-from ..worlds.bench import FIGURES, Bench, BenchSettings
+from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
+from ..worlds.check import check_bench
 from .search import SearchSettings, search
 
 LABELS = {
@@ -76,9 +77,20 @@ class Config(SeedSettings, BenchSettings):
             )
 
 
+def preflight(config: Config, notes: Preflight) -> None:
+    """What is looked at before anything is trained."""
+    STUDY.preflight(config, notes)
+    check_bench(config, notes, seeds=config.seeds)
+
+
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     """Base, plain RLHF, HPGD and a fresh follower on what it learned; then the rivals."""
-    bench = Bench(config, seed, folder, cache)
+    taken = {"base": 0, "plain": config.follower.steps, "hpgd": tuning_steps(config), "fresh": config.follower.steps}
+    taken |= {"refit": tuning_steps(config)} if "refit" in config.methods else {}
+    searched_for = config.search.trials * config.search.steps
+    bench = Bench(
+        config, seed, folder, cache, taken | {n: searched_for for n in ("tpe", "random") if n in config.methods}
+    )
     start = bench.leader()  # where plain RLHF stands: what base and plain are measured against
 
     def base() -> dict[str, Any]:
@@ -115,15 +127,15 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         follower, curve = refit(bench, "refit", leader, spread=config.leader.budget)
         return {**bench.final(follower, leader), "curve": curve, "weights": leader.weights()}
 
-    kept(folder / "base.json", base)
-    kept(folder / "plain.json", plain)
-    kept(folder / "hpgd.json", tuned)
-    kept(folder / "fresh.json", fresh)
+    bench.kept("base", base)
+    bench.kept("plain", plain)
+    bench.kept("hpgd", tuned)
+    bench.kept("fresh", fresh)
     if "refit" in config.methods:
-        kept(folder / "refit.json", refitted)
+        bench.kept("refit", refitted)
     for kind in ("tpe", "random"):
         if kind in config.methods:
-            kept(folder / f"{kind}.json", lambda kind=kind: searched(kind))  # type: ignore[misc]
+            bench.kept(kind, lambda kind=kind: searched(kind))  # type: ignore[misc]
 
 
 def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from align_cbrl import HPGD, Distinct, ExpectedUtility, HPGDConfig, InputError, KLPriced, Natural, Problem, SetUtility
 from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
 from toy_cmdp import TabularLeader, TabularUtility, leader_value, preferences
@@ -53,6 +54,9 @@ class Config:
     def __post_init__(self) -> None:
         if not self.seeds or not self.strengths:
             raise InputError("seeds, strengths: expected at least one of each")
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

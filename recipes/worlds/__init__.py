@@ -5,6 +5,7 @@ Modules:
     docstrings: first lines of docstrings
     replies: answers of a support desk
     bench: one seed's policy, rewards and judge; training and measuring
+    check: what is looked at before anything is trained
     annotators: flawed annotators and their preferences
     cache: models that are trained once
 """

@@ -40,17 +40,19 @@ from align_cbrl.llm.settings.leader import LeaderSettings, MixtureSettings
 from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSettings
 from align_cbrl.llm.settings.tracking import TrackingSettings
 from align_cbrl.plain import plain
-from align_cbrl.runs.config import fingerprint, nearest, to_dict
+from align_cbrl.runs.config import fingerprint, nearest, to_dict, to_plain
 from align_cbrl.runs.facts import facts_of
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.metrics import MetricsLog
-from align_cbrl.runs.run_folder import write_json
+from align_cbrl.runs.run_folder import read_kept, write_json
+from align_cbrl.runs.secrets import redacted
 
 from ..fine_tuning import without_bars
+from ..stages import Stages, announced, guessed_fit, guessed_step
 from ..statistics import mean_and_error
-from ..study import USAGE
+from ..study import USAGE, kept
 from .cache import being_made
-from .world import PROXY, PolicySettings, Replies, WorldSettings
+from .world import PROXY, PolicySettings, Replies, WorldSettings, size_of
 
 FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
 """What is measured of a policy, and how tables name it."""
@@ -106,6 +108,12 @@ class BenchSettings:
     tracking: TrackingSettings = dataclasses.field(default_factory=TrackingSettings)
 
 
+def tuning_steps(settings: BenchSettings) -> int:
+    """Follower steps of HPGD around one follower, and of what is fitted beside it."""
+    schedule = settings.follower.schedule
+    return schedule.warmup + schedule.most * settings.hpgd.steps
+
+
 class Bench:
     """One seed's world, and how policies are trained and measured in it.
 
@@ -114,6 +122,7 @@ class Bench:
         seed: of everything that is drawn.
         out: this seed's folder.
         cache: folder of the models that are made, shared by runs.
+        parts: the stages that follow, in their order (`kept`), and how many follower steps each takes.
 
     Attributes:
         data: train and test prompts.
@@ -123,7 +132,9 @@ class Bench:
         further: figures by name, of all completions of the test prompts, that a recipe measures besides.
     """
 
-    def __init__(self, settings: BenchSettings, seed: int, out: Path, cache: Path) -> None:
+    def __init__(
+        self, settings: BenchSettings, seed: int, out: Path, cache: Path, parts: Mapping[str, int] | None = None
+    ) -> None:
         without_bars()
         self.settings, self.seed, self.out, self.cache = settings, seed, out, cache
         out.mkdir(parents=True, exist_ok=True)
@@ -135,9 +146,17 @@ class Bench:
         self.data: DatasetDict = load_prompts(world.data, seed=seed)
         check_count(self.data["test"], 2)  # a standard error needs two
         self.check_names(settings.objective)
-        self.model = world.model or world.make_policy(self.data, seed, cache)
+        self._stages = self._make_stages(parts or {})
+        if (own := world.policy()) is None:
+            with announced(self._stages, "policy"):
+                own = world.make_policy(self.data, seed, cache)
+        self.model = own
         self.follower(seed).check(self._prompts("test"))  # before a reward model is trained
-        self.proxy = world.proxy or world.make_proxy(self.model, self.data, seed, cache)
+        if world.makes_proxy(self.data):
+            with announced(self._stages, "reward model"):
+                self.proxy = world.make_proxy(self.model, self.data, seed, cache)
+        else:
+            self.proxy = world.proxy or world.make_proxy(self.model, self.data, seed, cache)
         self.further: Mapping[str, Callable[[Rollouts], float]] = {}
         self._reference: Rollouts | None = None
         self._plain: LanguageLeader | None = None
@@ -161,6 +180,40 @@ class Bench:
                 raise InputError(f"objective.column: the data have no column {column!r}; {nearest(column, columns)}")
             for name, function in needed.items():
                 check_arguments(name, function, ["prompts", "completions", "completion_ids", *columns])
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stage `name`: what `make` returned, as `study.kept` keeps it, said where it is made."""
+        file = self.out / f"{name}.json"
+        if read_kept(file) is not None:
+            self._stages.skipped(name)
+            return kept(file, make)
+        with self._stages.stage(name):
+            return kept(file, make)
+
+    def _make_stages(self, parts: Mapping[str, int]) -> Stages:
+        settings, world, rows = self.settings, self.settings.world, len(self.data["train"])
+        own = world.policy()
+        parameters, layers = world.size() if own is None else size_of(own)
+        follower, measure = settings.follower, settings.measure
+        guess = guessed_step(
+            parameters, layers, follower.max_completion_length, follower.prompts_per_step * follower.group_size
+        )
+        made: dict[str, int] = {}
+        fixed: dict[str, float] = {}
+        if own is None:
+            made["policy"], fixed["policy"] = 0, guessed_fit(parameters, layers, world.rows_of_policy(rows))
+        if world.makes_proxy(self.data):
+            made["reward model"], fixed["reward model"] = 0, 2 * guessed_fit(parameters, layers, 2 * world.proxy_pairs)
+        measured = (
+            guess * measure.prompts * measure.final_group_size / (follower.prompts_per_step * follower.group_size)
+        )
+        fixed |= {name: measured / 2 for name, steps in parts.items() if not steps}
+        names = ("world", "follower", "hpgd", "measure", "judge")
+        sizes = {name: to_plain(getattr(settings, name)) for name in names}
+        return Stages(
+            self.out.name.replace("-", " "), {**made, **parts}, guess=guess, kept=self.cache,
+            sizes=redacted({**sizes, "rows": rows}), fixed=fixed,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ what there is
 

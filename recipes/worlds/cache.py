@@ -15,13 +15,15 @@ from align_cbrl.runs.files import put_in_place, sync_tree, write_whole
 from align_cbrl.runs.lock import in_turn
 from align_cbrl.runs.secrets import redacted
 
+from ..stages import announce
+
 
 def cached(cache: Path, name: str, facts: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
     """The folder of something that takes long to make; made first if the cache does not hold it.
 
     The folder's name carries a fingerprint of `facts`. What was interrupted leaves a folder ending in .partial, from
     which `build` may continue. stage.json inside says what it was made from, and how long that took. Where two runs
-    need the same, one makes it and the other waits. A line on the terminal says what takes so long.
+    need the same, one makes it and the other waits. A line says what takes so long (`align_cbrl.recipes.stages`).
     """
     folder = cache / f"{name}-{fingerprint(facts)[:12]}"
     if folder.is_dir():
@@ -31,7 +33,7 @@ def cached(cache: Path, name: str, facts: Mapping[str, Any], build: Callable[[Pa
             return folder
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
-        print(f"making {folder}, once for all runs beside this one", flush=True)
+        announce(f"making {folder}, once for all runs beside this one")
         began = time.perf_counter()
         build(partial)
         made = {"facts": dict(facts), "seconds": time.perf_counter() - began}

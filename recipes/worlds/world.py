@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import DatasetDict
+from transformers import AutoConfig
 
 from align_cbrl import InputError
+from align_cbrl.llm.loading import loading
 from align_cbrl.plain import plain
 
 from .cache import cached
@@ -83,6 +85,26 @@ class World(abc.ABC):
             raise InputError(f"model: expected a folder or a hub id in the world {self.name!r}, got null")
         return settings.model
 
+    def policy(self) -> str | None:
+        """Folder or hub id of the policy, where none has to be trained; None where one has."""
+        return self.model
+
+    def has_proxy(self, data: DatasetDict) -> bool:
+        """Whether there will be a reward model. Raises InputError where one should be trained and cannot."""
+        return self.proxy is not None or self.makes_proxy(data)
+
+    @abc.abstractmethod
+    def makes_proxy(self, data: DatasetDict) -> bool:
+        """Whether `make_proxy` trains one on these data. Raises InputError where it should and cannot."""
+
+    @abc.abstractmethod
+    def size(self) -> tuple[float, int]:
+        """About how many parameters and layers the policy has that is made."""
+
+    @abc.abstractmethod
+    def rows_of_policy(self, rows: int) -> float:
+        """How many rows the policy that is made is trained on, of data with this many, passes counted."""
+
     @abc.abstractmethod
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
         """Folder of a flawed reward model for `model`, trained when it is not there yet; None where none can be."""
@@ -128,11 +150,8 @@ class Docstrings(World):
 
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
         """A reward model with a weakness for length and pet phrases."""
-        if model == SHIPPED_POLICY:
-            return SHIPPED_PROXY
-        if self.model is not None and self.rewards and "completion" not in data["train"].column_names:
-            return None
-        _need_completions(data, "proxy")
+        if not self.makes_proxy(data):
+            return SHIPPED_PROXY if model == SHIPPED_POLICY else None
         facts = {**self._rows(data, seed), "model": model, "pairs": self.proxy_pairs}
         return str(
             cached(
@@ -140,6 +159,31 @@ class Docstrings(World):
                 lambda out: train_docstring_proxy(model, data["train"], out, seed=seed, pairs=self.proxy_pairs),
             )
         )  # fmt: skip
+
+    def makes_proxy(self, data: DatasetDict) -> bool:
+        """Unless one is named, or the first of the rewards stands in for it."""
+        if self.proxy is not None or self.policy() == SHIPPED_POLICY:
+            return False
+        if self.model is not None and self.rewards and "completion" not in data["train"].column_names:
+            return False
+        _need_completions(data, "proxy")
+        return True
+
+    def policy(self) -> str | None:
+        """The policy that is named, or the one of this world."""
+        return self.model or (SHIPPED_POLICY if self.base_epochs is None else None)
+
+    def has_proxy(self, data: DatasetDict) -> bool:
+        """Also the one of this world."""
+        return self.policy() == SHIPPED_POLICY or super().has_proxy(data)
+
+    def size(self) -> tuple[float, int]:
+        """Of the small Llama."""
+        return 1.3e6, 2
+
+    def rows_of_policy(self, rows: int) -> float:
+        """All of them, in as many epochs."""
+        return rows * (self.base_epochs or 0.0)
 
     def _rows(self, data: DatasetDict, seed: int) -> dict[str, object]:
         return {"seed": seed, "data": self.data, "rows": len(data["train"]), "first": plain(data["train"][0])}
@@ -187,7 +231,7 @@ class Replies(World):
 
     def make_proxy(self, model: str, data: DatasetDict, seed: int, cache: Path) -> str | None:
         """A reward model that misreads length and big words; none for somebody else's policy."""
-        if self.model is not None:
+        if not self.makes_proxy(data):
             return None
         facts = {"seed": seed, "model": Path(model).name, "pairs": self.proxy_pairs}
         prompts = list(data["train"]["prompt"])
@@ -198,9 +242,33 @@ class Replies(World):
             )
         )  # fmt: skip
 
+    def makes_proxy(self, data: DatasetDict) -> bool:
+        """For the policy of this world, unless a reward model is named."""
+        return self.model is None and self.proxy is None
+
+    def size(self) -> tuple[float, int]:
+        """Of the policy of this family."""
+        return 12.0 * self.layers * self.hidden_size**2, self.layers
+
+    def rows_of_policy(self, rows: int) -> float:
+        """Those of the desk's log, three times."""
+        return 3.0 * self.rows
+
 
 WorldSettings = Docstrings | Replies
 """The world of a recipe, by `name`."""
+
+
+def size_of(model: str) -> tuple[float, int]:
+    """About how many parameters and layers a policy has, by its configuration alone.
+
+    Raises:
+        InputError: its configuration does not load.
+    """
+    with loading("model", model):
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    layers, width = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
+    return float(12 * layers * width**2 + getattr(config, "vocab_size", 0) * width), int(layers)
 
 
 def _need_completions(data: DatasetDict, name: str) -> None:

@@ -19,7 +19,7 @@ from align_cbrl.errors import InputError
 from align_cbrl.estimators.sampler_evidence import SamplerEvidence
 from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
-from align_cbrl.llm.loading import loading
+from align_cbrl.llm.loading import check_folder, loading, weight_names
 from align_cbrl.llm.prompts import check_count, check_prompts, positions_of, prompt_ids
 from align_cbrl.llm.sampling import Completions, add_position_ids, sample_completions
 from align_cbrl.problem import Follower, Leader, check_temperature
@@ -152,6 +152,28 @@ class LanguageFollower(Follower):
             model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32, **self._load_settings)
         add_position_ids(model)
         return model
+
+
+def check_policy(path: str) -> str:
+    """Look at a policy without loading its weights: tokenizer, configuration, and that there are weights.
+
+    Args:
+        path: folder or hub id.
+
+    Returns:
+        What it is, in words.
+
+    Raises:
+        InputError: what a `LanguageFollower` would refuse of it, or a folder without weights.
+    """
+    check_folder("model", path)
+    check_base_model(path)
+    with loading("model", path):
+        tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    check_tokenizer(path, tokenizer, config)
+    weight_names(path)
+    kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+    return f"{path}: {kind}, {len(tokenizer):,} tokens"
 
 
 def check_base_model(path: str) -> None:

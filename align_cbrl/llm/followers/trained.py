@@ -114,13 +114,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self.peft_config = peft_config
         folder = tempfile.mkdtemp(prefix="align_cbrl_trl_")  # trl insists on one; nothing of value goes there
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        pieces = world_size() * settings.get("gradient_accumulation_steps", 1)
-        if prompts_per_step * group_size % pieces:
-            raise InputError(
-                f"prompts_per_step={prompts_per_step}: expected a batch of prompts_per_step * group_size completions "
-                f"that {world_size()} processes and gradient_accumulation_steps divide, got "
-                f"{prompts_per_step * group_size} completions in {pieces} pieces"
-            )
+        pieces = _pieces(prompts_per_step, group_size, settings)
         self._config = self._make_config(
             temperature,
             output_dir=folder,
@@ -144,9 +138,36 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         self._fixed: Tensor | None = None  # what the leader's reward of the newest batch is made of
         self._known: dict[Any, Tensor] = {}  # the same of those handed out, for `Rollouts.known`
         self._of_all_ranks: Completions | None = None  # of every process: rank 0 saves these
+        self._trainer_metrics: dict[str, float] = {}  # trl's own, of the newest response
         self._sums: list[float] | None = None
         self._initial: dict[str, Tensor] = {}  # an adapter's parameters before training
         self._on_step: Callable[[int], bool] = lambda step: True
+
+    @classmethod
+    def check_settings(
+        cls,
+        temperature: float,
+        max_completion_length: int,
+        prompts_per_step: int,
+        group_size: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Refuse what a follower of any model would refuse; arguments as the constructor's.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        cls.fields.check(settings)
+        pieces = _pieces(prompts_per_step, group_size, settings)
+        with tempfile.TemporaryDirectory() as folder:
+            cls._make_config(
+                temperature,
+                output_dir=folder,
+                per_device_train_batch_size=prompts_per_step * group_size // pieces,
+                num_generations=group_size,
+                max_completion_length=max_completion_length,
+                **settings,
+            )
 
     @staticmethod
     @abc.abstractmethod
@@ -185,6 +206,12 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         if self._trainer is None or self._trainer.observed is None:
             raise InputError("newest: the follower has not been trained yet; call train(leader, steps) first")
         return self._trainer.observed.rollouts()
+
+    def trainer_metrics(self) -> dict[str, float]:
+        """trl's own metrics of the newest optimizer step: `trl/reward`, `trl/kl`, `trl/completions/mean_length`, ..."""
+        taken = {} if self._trainer is None else self._trainer.take_metrics()
+        self._trainer_metrics = taken or self._trainer_metrics
+        return dict(self._trainer_metrics)
 
     def train(self, leader: Leader, steps: int, on_step: Callable[[int], bool] | None = None) -> None:
         """Take `steps` optimizer steps towards the best response to `leader`.
@@ -235,6 +262,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
     def reset(self) -> None:
         """Back to the untrained policy."""
         self._steps, self._begun, self._ready, self._handed_out = 0, 0, None, None
+        self._trainer_metrics = {}
         if self._trainer is None:
             return
         self._copy(self._untrained())
@@ -261,7 +289,8 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
     def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
         """Train as the schedule says (`warmup` more steps the first time), on prompts of the whole dataset.
 
-        Metrics: `follower_steps` in all, and with a tolerance the `response_steps` that this response took.
+        Metrics: `follower_steps` in all, with a tolerance the `response_steps` that this response took, and trl's own
+        (`trainer_metrics`).
         """
         begun = self._begun
         before, warmup = self._steps - begun, self.schedule.warmup if self._steps == begun else 0
@@ -386,6 +415,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             "completions": self._completions,
             "begun": self._begun,
             "ready": self._ready,
+            "trainer_metrics": self._trainer_metrics,
             "handed_out": None
             if seen is None
             else {
@@ -422,6 +452,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         trainer.observed = None
         self._steps, self._ready = state["steps"], state["ready"]
         self._begun = state.get("begun", 0)
+        self._trainer_metrics = state.get("trainer_metrics", {})
         # An estimator that trains the policy for a look, and puts it back, has used completions all the same.
         self._completions = max(self._completions, state["completions"])
         seen = state["handed_out"]
@@ -449,7 +480,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             self.tokenizer.save_pretrained(path)
 
     def _metrics(self, taken: int) -> dict[str, float]:
-        metrics = {"follower_steps": float(self._steps)}
+        metrics = {"follower_steps": float(self._steps), **self.trainer_metrics()}
         if self.schedule.tolerance is not None:
             metrics["response_steps"] = float(taken)
         return metrics
@@ -646,6 +677,18 @@ class GRPOFollower(TrainedFollower):
     @staticmethod
     def _make_trainer(**arguments: Any) -> ObservedTrainer:
         return grpo.ObservedGRPOTrainer(**arguments)
+
+
+def _pieces(prompts_per_step: int, group_size: int, settings: Mapping[str, Any]) -> int:
+    """In how many pieces a step's batch is trained on, in all processes."""
+    pieces: int = world_size() * settings.get("gradient_accumulation_steps", 1)
+    if prompts_per_step * group_size % pieces:
+        raise InputError(
+            f"prompts_per_step={prompts_per_step}: expected a batch of prompts_per_step * group_size completions "
+            f"that {world_size()} processes and gradient_accumulation_steps divide, got "
+            f"{prompts_per_step * group_size} completions in {pieces} pieces"
+        )
+    return pieces
 
 
 def _schedule(schedule: Schedule | None, **short: Any) -> Schedule:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import any_rank, broadcast_, gather_rows, is_main
@@ -21,6 +19,7 @@ from align_cbrl.runs.checkpoints import Identity, load_checkpoint, save_checkpoi
 from align_cbrl.runs.interrupt import noted_interrupt
 from align_cbrl.runs.lock import only_here
 from align_cbrl.runs.metrics import MetricsLog
+from align_cbrl.runs.progress import Progress, warn_beside_bars
 
 Monitor = Callable[[Rollouts], dict[str, float]]
 
@@ -73,7 +72,8 @@ def train_follower(
         before, whole, warned = done, True, False
         log = MetricsLog(out / "metrics.jsonl")
         log.truncate_after(done + 1)
-        bar = tqdm(total=steps, initial=done, desc=name, disable=not (progress and is_main()))
+        bar = Progress(steps, name, done, progress and is_main())
+        shown: dict[str, float] = {}
 
         def save() -> None:
             log.sync()
@@ -85,13 +85,13 @@ def train_follower(
             wrong = sampler_alarm(follower.sampler_evidence())
             if wrong is not None and not warned and is_main():
                 warned = True
-                warnings.warn(f"{name}, step {done}: {wrong} (docs/certificate.md)", stacklevel=2)
+                warn_beside_bars(f"{name}, step {done}: {wrong} (docs/certificate.md)")
             if done % log_every == 0 or done == steps:
                 rollouts = follower.newest
-                log.append(
-                    {"step": done, **_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})}
-                )
-            bar.update()
+                row = {**_summary(follower, leader, rollouts), **(monitor(rollouts) if monitor else {})}
+                shown.update({key: row[key] for key in ("reward", "kl") if key in row})
+                log.append({"step": done, **row, **follower.trainer_metrics()})
+            bar.update(**shown)
             whole = True
             interrupt.asked = any_rank(interrupt.asked)
             if done % checkpoint_every == 0 or done == steps or interrupt.asked:

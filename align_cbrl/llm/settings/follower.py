@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +82,25 @@ class TrainedSettings(_Follower):
     def _kind(self) -> type[TrainedFollower]:
         return RLOOFollower if self.trainer == "rloo" else GRPOFollower
 
+    def check(self) -> None:
+        """Refuse what no policy could be trained with, without one.
+
+        Raises:
+            InputError: peft or vllm are needed and not installed, settings that trl refuses, or a batch that cannot be
+                cut into as many pieces.
+        """
+        if self.lora is not None:
+            _lora(self.lora)
+        if self.vllm and importlib.util.find_spec("vllm") is None:
+            raise InputError("vllm: the package vllm is not installed; pip install 'trl[vllm]' on a machine with a GPU")
+        self._kind.check_settings(
+            self.temperature, self.max_completion_length, self.prompts_per_step, self.group_size, self._settings
+        )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**self.settings, **({"use_vllm": True} if self.vllm else {})}
+
     def build(self, model: str | Path, prompts: Dataset, seed: int) -> TrainedFollower:
         """A fresh follower; see `_Follower.build`."""
         return self._kind(
@@ -94,7 +114,7 @@ class TrainedSettings(_Follower):
             schedule=self.schedule,
             seed=seed,
             peft_config=None if self.lora is None else _lora(self.lora),
-            settings={**self.settings, **({"use_vllm": True} if self.vllm else {})},
+            settings=self._settings,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from align_cbrl import HPGDConfig, Natural
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
+from align_cbrl.llm.settings.leader import LeaderSettings
 from align_cbrl.problem import Leader
 
 _RATE = 0.1
@@ -62,6 +63,19 @@ class HPGDSettings:
             seed=seed,
             checkpoint_every=self.checkpoint_every,
         )
+
+    def check(self, leader: LeaderSettings) -> None:
+        """Refuse natural steps of a leader that has too many parameters for them, before it is loaded.
+
+        Raises:
+            InputError: natural steps with a reward model that is trained by LoRA or as a whole.
+        """
+        part = getattr(leader, "trainable", None) or getattr(leader, "correction", None)
+        if self.step == "natural" and part in ("lora", "all"):
+            raise InputError(
+                f"step: natural steps are for leaders of few parameters, such as weights or a head, got one that "
+                f"trains a reward model's {part}; set hpgd.step: gradient"
+            )
 
     def optimizer(self, leader: Leader) -> torch.optim.Optimizer | None:
         """Adam over the leader's trainable parameters, in ascent; None for natural steps."""

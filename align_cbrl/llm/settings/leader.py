@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from align_cbrl.checks import Positive, checked
@@ -21,6 +21,7 @@ from align_cbrl.llm import (
 )
 from align_cbrl.llm.leaders.mixture import Constraint
 from align_cbrl.llm.leaders.reward_model import Trainable
+from align_cbrl.llm.reward_models import check_reward_model, import_peft
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.rollouts import Rollouts
 
@@ -88,6 +89,23 @@ class _Leader(abc.ABC):
             return leader
         return LearnedBeta(leader, self.beta.start, low=self.beta.low, high=self.beta.high)
 
+    def check(self, terms: Sequence[str], proxy: bool) -> None:
+        """Refuse terms that this kind does not use or lacks, and missing packages, before any model is loaded.
+
+        Args:
+            terms: names, the proxy first.
+            proxy: whether the first of them is a reward model.
+
+        Raises:
+            InputError: as `build`; peft is needed and not installed.
+        """
+        if not terms:
+            raise InputError("expected at least one term, the proxy, got none; name a proxy or a reward")
+        self._check(dict.fromkeys(terms, _no_score), proxy)
+
+    def _check(self, terms: Mapping[str, ScoreFunction], proxy: bool) -> None:
+        self._leader(terms)
+
     def _proxy_alone(self, terms: Mapping[str, ScoreFunction]) -> tuple[str, ScoreFunction]:
         (first, *others) = terms.items()
         if others:
@@ -145,6 +163,11 @@ class RewardModelSettings(_Leader):
         if self.gradient_checkpointing and self.trainable == "head":
             raise InputError("gradient_checkpointing: saves nothing with trainable: head; leave it out")
 
+    def _check(self, terms: Mapping[str, ScoreFunction], proxy: bool) -> None:
+        _check_trained(*self._proxy_alone(dict(list(terms.items())[:1])), proxy)
+        if self.trainable == "lora":
+            import_peft()
+
     def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
         model = _load_anew(*self._proxy_alone(terms))
         return RewardModelLeader(
@@ -179,6 +202,17 @@ class ShapedSettings(_Leader):
             raise InputError("model: belongs to correction: head or lora; terms need none")
         if self.constraint != "free" and self.correction != "terms":
             raise InputError(f"constraint: belongs to correction: terms, got correction: {self.correction}")
+
+    def _check(self, terms: Mapping[str, ScoreFunction], proxy: bool) -> None:
+        if self.correction == "terms":
+            self._leader(terms)
+            return
+        if self.model is not None:
+            check_reward_model(self.model)
+        else:
+            _check_trained(next(iter(terms)), _no_score, proxy)
+        if self.correction == "lora":
+            import_peft()
 
     def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
         (name, proxy), *rest = terms.items()
@@ -218,6 +252,9 @@ class LengthSettings(_Leader):
     learn_target: bool = False
     width: Positive = 0.25
 
+    def _check(self, terms: Mapping[str, ScoreFunction], proxy: bool) -> None:
+        self._leader(dict(list(terms.items())[:1]))
+
     def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader:
         _, proxy = self._proxy_alone(terms)
         return LengthShaping(proxy, self.target, self.weight, self.learn_target, self.width, self.strength, self.budget)
@@ -229,9 +266,20 @@ LeaderSettings = MixtureSettings | RewardModelSettings | ShapedSettings | Length
 
 def _load_anew(name: str, term: ScoreFunction) -> RewardModel:
     """Another copy of a reward model, to be trained."""
-    if not isinstance(term, RewardModel):
+    _check_trained(name, term, isinstance(term, RewardModel))
+    assert isinstance(term, RewardModel)
+    return RewardModel(term.path, term.batch_size, term.max_length)
+
+
+def _check_trained(name: str, term: ScoreFunction, proxy: bool) -> None:
+    """Refuse a term that is to be trained and is no reward model."""
+    if not proxy:
         raise InputError(
             f"leader: the term {name!r} is to be trained, which needs a reward model, got {type(term).__name__}; name "
             "its folder or hub id"
         )
-    return RewardModel(term.path, term.batch_size, term.max_length)
+
+
+def _no_score(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Stands for a term that is not loaded."""
+    return [0.0 for _ in completions]

@@ -7,9 +7,11 @@ parsed with `ast`, never imported, so that reading it has no side effects and ne
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +85,15 @@ def standard_library_files(root: Path | None = None) -> list[Path]:
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
+    """In the order of `ast.walk`, without the expressions, which hold no function and are most of a tree."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        todo.extend(
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))
+        )
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
 
@@ -133,6 +143,11 @@ def extract_pairs(root: Path | None = None) -> tuple[list[dict[str, str]], int]:
     return rows, unparsable
 
 
+@functools.cache  # seconds; who looks at the data before a run reads them once more in it
+def _pairs_of_the_library() -> tuple[list[dict[str, str]], int]:
+    return extract_pairs()
+
+
 def format_prompt(signature: str) -> str:
     """Return the prompt of a signature: the head of the function and the opening quotes."""
     return f'def {signature}:\n    """'
@@ -164,7 +179,7 @@ def load_docstrings(*, root: Path | None = None, test_percent: int = 10) -> Data
     """
     if not 1 <= test_percent <= 99:
         raise ValueError(f"test_percent must be in 1..99, got {test_percent}")
-    rows, _ = extract_pairs(root)
+    rows, _ = _pairs_of_the_library() if root is None else extract_pairs(root)
     test = [row for row in rows if _is_test_module(row["module"], test_percent)]
     test_prompts = {row["prompt"] for row in test}
     train = [

@@ -3,7 +3,8 @@
 Only the files of this folder touch trl's private methods. Written against trl 1.16.
 What is relied upon: `_generate_and_score_completions` works on the unshuffled batch, in which the completions of a
 prompt stand side by side; `_generate_single_turn` samples by `self.generation_config`; log-probabilities come from
-`_get_per_token_logps_and_entropies`, of the policy first and of the reference second; `_prepare_inputs` shuffles every
+`_get_per_token_logps_and_entropies`, of the policy first and of the reference second; `_metrics["train"]` holds a list
+of numbers for each metric until they are logged; `_prepare_inputs` shuffles every
 tensor of the batch alike before `_compute_loss`; the sampler yields one row a completion. tests/test_llm_followers.py
 and tests/test_llm_resume.py fail if any of it changes.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,6 +52,8 @@ CONTEXT = "context"
 trl is given prompts and row numbers only. It has a use of its own for some names, such as image; the user's columns
 are looked up by the row number instead.
 """
+
+_NOT_TAKEN = ("num_tokens", "step_time")
 
 TESTED = (Version("1.16"), Version("1.17"))
 """The versions of trl that this was tested with: from the first, up to but without the second."""
@@ -96,6 +100,21 @@ class ObservedTrainer(Trainer):
     def forget_buffer(self) -> None:
         """Drop completions that an earlier reward has scored."""
         self._buffered_inputs = None
+
+    def take_metrics(self) -> dict[str, float]:
+        """trl's own metrics of the newest optimizer step, under `trl/`; nothing where none was taken since.
+
+        Without those of the one reward function, which are those of the reward, and without counts and times that
+        begin anew in every train() call.
+        """
+        kept = self._metrics["train"]
+        newest = {name: values[-1] for name, values in kept.items() if values}
+        kept.clear()
+        return {
+            f"trl/{name}": float(value)
+            for name, value in newest.items()
+            if math.isfinite(value) and name not in _NOT_TAKEN and not name.startswith("rewards/")
+        }
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         accumulation = self.args.gradient_accumulation_steps
