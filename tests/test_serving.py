@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import importlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -37,7 +40,8 @@ from align_cbrl.runs.config import load_config
 from align_cbrl.runs.metrics import MetricsLog
 
 pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
+uvicorn: Any = pytest.importorskip("uvicorn")
+http: Any = importlib.import_module("align_cbrl.llm.engines.http")
 
 TERMS = '''
 import json, os, time
@@ -101,7 +105,7 @@ def sampled(seed: int, prompts: int = 4, each: int = 4) -> dict[str, Any]:
     """A batch as an engine's policy might have sampled it; all completions of all batches differ."""
     draw = random.Random(seed)
     asked = [prompt for prompt in PROMPTS[:prompts] for _ in range(each)]
-    texts = [" ".join([*draw.choices("abcdef", k=3), f"n{seed}x{i}"]) for i in range(len(asked))]
+    texts = [" ".join([*draw.choices("abcdefgh", k=3), f"n{seed}x{i}"]) for i in range(len(asked))]
     return {"prompts": asked, "completions": texts}
 
 
@@ -369,33 +373,10 @@ def test_settings_that_do_not_fit_are_told_in_words(terms: Path, tmp_path: Path)
 # ----------------------------------------------------------------------------------------------------- over HTTP
 
 
-class Server:
-    """`align-cbrl serve` in a process of its own, at an address that stays when it is started again."""
+class Client:
+    """What asks a server at an address."""
 
-    def __init__(self, folder: Path, config: str, **environment: str) -> None:
-        self.folder, self.port = folder, 0
-        (folder / "leader.yaml").write_text(config)
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-
-    def start(self, *options: str) -> None:
-        arguments = ("serve", "leader.yaml", "--out", "out", "--port", str(self.port), *options)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "align_cbrl.cli", *arguments], cwd=self.folder, env=self.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        self.said = ""
-        for line in self.process.stdout:
-            self.said += line
-            if line.startswith("serving"):
-                self.port = int(line.split("/score")[0].rpartition(":")[2])
-                threading.Thread(target=self.process.stdout.read, daemon=True).start()  # nothing may block
-                return
-        raise AssertionError(self.said)
-
-    def stop(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
+    port = 0
 
     def send(self, path: str, body: bytes | None, **headers: str) -> tuple[int, Any]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, headers)
@@ -409,6 +390,32 @@ class Server:
         return self.send("/score", json.dumps(fields).encode())
 
 
+class Process(Client):
+    """`align-cbrl serve` in a process of its own, at an address that stays when it is started again."""
+
+    def __init__(self, folder: Path, config: str, **environment: str) -> None:
+        self.folder = folder
+        (folder / "leader.yaml").write_text(config)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+
+    def start(self) -> None:
+        arguments = ("serve", "leader.yaml", "--out", "out", "--port", str(self.port))
+        log = self.folder / "server.log"
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "align_cbrl.cli", *arguments], cwd=self.folder, env=self.environment,
+                stdout=file, stderr=file,
+            )  # fmt: skip
+        while "serving http" not in log.read_text():
+            assert self.process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        self.port = int(log.read_text().split("/score")[0].rpartition(":")[2])
+
+    def stop(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
 CONFIG = """
 judge: {function: terms.py:judge}
 rewards: {hacked: terms.py:hacked, good: terms.py:good, broken: terms.py:broken}
@@ -420,19 +427,35 @@ ends: [</s>]
 """
 
 
+@contextlib.contextmanager
+def answering(service: RewardService, token: str | None = None) -> Iterator[Client]:
+    """The service at an address of this machine, in threads of this process."""
+    made = uvicorn.Config(http.application(service, token, 2**20), log_level="warning", lifespan="off")
+    running, found = uvicorn.Server(made), Client()
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        found.port = listening.getsockname()[1]
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield found
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "terms.py").write_text(TERMS)
-    running = Server(folder, CONFIG)
-    running.start()
-    yield running
-    if running.process.poll() is None:
-        assert running.stop(signal.SIGTERM) == 143
-    assert (folder / "out" / "reward" / "reward.json").is_file()
+    (folder / "leader.yaml").write_text(CONFIG.replace("terms.py", str(folder / "terms.py")))
+    with (
+        RewardService.opened(load_config(ServeSettings, folder / "leader.yaml"), folder / "out") as service,
+        answering(service) as at_it,
+    ):
+        yield at_it
 
 
-def test_sixty_four_requests_at_a_time_are_answered_correctly(server: Server) -> None:
+def test_sixty_four_requests_at_a_time_are_answered_correctly(server: Client) -> None:
     """Each completion has a reward that nothing else could have, at the version that the answer names."""
     batches = [sampled(1000 + seed) for seed in range(256)]
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
@@ -456,7 +479,7 @@ def test_sixty_four_requests_at_a_time_are_answered_correctly(server: Server) ->
         assert len(set(rewards)) == len(rewards) > 1  # different counts, different rewards
 
 
-def test_openrlhf_is_answered(server: Server) -> None:
+def test_openrlhf_is_answered(server: Client) -> None:
     status, reply = server.send(
         "/get_reward", json.dumps({"query": ["why?a b</s>"], "prompts": ["why?"], "labels": [None]}).encode()
     )
@@ -465,7 +488,7 @@ def test_openrlhf_is_answered(server: Server) -> None:
     assert all(isinstance(values, list) and len(values) == 1 for values in reply["extra_logs"].values())
 
 
-def test_what_is_wrong_is_answered_in_words(server: Server) -> None:
+def test_what_is_wrong_is_answered_in_words(server: Client) -> None:
     for status, body, words in (
         (400, b"{", "expected a JSON object"),
         (400, b'{"prompts": ["p"], "completions": [1]}', "completion 0: expected a text"),
@@ -481,7 +504,7 @@ def test_what_is_wrong_is_answered_in_words(server: Server) -> None:
     assert server.ask(prompts=["p"], completions=["a"])[0] == 200
 
 
-def test_the_client_that_is_shipped_serves_verl_and_trl(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_client_that_is_shipped_serves_verl_and_trl(server: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_URL", f"http://127.0.0.1:{server.port}/score")
     extra = [{"question": prompt, "split": "test"} for prompt in ("p", "p", "q")]
     before = server.send("/status", None)[1]["completions"]
@@ -509,21 +532,35 @@ def test_the_client_needs_nothing_but_python(tmp_path: Path) -> None:
     assert set(done.stdout.split()) <= {"client", "__main__", "sitecustomize"}
 
 
-def test_a_token_is_asked_for_and_comes_from_the_environment(terms: Path) -> None:
-    config = f"{CONFIG}\ntoken_variable: REWARD_TOKEN\n"
-    running = Server(terms.parent, config, REWARD_TOKEN="a token of some length")
-    running.start()
-    try:
+def test_a_token_is_asked_for_and_written_down_nowhere(terms: Path, tmp_path: Path) -> None:
+    token = "a token of some length"
+    with (
+        RewardService.opened(settings(terms), tmp_path / "out", learning=False) as service,
+        answering(service, token) as client,
+    ):
         body = json.dumps({"prompts": ["p"], "completions": ["a"]}).encode()
-        for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "a token of some length"}):
-            status, reply = running.send("/score", body, **headers)
-            assert status == 401 and "token" in reply["error"] and "some length" not in json.dumps(reply)
-        assert running.send("/status", None)[0] == 401
-        assert running.send("/score", body, Authorization="Bearer a token of some length")[0] == 200
-    finally:
-        running.stop(signal.SIGINT)
-    kept = (terms.parent / "out").rglob("*")
-    assert not any(b"some length" in file.read_bytes() for file in kept if file.is_file())
+        for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": token}):
+            status, reply = client.send("/score", body, **headers)
+            assert status == 401 and "token" in reply["error"] and token not in json.dumps(reply)
+        assert client.send("/status", None)[0] == 401
+        assert client.send("/score", body, Authorization=f"Bearer {token}")[0] == 200
+
+
+def test_the_command_serves_stops_and_goes_on(terms: Path) -> None:
+    config = f"{CONFIG}\nevery: 1\ntoken_variable: REWARD_TOKEN\n"
+    process = Process(terms.parent, config, REWARD_TOKEN="a token of some length")
+    process.start()
+    body, bearer = json.dumps(sampled(0)).encode(), {"Authorization": "Bearer a token of some length"}
+    status, first = process.send("/score", body, **bearer)
+    assert status == 200 and process.send("/score", body)[0] == 401
+    assert process.stop(signal.SIGTERM) == 143
+    assert (terms.parent / "out" / "reward" / "reward.json").is_file()
+    kept = [file for file in terms.parent.rglob("*") if file.is_file()]
+    assert not any(b"some length" in file.read_bytes() for file in kept)
+    with RewardService.opened(load_config(ServeSettings, terms.with_name("leader.yaml"), [
+        f"judge.function={terms}:judge", *(f"rewards.{n}={terms}:{n}" for n in ("hacked", "good", "broken"))
+    ]), terms.parent / "other", learning=False) as service:  # fmt: skip
+        assert asked_of(service, **sampled(0)).rewards == first["rewards"]
 
 
 @pytest.mark.parametrize(
@@ -560,7 +597,7 @@ KILLED = textwrap.dedent("""
 def test_ten_kills_during_use_lose_no_score_and_pay_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said and stored is never asked again; only the call that a kill interrupts may be."""
     (tmp_path / "terms.py").write_text(TERMS)
-    running = Server(tmp_path, KILLED, JUDGE_SECONDS="0.05")
+    running = Process(tmp_path, KILLED, JUDGE_SECONDS="0.05")
     running.start()
     monkeypatch.setenv("REWARD_URL", f"http://127.0.0.1:{running.port}/score")
     replies: dict[int, Any] = {}
