@@ -37,7 +37,7 @@ def configuration(leader: RewardMixture, *, batch: int, every: int) -> dict[str,
     """The configuration of a server whose leader starts and steps as that of a `LeaderCallback`."""
     return {
         "judge": {"function": f"{reply_judge.__module__}.{reply_judge.__name__}"},
-        "rewards": {name: f"{term.__module__}.{name}" for name, term in leader.terms.items()},  # type: ignore[attr-defined]
+        "rewards": {name: f"{term.__module__}.{name}" for name, term in leader.terms.items()},
         "leader": {"weights": leader.weights(), "budget": leader.budget},
         "hpgd": {"steps": 10_000, "learning_rate": 0.1 * leader.budget},
         "batch_size": batch,

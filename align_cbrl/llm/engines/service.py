@@ -41,8 +41,8 @@ REWARD = "reward"
 _PAUSE = 10.0  # seconds before a step that failed is tried again
 _MOST_FIXED = 64  # numbers a completion that are kept with it; larger ones are computed again
 _LEAVE = 30.0  # seconds that a judge has to answer when the service is closed; later it is asked again
-_FREE = ("hpgd.steps", "hpgd.checkpoint_every", "token_variable", "largest_body")
-_FREE += tuple(f"judge.{name}" for name in PRACTICAL_OF_JUDGE)
+_FREE = ("hpgd.steps", "hpgd.checkpoint_every", "token_variable", "largest_body",
+         *(f"judge.{name}" for name in PRACTICAL_OF_JUDGE))  # fmt: skip
 
 
 class RewardService:

@@ -27,8 +27,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 Share = Annotated[float, Range(0, 1, open="low")]
 
 
-def _gradient(**settings: int) -> HPGDSettings:
-    return HPGDSettings(step="gradient", **settings)
+def _gradient(steps: int = HPGDSettings.steps) -> HPGDSettings:
+    return HPGDSettings(step="gradient", steps=steps)
 
 
 def _check_steps(hpgd: HPGDSettings, response: ResponseSettings) -> None:
