@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train with the leader in each place, and print the judge's scores and their differences."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
@@ -93,18 +95,18 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     model = str(Path(given.model or Replies().make_policy(load_requests(), 0, given.cache)).resolve())
     sizes = {name: getattr(given, name) for name in ("steps", "every", "batch", "learning_rate")}
-    scores: dict[str, list[float]] = {place: [] for place in PLACES}
+    scores: dict[str, list[float]] = {place: [] for place in given.places}
     for seed in given.seeds:
-        for place in PLACES:
+        for place in given.places:
             began = time.perf_counter()
             policy, known = train(place, model, seed=seed, **sizes)
             seconds = time.perf_counter() - began
             scores[place].append(judged(policy, model, seed))
             print(json.dumps({"place": place, "seed": seed, "judge": scores[place][-1], "seconds": seconds, **known}),
                   flush=True)  # fmt: skip
-    for place, other in ((PLACES[2], PLACES[1]), (PLACES[2], PLACES[0])):
-        differences = [one - two for one, two in zip(scores[place], scores[other], strict=True)]
-        print(f"{place} less {other}: {shown(interval(differences))}", flush=True)
+    for place, other in itertools.combinations(scores, 2):
+        differences = [one - two for one, two in zip(scores[other], scores[place], strict=True)]
+        print(f"{other} less {place}: {shown(interval(differences))}", flush=True)
 
 
 if __name__ == "__main__":

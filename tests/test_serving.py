@@ -283,6 +283,16 @@ def test_around_a_best_response_log_probabilities_are_used(terms: Path, tmp_path
     assert {"gap", "kl", "step_nats", "gradient_norm"} <= set(row) and row["kl"] == pytest.approx(0.0)
 
 
+def test_the_file_of_the_page_is_a_configuration(tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "serving.md"
+    if not page.is_file():
+        pytest.skip("the documentation is not part of an installed package")
+    blocks = page.read_text(encoding="utf-8").split("```yaml\n")[1:]
+    (tmp_path / "leader.yaml").write_text(blocks[0].split("```")[0])
+    loaded = load_config(ServeSettings, tmp_path / "leader.yaml")
+    assert (loaded.period, loaded.window) == (2560, 2048) and loaded.hpgd.step == "gradient"
+
+
 # ------------------------------------------------------------------------------------------------- what breaks
 
 

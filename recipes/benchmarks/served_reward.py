@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from align_cbrl.llm import RewardMixture
+from align_cbrl.llm import RewardMixture, RewardModel
 from align_cbrl.llm.engines import client
 
 from ..served_script import configuration, served
@@ -18,13 +19,24 @@ from ..trl_script import REWARDS
 from ..worlds.replies.data import load_requests
 
 
-def main(repetitions: int = 200, batch: int = 64) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print medians and quartiles of both, in pairs, and the ratio of the medians; every batch is another one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64, help="completions of a request")
+    parser.add_argument("--proxy", help="folder of a reward model that the mixture has besides its three functions")
+    given = parser.parse_args(arguments)
+    repetitions, batch = given.repetitions, given.batch
     torch.set_num_threads(1)
-    leader = RewardMixture.of(REWARDS)
+    functions = RewardMixture.of(REWARDS)
+    config = configuration(functions, batch=batch, every=10**6)  # no leader step is timed
+    leader = functions
+    if given.proxy is not None:
+        config["proxy"] = str(Path(given.proxy).resolve())
+        terms = {"proxy": RewardModel(given.proxy), **functions.terms}
+        leader = RewardMixture(terms, functions.weights(), functions.budget)
     reward = leader.reward_function()
     rows = load_requests()["train"][: 8 * 4096]
-    config = configuration(leader, batch=batch, every=10**6)  # no leader step is timed
     seconds: dict[str, list[float]] = {"in process": [], "over HTTP": []}
     with tempfile.TemporaryDirectory() as folder, served(Path(folder), config) as address:
         os.environ["REWARD_URL"] = address
@@ -37,7 +49,7 @@ def main(repetitions: int = 200, batch: int = 64) -> None:
             between = time.perf_counter()
             theirs = client.reward(prompts, completions)
             ended = time.perf_counter()
-            if max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-9:
+            if max(abs(a - b) for a, b in zip(own, theirs, strict=True)) > 1e-6:
                 raise RuntimeError("the server's rewards are others")
             seconds["in process"].append(between - began)
             seconds["over HTTP"].append(ended - between)
