@@ -1,4 +1,4 @@
-"""The command line: `align-cbrl run`, `check`, `ls`, `cp`, `report`, `compare` and `validate`.
+"""The command line: `align-cbrl run`, `check`, `ls`, `cp`, `report`, `compare`, `serve`, `step` and `validate`.
 
 What needs torch is imported by the commands that need it: help, names and completion are there at once.
 """
@@ -32,7 +32,7 @@ from align_cbrl.errors import CheckpointError, InputError, RunStopped, first_lin
 from align_cbrl.runs.config import Sources, load_config, nearest
 from align_cbrl.runs.config_help import describe
 from align_cbrl.runs.files import storage_failure
-from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names
+from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names, require_package
 from align_cbrl.runs.interrupt import acting_interrupt
 from align_cbrl.runs.preflight import Preflight, check_paths
 from align_cbrl.runs.progress import duration
@@ -65,6 +65,9 @@ examples:
   align-cbrl run my_recipe/                                a recipe of your own: a folder
   align-cbrl report runs/tune_weights                      write its report again
   align-cbrl compare runs/tune_weights runs/mine           runs side by side
+  align-cbrl serve leader.yaml                             rewards for OpenRLHF, verl or any other engine
+  align-cbrl step --leader runs/reward --rollouts logs.jsonl --out runs/reward-2
+                                                           a leader step from an engine's logs
   align-cbrl run four_rooms --config table.yaml            fines on a map: the whole table
   align-cbrl validate                                      every gradient route against the referee
   align-cbrl validate my_problem.py:toll_road --json       on a problem of your own
@@ -184,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="where `align-cbrl run` wrote")
     compare.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="for compare.html (default: here)")
 
+    _add_engines(commands)
     validate = commands.add_parser(
         "validate",
         help="check every gradient route against the exact referee",
@@ -234,6 +238,66 @@ class _Job(NamedTuple):
     config: Any
     out: Path
     notes: Preflight
+
+
+def _add_engines(commands: Any) -> None:
+    """The commands for engines that are not ours."""
+    overrides: dict[str, Any] = {
+        "dest": "overrides", "metavar": "KEY=VALUE", "nargs": "+", "action": "extend", "default": [],
+    }  # fmt: skip
+    serve = commands.add_parser(
+        "serve",
+        help="a reward server for any other engine",
+        description="Answer any engine's requests with the leader's present reward, and have the leader learn from a "
+        "share of the completions (docs/serving.md). Its folder holds all that it knows: started again, it goes on.",
+    )
+    serve.set_defaults(command=_serve)
+    serve.add_argument("config", metavar="LEADER_CONFIG", type=Path, help="a YAML file (docs/serving.md)")
+    serve.add_argument("--set", help="change values of the configuration: every=2 hpgd.steps=50", **overrides)
+    serve.add_argument("--out", metavar="DIR", type=Path, help="the server's folder (default: runs/CONFIG)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8123, help="0 for any that is free (default: 8123)")
+
+    step = commands.add_parser(
+        "step",
+        help="leader steps from logs",
+        description="Take one or more leader steps on completions that an engine has logged, and write the new leader "
+        "(docs/serving.md).",
+    )
+    step.set_defaults(command=_step)
+    step.add_argument("--leader", metavar="DIR", type=Path, required=True, help="folder of a saved leader")
+    step.add_argument("--rollouts", metavar="FILE", type=Path, required=True, help="jsonl, json, csv or parquet")
+    step.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the new leader")
+    step.add_argument("--config", metavar="FILE", type=Path, help="a YAML file (default: the column score, one step)")
+    step.add_argument("--set", help="change values of the configuration: hpgd.steps=3", **overrides)
+    step.add_argument("--trust-code", action="store_true", help="import reward functions that the folder names")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    require_package("uvicorn", "serve", "align-cbrl serve")
+    require_package("starlette", "serve", "align-cbrl serve")
+    settings: Any = importlib.import_module("align_cbrl.llm.engines.settings")
+    http: Any = importlib.import_module("align_cbrl.llm.engines.http")
+    config = load_config(settings.ServeSettings, options.config, options.overrides)
+    out = options.out or Path("runs") / options.config.stem
+
+    def ready(url: str, service: Any) -> None:
+        steps = f"{service.version} of {config.hpgd.steps} leader steps taken, through {service.words}"
+        print(f"serving {url}/score and {url}/get_reward from {out}: {steps}", flush=True)
+
+    http.serve(config, out, host=options.host, port=options.port, ready=ready)
+    return 0
+
+
+def _step(options: argparse.Namespace) -> int:
+    settings: Any = importlib.import_module("align_cbrl.llm.engines.settings")
+    logged: Any = importlib.import_module("align_cbrl.llm.engines.logged")
+    config = load_config(settings.StepSettings, options.config, options.overrides)
+    rows = logged.steps_from_logs(config, options.leader, options.rollouts, options.out, trust_code=options.trust_code)
+    for row in rows:
+        print(json.dumps({name: value for name, value in row.items() if not name.endswith(("seconds", "share"))}))
+    print(f"leader: {options.out}")
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ Modules:
     worlds: policies, data, rewards and judges
     tune_weights: the main job: reward weights, or a reward model's head
     trl_script: somebody's own trl script, without and with a leader
+    served_script: the same with its leader in a reward server
     reward_model: a hacked reward model repaired
     overoptimization: the judge against divergence, plain and tuned
     objectives: one policy under six objectives

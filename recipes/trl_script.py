@@ -59,9 +59,24 @@ def train(
         batch: completions of an optimizer step.
         learning_rate: of the policy, at first; trl lets it decay to zero.
     """
-    script, data = SCRIPTS[name], load_requests()["train"].remove_columns("completion")
     leader = RewardMixture.of(REWARDS)
     wants = KLPriced(ExpectedUtility(Judge(reply_judge)), price=0.01)
+    policy = trained(
+        name,
+        model,
+        leader.reward_function() if led else REWARDS,
+        [LeaderCallback(leader, wants, every=every)] if led else [],
+        seed=seed, steps=steps, batch=batch, learning_rate=learning_rate,
+    )  # fmt: skip
+    return policy, leader.raw_weights()
+
+
+def trained(
+    name: str, model: str, reward_funcs: Any, callbacks: list[Any], *, seed: int, steps: int, batch: int,
+    learning_rate: float,
+) -> PreTrainedModel:  # fmt: skip
+    """The policy that a script of `SCRIPTS` ends with; the other arguments are those of trl and of `train`."""
+    script, data = SCRIPTS[name], load_requests()["train"].remove_columns("completion")
     with tempfile.TemporaryDirectory() as out:
         args = script.config(
             output_dir=out, max_steps=steps, per_device_train_batch_size=batch, max_completion_length=LENGTH,
@@ -70,14 +85,14 @@ def train(
         )  # fmt: skip
         trainer = script.trainer(
             model=model,
-            reward_funcs=leader.reward_function() if led else REWARDS,
+            reward_funcs=reward_funcs,
             args=args,
             train_dataset=data,
-            callbacks=[LeaderCallback(leader, wants, every=every)] if led else [],
+            callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model, leader.raw_weights()
+    return trainer.model
 
 
 def judged(policy: PreTrainedModel, model: str, seed: int) -> float:

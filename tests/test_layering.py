@@ -40,6 +40,7 @@ LAYERS = (
     "align_cbrl.llm.followers",
     "align_cbrl.llm",
     "align_cbrl.llm.settings",
+    "align_cbrl.llm.engines",
     "toy_cmdp.tables",
     "toy_cmdp.followers",
     "toy_cmdp.problems",

@@ -124,6 +124,15 @@ def load_preferences(
     return Preferences(data, dropped)
 
 
+def load_rows(source: str) -> Dataset:
+    """All rows of a source, its "train" split where it has several; `source` as for `load_prompts`.
+
+    Raises:
+        InputError: nothing loads from it.
+    """
+    return _load(source)["train"]
+
+
 def _pairs(source: str, rows: Dataset) -> tuple[Dataset, int]:
     """Rows with prompt, chosen and rejected, and how many were dropped because both answers were the same."""
     names = rows.column_names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from align_cbrl.checks import Count, checked
-from align_cbrl.distributed import broadcast_, gather_rows, initialize
+from align_cbrl.distributed import gather_rows
 from align_cbrl.errors import InputError
-from align_cbrl.hpgd import HPGD, HPGDConfig
+from align_cbrl.hpgd import HPGDConfig
+from align_cbrl.llm.followers.stepwise import StepwiseHPGD
 from align_cbrl.llm.followers.trainer_batch import Reference, trainer_rollouts
 from align_cbrl.llm.followers.trainer_response import TrainerPolicy, TrainerResponse, response_of
 from align_cbrl.llm.judges.judge import Asked
@@ -108,7 +108,7 @@ class LeaderCallback(TrainerCallback):
         self.optimizer = _adam(leader) if optimizer is None and self.config.natural is None else optimizer
         self._reference = Reference(reference)
         self._judges = _judges_of(objective)
-        self._loop: _Loop | None = None
+        self._loop: StepwiseHPGD | None = None
         self._response: TrainerResponse | None = None
         self._args: Any = None
         self._policy: Any = None  # in an optimizer step, from its beginning to its end
@@ -147,7 +147,7 @@ class LeaderCallback(TrainerCallback):
             self._reference.freeze(model)
         if self._loop is None:
             problem = Problem(self.leader, self.objective, TrainerPolicy(self._response.temperature))
-            self._loop = _Loop(problem, self.optimizer, self._response.estimator, self.config)
+            self._loop = StepwiseHPGD(problem, self.optimizer, self._response.estimator, self.config)
         folder = _folder(args, state) if state.global_step else None
         if folder is not None and not folder.is_dir():
             raise InputError(
@@ -209,8 +209,6 @@ class LeaderCallback(TrainerCallback):
             return
         assert self._loop is not None
         batch, self._batch = self._batch, None
-        if isinstance(self.leader, RewardMixture) and not self.leader.is_rescaled:
-            self.leader.rescale(batch)
         row = self._loop.take(batch)
         shown = {**{name: value for name, value in row.items() if name not in _UNSHOWN}, **self._learned()}
         self._shown = {f"{FOLDER}/{name}": value for name, value in shown.items()}
@@ -272,12 +270,7 @@ class LeaderCallback(TrainerCallback):
                 "the price would be for another policy: set temperature=1, top_p=1, top_k=0 and no min_p, "
                 "repetition_penalty or generation_kwargs"
             )
-        for name, value in (("replays", self.config.replays), ("natural", self.config.natural)):
-            if value and not self._response.is_best:
-                raise InputError(
-                    f"HPGDConfig.{name}={value}: expected none; an old batch can be weighted to stand for a best "
-                    f"response only, and the leader goes through {self._response.words}"
-                )
+        self._response.check(self.config)
 
     def _learned(self) -> dict[str, float]:
         """What the leader has learned, and what its judges were asked, in all processes together."""
@@ -286,34 +279,6 @@ class LeaderCallback(TrainerCallback):
             return numbers
         calls = gather_rows(torch.tensor([[judge.calls for judge in self._judges]])).sum()
         return {**numbers, "judge_calls": float(calls)}
-
-
-class _Loop(HPGD):
-    """HPGD's steps, in a loop that is the trainer's."""
-
-    _returned_at = 0.0
-
-    def begin(self, folder: Path | None) -> None:
-        """Make all processes one, and continue from the state in `folder`, where there is one."""
-        initialize()
-        self.out = None
-        self._memory.saved = True  # with the trainer's checkpoints
-        self._prepare(False)
-        if folder is not None:
-            self._restore(folder)
-            broadcast_(self.problem.leader)
-        self._returned_at = time.perf_counter()
-
-    def take(self, rollouts: Rollouts) -> dict[str, float]:
-        """One leader step; its row of metrics."""
-        row = self._timed_step(rollouts, {}, self._returned_at)
-        self._returned_at = time.perf_counter()
-        return row
-
-    def save(self, folder: Path) -> None:
-        """Write the state to `folder`; rank 0 does."""
-        self.out = folder
-        self._save()
 
 
 def _adam(leader: LanguageLeader) -> torch.optim.Optimizer:

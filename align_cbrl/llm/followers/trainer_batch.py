@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from align_cbrl.distributed import own_rows
 from align_cbrl.errors import InputError
 from align_cbrl.llm.followers.adapters import WithoutAdapter
 from align_cbrl.llm.loading import loading
+from align_cbrl.llm.logs import completion_rollouts
 from align_cbrl.llm.prompts import prompt_ids
 from align_cbrl.llm.sampling import batches, completion_log_probs, pad_left
-from align_cbrl.llm.scoring import OF_TRL, copied
+from align_cbrl.llm.scoring import OF_TRL
 from align_cbrl.rollouts import Rollouts
 
 
@@ -47,18 +47,8 @@ def trainer_rollouts(
         ([0, 0, 1, 1], ['completion', 'prompt'])
     """
     rows = torch.arange(len(prompts)) + own_rows(len(prompts)).start
-    digests = [hashlib.blake2b(repr(prompt).encode("utf-8", "surrogatepass"), digest_size=8) for prompt in prompts]
-    policy, prior = (None, None) if log_probs is None else (value[:, None] for value in log_probs)
     data = {name: values for name, values in columns.items() if name not in OF_TRL}
-    return Rollouts(
-        contexts=torch.tensor([int.from_bytes(digest.digest(), "big") >> 1 for digest in digests]),
-        mask=torch.ones(len(prompts), 1, dtype=torch.bool),
-        group=(rows // num_generations)[:, None],
-        steps={name: copied(list(values)) for name, values in
-               {**data, "prompt": prompts, "completion": completions}.items()},
-        log_policy=policy,
-        log_prior=prior,
-    )  # fmt: skip
+    return completion_rollouts(prompts, completions, data, rows // num_generations, log_probs)
 
 
 class Reference:

@@ -11,6 +11,7 @@ from torch import Tensor
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.step_response import Scale, StepResponse
+from align_cbrl.hpgd import HPGDConfig
 from align_cbrl.problem import Follower, Leader
 from align_cbrl.rollouts import Rollouts
 
@@ -48,6 +49,15 @@ class TrainerResponse:
         """Whether there is a best response, whose distance the certificate measures."""
         return self.estimator.best_response
 
+    def check(self, config: HPGDConfig) -> None:
+        """Raise InputError for steps on remembered batches where there is no best response."""
+        for name, value in (("replays", config.replays), ("natural", config.natural)):
+            if value and not self.is_best:
+                raise InputError(
+                    f"HPGDConfig.{name}={value}: expected none; an old batch can be weighted to stand for a best "
+                    f"response only, and the leader goes through {self.words}"
+                )
+
 
 def response_of(args: Any) -> TrainerResponse:
     """The response that a `trl.GRPOConfig` or `trl.RLOOConfig` has.
@@ -75,7 +85,7 @@ def response_of(args: Any) -> TrainerResponse:
     if not (grpo or rloo):
         raise InputError(
             f"args: expected a trl.GRPOConfig or a trl.RLOOConfig, got {type(args).__name__}; a LeaderCallback needs "
-            "to know what the trainer makes of rewards. For other engines see docs/extending.md"
+            "to know what the trainer makes of rewards. For other engines see docs/serving.md"
         )
     _refuse_unknown_advantages(args)
     scale: Scale = {True: "group", False: "none"}.get(args.scale_rewards, args.scale_rewards) if grpo else "none"

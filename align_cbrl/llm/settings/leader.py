@@ -70,21 +70,29 @@ class _Leader(abc.ABC):
     @abc.abstractmethod
     def _leader(self, terms: Mapping[str, ScoreFunction]) -> LanguageLeader: ...
 
-    def build(self, terms: Mapping[str, ScoreFunction], reference: Rollouts) -> LanguageLeader:
-        """The leader at its start, calibrated.
+    def build(self, terms: Mapping[str, ScoreFunction], reference: Rollouts | None) -> LanguageLeader:
+        """The leader at its start, calibrated where there are completions of the reference.
 
         Args:
             terms: reward functions and reward models by name, the first of which is the proxy. A proxy that is trained
                 is loaded anew, so that the given one stays as it is.
-            reference: completions of the reference policy, several for each prompt.
+            reference: completions of the reference policy, several for each prompt; None, for a mixture: its weights
+                are in units of the terms themselves.
 
         Raises:
-            InputError: terms that this kind does not use or lacks, or whatever the leader itself refuses.
+            InputError: no reference for another kind, terms that this kind does not use or lacks, or whatever the
+                leader itself refuses.
         """
         if not terms:
             raise InputError("leader: expected at least one term, the proxy, got none")
+        if reference is None and self.kind != "mixture":
+            raise InputError(
+                f"leader.kind: {self.kind} is calibrated on completions of the reference policy, of which there are "
+                "none; give them, or use kind: mixture"
+            )
         leader = self._leader(terms)
-        leader.calibrate(reference)
+        if reference is not None:
+            leader.calibrate(reference)
         if self.beta is None:
             return leader
         return LearnedBeta(leader, self.beta.start, low=self.beta.low, high=self.beta.high)
