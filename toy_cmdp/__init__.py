@@ -13,7 +13,7 @@ from align_cbrl.moved import install
 from toy_cmdp.estimators.amd import AMD
 from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
 from toy_cmdp.estimators.climbs import ExactClimb, SampledClimb
-from toy_cmdp.estimators.fitted_system import FittedSystem
+from toy_cmdp.estimators.fitted_system import FittedSystem, SystemMemory
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
 from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.estimators.value_penalty import ValuePenalty
@@ -50,7 +50,14 @@ from toy_cmdp.referee.exact import (
 from toy_cmdp.referee.frozen_policy import PresentCritic, PresentPolicyResponse
 from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
-from toy_cmdp.tables.linear_systems import BumpUtility, LinearLeader, LinearSystems, MomentUtility, QuadraticUtility
+from toy_cmdp.tables.linear_systems import (
+    BumpUtility,
+    LinearLeader,
+    LinearSystems,
+    MomentUtility,
+    QuadraticUtility,
+    StructuredLeader,
+)
 from toy_cmdp.tables.sparse import SparseTransition
 
 __all__ = [
@@ -63,6 +70,7 @@ __all__ = [
     # linear systems
     "LinearSystems",
     "LinearLeader",
+    "StructuredLeader",
     "MomentUtility",
     "QuadraticUtility",
     "BumpUtility",
@@ -115,6 +123,7 @@ __all__ = [
     "TransitionMemory",
     "ObservedPolicyResponse",
     "FittedSystem",
+    "SystemMemory",
     "AMD",
     "BCHG",
     "SarsaCritic",

@@ -48,7 +48,7 @@ from toy_cmdp.problems.discrete_toy import discrete_toy
 from toy_cmdp.problems.four_rooms import four_rooms
 from toy_cmdp.problems.free_rewards import free_rewards
 from toy_cmdp.problems.gridworld import gridworld
-from toy_cmdp.problems.linear_feedback import FeedbackLeader, lqr
+from toy_cmdp.problems.linear_feedback import lqr
 from toy_cmdp.problems.mechanism import mechanism
 from toy_cmdp.problems.meta_rl import meta_rl
 from toy_cmdp.problems.preferences import preferences
@@ -60,7 +60,7 @@ from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ExactCritic, expected_policy_response, leader_value
 from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
 from toy_cmdp.tables.cmdp import ContextualMDP, TabularLeader, TabularUtility, require_tabular
-from toy_cmdp.tables.linear_systems import LinearLeader, QuadraticUtility
+from toy_cmdp.tables.linear_systems import LinearLeader, QuadraticUtility, StructuredLeader
 from toy_cmdp.tables.sparse import SparseTransition
 
 REFEREE = "implicit"
@@ -258,8 +258,8 @@ class _Trained(Hypergradient):
         return self._estimator.backward(dataclasses.replace(problem, follower=follower), rollouts)
 
 
-def _acts_by_feedback(problem: Problem) -> bool:
-    return isinstance(problem.leader, FeedbackLeader)
+def _is_structured(problem: Problem) -> bool:
+    return isinstance(problem.leader, StructuredLeader)
 
 
 def _on_a_line(problem: Problem) -> bool:
@@ -288,7 +288,7 @@ SAMPLED: tuple[Route, ...] = (
         _is_quadratic,
         fitted=True,
     ),
-    Route("sampled_fitted_system", lambda problem: FittedSystem(), 0.0, _acts_by_feedback, fitted=True),
+    Route("sampled_fitted_system", lambda problem: FittedSystem(), 0.0, _is_structured, fitted=True),
     Route("sampled_plug_in", lambda problem: PlugIn(_cmdp(problem), memory=None), 0.0, _is_dense, fitted=True),
     Route("rival_visit_averaged", lambda problem: VisitAveraged(_cmdp(problem).cell), None, _moves_rewards_only),
     Route(

@@ -17,50 +17,81 @@ from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
 from toy_cmdp.tables.arguments import finite_tensor
-from toy_cmdp.tables.linear_systems import LinearLeader, LinearSystems, QuadraticUtility
+from toy_cmdp.tables.linear_systems import LinearLeader, LinearSystems, QuadraticUtility, StructuredLeader
 
 _ZONES, _UNITS = 4, 2
-_FLOW = ((1, 0.05, 0, 0.05), (0.03, 1, 0.04, 0), (0, 0.04, 1, 0.06), (0.05, 0, 0.03, 1))
+_FLOW = ((0, 0.05, 0, 0.05), (0.03, 0, 0.04, 0), (0, 0.04, 0, 0.06), (0.05, 0, 0.03, 0))
 _HEATING = ((0.1, 0), (0.6, 0), (0, 0.55), (0, 0.3))
 _DRIFT = (0.04, 0.03, 0.06, 0.05)
 _COST = (8.0, 1.0, 5.0, 6.0)
+_SPREAD = 5.0  # standard deviation of the first temperatures
+_NEIGHBOURS = ([0, 0, 1, 1, 2, 2, 3, 3], [1, 3, 0, 2, 1, 3, 0, 2])
 
 
-class BuildingLeader(LinearLeader):
+class BuildingLeader(StructuredLeader):
     """Chooses insulation and air flow, each in [0, 1].
 
     Attributes:
         insulation: a parameter, [4], l of every zone.
         airflow: a parameter, [4], a of the link between zones i and i + 1, in a circle.
+        flow: [4, 4], what a zone exchanges with another where all flows between them.
+        drift: [4], of a zone without insulation.
+        heating: [4, 2], what the units do to the zones.
     """
 
     flow: Tensor
-    heating: Tensor
     drift: Tensor
+    heating: Tensor
+    noise: Tensor
+    initial_mean: Tensor
+    initial_covariance: Tensor
     cost: Tensor
 
-    def __init__(self, insulation: Tensor, airflow: Tensor, noise: float, spread: float) -> None:
+    def __init__(self, insulation: Tensor, airflow: Tensor, **world: Tensor) -> None:
         super().__init__()
         self.insulation, self.airflow = nn.Parameter(insulation), nn.Parameter(airflow)
-        self._noise, self._spread = noise, spread
-        for name, table in (("flow", _FLOW), ("heating", _HEATING), ("drift", _DRIFT), ("cost", _COST)):
-            self.register_buffer(name, torch.tensor(table, dtype=torch.float64))
+        for name, table in world.items():
+            self.register_buffer(name, table)
+        self.register_buffer("cost", torch.diag(torch.tensor(_COST, dtype=torch.float64)))
 
     def systems(self) -> LinearSystems:
         """A zone exchanges with its neighbours what the flow between them lets through, and drifts the less insulated."""
-        unit = torch.eye(_ZONES, dtype=torch.float64)
         link = torch.diag(self.airflow).roll(1, 1)  # entry (i, i + 1)
         exchange = self.flow * (link + link.mT)
         diagonal = 1 + self.drift * (1 - self.insulation) - exchange.sum(-1)
         return LinearSystems(
             dynamics=(exchange + torch.diag(diagonal))[None],
             control=self.heating[None],
-            noise=self._noise**2 * unit[None],
-            state_cost=torch.diag(self.cost)[None],
+            noise=self.noise[None],
+            state_cost=self.cost[None],
             action_cost=0.01 * torch.eye(_UNITS, dtype=torch.float64)[None],
-            initial_mean=torch.zeros(1, _ZONES, dtype=torch.float64),
-            initial_covariance=self._spread**2 * unit[None],
+            initial_mean=self.initial_mean[None],
+            initial_covariance=self.initial_covariance[None],
         )
+
+    def nature(self) -> Tensor:
+        """The exchanges of neighbours, the drifts and the entries of B, [1, 20]."""
+        return torch.cat([self.flow[_NEIGHBOURS], self.drift, self.heating.flatten()])[None]
+
+    def supposing(
+        self, numbers: Tensor, noise: Tensor, initial_mean: Tensor, initial_covariance: Tensor
+    ) -> BuildingLeader:
+        """See `StructuredLeader.supposing`."""
+        exchange, drift, heating = numbers[0].tensor_split([2 * _ZONES, 3 * _ZONES])
+        flow = torch.zeros_like(self.flow)
+        flow[_NEIGHBOURS] = exchange
+        other = BuildingLeader(
+            self.insulation.detach(),
+            self.airflow.detach(),
+            flow=flow,
+            drift=drift,
+            heating=heating.view(_ZONES, _UNITS),
+            noise=noise[0],
+            initial_mean=initial_mean[0],
+            initial_covariance=initial_covariance[0],
+        )
+        other.insulation, other.airflow = self.insulation, self.airflow  # the same parameters
+        return other
 
     def project(self) -> None:
         """Back to [0, 1]."""
@@ -122,4 +153,14 @@ def building(
         utility, discount=discount if leader_discount == 1 else leader_discount, depends_on_leader=True
     )
     follower = LinearQuadraticFollower(torch.ones(1, dtype=torch.float64), temperature, discount, horizon=horizon)
-    return Problem(BuildingLeader(**starts, noise=noise, spread=5.0), objective, follower)
+    unit = torch.eye(_ZONES, dtype=torch.float64)
+    leader = BuildingLeader(
+        **starts,
+        flow=torch.tensor(_FLOW, dtype=torch.float64),
+        drift=torch.tensor(_DRIFT, dtype=torch.float64),
+        heating=torch.tensor(_HEATING, dtype=torch.float64),
+        noise=noise**2 * unit,
+        initial_mean=torch.zeros(_ZONES, dtype=torch.float64),
+        initial_covariance=_SPREAD**2 * unit,
+    )
+    return Problem(leader, objective, follower)

@@ -17,7 +17,7 @@ from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
 from toy_cmdp.tables.arguments import finite_tensor
-from toy_cmdp.tables.linear_systems import BumpUtility, LinearLeader, LinearSystems, block_diagonal
+from toy_cmdp.tables.linear_systems import BumpUtility, LinearSystems, StructuredLeader, block_diagonal
 
 
 @checked
@@ -42,7 +42,7 @@ class FeedbackWorld:
     initial_covariance: Tensor
 
 
-class FeedbackLeader(LinearLeader):
+class FeedbackLeader(StructuredLeader):
     """Acts by a ~ N(G x, v I), which the follower sees before it acts: the state of the system is s = (x, a).
 
     Seeing a is seeing a - G x, what the follower cannot foresee. Only the law of the next a moves with G, and has
@@ -79,6 +79,34 @@ class FeedbackLeader(LinearLeader):
             initial_mean=(after @ world.initial_mean[..., None])[..., 0],
             initial_covariance=with_action(world.initial_covariance),
         )
+
+
+    def nature(self) -> Tensor:
+        """The entries of [A C B], [C, n (n + l + m)]."""
+        return torch.cat([self.world.dynamics, self.world.push, self.world.control], -1).flatten(1)
+
+    def own_states(self) -> int:
+        """Its action."""
+        return self.gain.shape[0]
+
+    def supposing(
+        self, numbers: Tensor, noise: Tensor, initial_mean: Tensor, initial_covariance: Tensor
+    ) -> FeedbackLeader:
+        """See `StructuredLeader.supposing`; of the noise and the first state only the parts of x count."""
+        actions, size = self.gain.shape
+        dynamics, push, control = numbers.view(len(numbers), size, -1).tensor_split([size, size + actions], -1)
+        world = dataclasses.replace(
+            self.world,
+            dynamics=dynamics,
+            push=push,
+            control=control,
+            noise=noise[:, :size, :size],
+            initial_mean=initial_mean[:, :size],
+            initial_covariance=initial_covariance[:, :size, :size],
+        )
+        other = FeedbackLeader(self.gain.detach(), world, self.variance)
+        other.gain = self.gain  # the same parameter
+        return other
 
 
 @checked

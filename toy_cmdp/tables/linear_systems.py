@@ -166,7 +166,7 @@ class LinearLeader(Leader):
             return None
         self._require_noise("noise", noise, joint)
         mean = pairs(rollouts) @ joint[rollouts.contexts].mT
-        return _log_normal(rollouts.steps["state"][:, 1:] - mean, noise[rollouts.contexts][:, None])
+        return _log_normal(rollouts.steps["state"][:, 1:] - mean, noise, rollouts.contexts)
 
     def log_initial(self, rollouts: Rollouts) -> Tensor | None:
         """The log-density of s_0, [B], likewise.
@@ -180,7 +180,8 @@ class LinearLeader(Leader):
         if not (mean.requires_grad or covariance.requires_grad):
             return None
         self._require_noise("initial_covariance", covariance, mean[..., None])
-        return _log_normal(rollouts.steps["state"][:, 0] - mean[rollouts.contexts], covariance[rollouts.contexts])
+        off = rollouts.steps["state"][:, :1] - mean[rollouts.contexts][:, None]
+        return _log_normal(off, covariance, rollouts.contexts)[:, 0]
 
     def _require_noise(self, name: str, covariance: Tensor, moved: Tensor) -> None:
         """Raise `InputError` if x moves `moved` [C, n, k], or the covariance itself, where that has no extent."""
@@ -202,7 +203,7 @@ class LinearLeader(Leader):
                     ),
                     default=0.0,
                 )
-                for total in ((weight * moved).sum(), (weight * (still @ matrix)).sum())
+                for total in ((weight * matrix).sum(), (weight * (still @ matrix)).sum())
             )
             if part > _MOVED * whole:
                 context = int(still.abs().amax((-1, -2)).nonzero()[0])
@@ -211,6 +212,30 @@ class LinearLeader(Leader):
                     "that its law has no density to differentiate; give that part noise, or use a route that needs "
                     "none: leader_value, ZerothOrder or FittedSystem"
                 )
+
+
+class StructuredLeader(LinearLeader):
+    """A leader that knows how its systems are made, but for numbers of nature's in which [A B] is linear."""
+
+    @abc.abstractmethod
+    def nature(self) -> Tensor:
+        """The numbers in every context, [C, K]."""
+
+    def own_states(self) -> int:
+        """How many entries at the end of the state the leader makes itself, which say nothing of nature. Default: 0."""
+        return 0
+
+    @abc.abstractmethod
+    def supposing(
+        self, numbers: Tensor, noise: Tensor, initial_mean: Tensor, initial_covariance: Tensor
+    ) -> StructuredLeader:
+        """This leader, with the same parameters, in another world.
+
+        Args:
+            numbers: [C, K].
+            noise, initial_mean, initial_covariance: of the whole state, as in `LinearSystems`; parts that the leader
+                makes itself are passed over.
+        """
 
 
 Form = Callable[[LinearLeader], Tensor]
@@ -347,14 +372,15 @@ def _noiseless(covariance: Tensor) -> Tensor:
     return across @ across.mT
 
 
-def _log_normal(off: Tensor, covariance: Tensor) -> Tensor:
-    """log N(off; 0, covariance) on the space that the covariance spans: [..., n], [..., n, n] to [...]."""
+def _log_normal(off: Tensor, covariance: Tensor, contexts: Tensor) -> Tensor:
+    """log N(off; 0, covariance) on the space that it spans: [B, T, n], [C, n, n] and long [B] to [B, T]."""
     still = _noiseless(covariance)
     # Directions without extent get that of the largest one, and nothing of `off` lies in them.
     size = covariance.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(off.dtype).tiny)
     factor = torch.linalg.cholesky(covariance + size[..., None, None] * still)
-    inside = off[..., None] - still @ off[..., None]
-    white = torch.linalg.solve_triangular(factor, inside, upper=False)[..., 0]
+    inside = off.mT - still[contexts] @ off.mT  # [B, n, T]
+    white = torch.linalg.solve_triangular(factor[contexts], inside, upper=False)
     empty = still.diagonal(dim1=-2, dim2=-1).sum(-1)
     log_size = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - empty * size.log()
-    return -((white**2).sum(-1) + log_size + (off.shape[-1] - empty) * math.log(2 * math.pi)) / 2
+    constant = log_size + (off.shape[-1] - empty) * math.log(2 * math.pi)
+    return -((white**2).sum(-2) + constant[contexts][:, None]) / 2
