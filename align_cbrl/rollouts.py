@@ -36,8 +36,8 @@ class Rollouts:
         known: what has been computed of the paths already, by what computed it: an observation, or a leader whose
             reward is made of features that do not move. First axis B. It saves scoring a completion twice, is never
             looked up by name, and so shares no namespace with `steps`.
-        density: whether actions are continuous: `log_policy` and `log_prior` are then logarithms of densities, which may
-            be positive. Of finitely many actions leave it False; a positive number is a mistake there and refused.
+        density: whether actions are continuous: `log_policy` and `log_prior` are then logarithms of densities, which
+            may be positive. With finitely many actions a positive number is a mistake, and refused.
         part: whether these are paths selected from a batch, whose weights need not have mean one. `select` sets it.
 
     Raises:

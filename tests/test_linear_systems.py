@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -11,12 +10,10 @@ import torch
 from torch import Tensor
 
 import toy_cmdp
-from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem, ZerothOrder
-from align_cbrl.estimators.regression import Network, Ridge
-from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
+from align_cbrl import PolicyResponse, Problem, ZerothOrder
+from align_cbrl.estimators.regression_critic import RegressionCritic
 from toy_cmdp import expected_policy_response, leader_value
 from toy_cmdp.followers.riccati import lyapunov, riccati
-from toy_cmdp.tables.linear_systems import LinearSystems, QuadraticUtility
 from toy_cmdp.validate import estimate, finite_differences, implicit_gradient, sample_gradients
 
 
@@ -70,9 +67,7 @@ def test_the_riccati_solution_is_scipys(seed: int) -> None:
 def test_lyapunov_is_the_sum_of_powers() -> None:
     loop = torch.tensor([[[0.5, 0.3], [-0.2, 0.7]]], dtype=torch.float64)
     source = torch.eye(2, dtype=torch.float64)[None]
-    total = sum(
-        torch.linalg.matrix_power(loop, k) @ source @ torch.linalg.matrix_power(loop, k).mT for k in range(200)
-    )
+    total = sum(torch.linalg.matrix_power(loop, k) @ source @ torch.linalg.matrix_power(loop, k).mT for k in range(200))
     assert torch.allclose(lyapunov(loop, source), total, atol=1e-13)
 
 

@@ -215,7 +215,9 @@ def _is_tabular(problem: Problem) -> bool:
 
 
 def _is_dense(problem: Problem) -> bool:
-    return _is_tabular(problem) and not isinstance(require_tabular(problem.leader).tables().transition, SparseTransition)
+    return _is_tabular(problem) and not isinstance(
+        require_tabular(problem.leader).tables().transition, SparseTransition
+    )
 
 
 def _is_expectation(problem: Problem) -> bool:

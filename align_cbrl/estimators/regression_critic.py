@@ -87,6 +87,10 @@ class DrawnNodes:
         return drawn, torch.full((self.count,), 1 / self.count).to(drawn)
 
 
+RIDGE = Ridge()
+THREE_NODES = NormalNodes()
+
+
 @checked
 @dataclasses.dataclass(frozen=True)
 class RegressionCritic(Critic):
@@ -126,8 +130,8 @@ class RegressionCritic(Critic):
     """
 
     state: Callable[[Rollouts], Tensor]
-    nodes: Nodes = NormalNodes()
-    regressor: Regressor = Ridge()
+    nodes: Nodes = THREE_NODES
+    regressor: Regressor = RIDGE
     pooled: bool = False
     folds: Several = 2
 

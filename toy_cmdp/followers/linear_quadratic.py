@@ -1,4 +1,4 @@
-"""`LinearQuadraticFollower`: the Boltzmann response to quadratic costs, which is normal, and closed-loop paths of it."""
+"""`LinearQuadraticFollower`: the Boltzmann response to quadratic costs, which is normal, and its closed-loop paths."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ class LinearQuadraticFollower(Follower):
     def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
         """Sample closed-loop paths of the present policy.
 
-        `steps` hold "state" [B, T + 1, n], "action" [B, T, m], and the policy at every step: "action_mean" [B, T, m] and
-        "action_root" [B, T, m, m], a root of its covariance. All steps are decision points of their own.
+        `steps` hold "state" [B, T + 1, n], "action" [B, T, m], and the policy at every step: "action_mean" [B, T, m]
+        and "action_root" [B, T, m, m], a root of its covariance. All steps are decision points of their own.
 
         Raises:
             InputError: contexts out of range, a group size below one, no response yet, or states that overflow.

@@ -56,8 +56,10 @@ def bellman(systems: LinearSystems, p: Tensor, discount: float | Tensor) -> Tens
     gamma = by_context(discount, p)
     a, b = systems.dynamics, systems.control
     forward = gamma * (b.mT @ p @ a)
-    image = systems.state_cost + gamma * (a.mT @ p @ a) - forward.mT @ torch.linalg.solve(
-        curvature(systems, p, discount), forward
+    image = (
+        systems.state_cost
+        + gamma * (a.mT @ p @ a)
+        - forward.mT @ torch.linalg.solve(curvature(systems, p, discount), forward)
     )
     return (image + image.mT) / 2
 
@@ -134,8 +136,8 @@ def _require_stable(systems: LinearSystems, p: Tensor, closed: Tensor, discount:
         f"systems: no stabilising solution of the Riccati equation in context {context}: with the discount {gamma:g} "
         f"the largest eigenvalue of sqrt(gamma) A is {gamma**0.5 * own:.4g}"
         + (f" and that of the closed loop {float(radius[context]):.4g}" if bool(finite[context]) else "")
-        + ", and no action brings it below 1; lower the discount or the eigenvalues of A (bound the leader's parameters "
-        "in project()), let B reach what grows, or put a cost on it"
+        + ", and no action brings it below 1; lower the discount or the eigenvalues of A (bound the leader's "
+        "parameters in project()), let B reach what grows, or put a cost on it"
     )
 
 

@@ -55,7 +55,7 @@ class BuildingLeader(StructuredLeader):
         self.register_buffer("cost", torch.diag(torch.tensor(_COST, dtype=torch.float64)))
 
     def systems(self) -> LinearSystems:
-        """A zone exchanges with its neighbours what the flow between them lets through, and drifts the less insulated."""
+        """A zone exchanges with its neighbours what the flow between them lets through, and drifts if uninsulated."""
         link = torch.diag(self.airflow).roll(1, 1)  # entry (i, i + 1)
         exchange = self.flow * (link + link.mT)
         diagonal = 1 + self.drift * (1 - self.insulation) - exchange.sum(-1)
@@ -117,7 +117,8 @@ def building(
     the temperatures over the zones, 0.5 |u|^2, and 0.1 for the squares of insulation and air flow each, at every step.
 
     Args:
-        insulation, airflow: [4], at the start, in [0, 1].
+        insulation: [4], at the start, in [0, 1].
+        airflow: likewise.
         horizon: steps that the leader counts.
         temperature: lambda.
         discount: gamma.

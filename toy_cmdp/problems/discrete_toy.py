@@ -1,7 +1,7 @@
 """Three states, a leader whose draw the follower sees, and a response that a wrong backup misses.
 
-DiscreteToy4: Kudo et al., "Sample-Efficient Hypergradient Estimation for Decentralized Bi-Level Reinforcement Learning",
-ICAPS 2026 (arXiv 2603.14867).
+DiscreteToy4: Kudo et al., "Sample-Efficient Hypergradient Estimation for Decentralized Bi-Level Reinforcement
+Learning", ICAPS 2026 (arXiv 2603.14867).
 """
 
 from __future__ import annotations
@@ -130,13 +130,18 @@ def discrete_toy_value(
     """What commitments are worth to the leader, [N], if the follower backs values up in one of two ways.
 
     After its next action the follower will see the leader's draw b before it chooses, so that its value there is
-    V(s) = E_b lambda log sum_a exp(Q(s, b, a) / lambda): the standard backup. The published code takes the logarithm of
-    E_b Q(s, b, .) instead, as if it had to choose without seeing b. In both, the policy is softmax(Q(s, b, .) / lambda).
+    V(s) = E_b lambda log sum_a exp(Q(s, b, a) / lambda): the standard backup. The published code takes the
+    log-sum-exp of E_b Q(s, b, .) instead, as if it had to choose without seeing b. In both, the policy is
+    softmax(Q(s, b, .) / lambda).
 
     Args:
         commitment: f(1 | s), [N, 3].
         backup: "standard" or "averaged", the published one.
-        reward, horizon, temperature, discount, undiscounted: as for `discrete_toy`.
+        reward: as for `discrete_toy`, and so on.
+        horizon: steps that the leader counts.
+        temperature: lambda.
+        discount: of both.
+        undiscounted: whether the leader sums without its discount.
 
     Raises:
         InputError: probabilities of another shape or outside [0, 1], numbers out of range.

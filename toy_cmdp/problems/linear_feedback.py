@@ -1,7 +1,7 @@
 """A leader who acts in the follower's linear system by feedback, and a published world of that kind.
 
-LQR-v4: Kudo et al., "Sample-Efficient Hypergradient Estimation for Decentralized Bi-Level Reinforcement Learning", ICAPS
-2026 (arXiv 2603.14867).
+LQR-v4: Kudo et al., "Sample-Efficient Hypergradient Estimation for Decentralized Bi-Level Reinforcement Learning",
+ICAPS 2026 (arXiv 2603.14867).
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ class FeedbackLeader(StructuredLeader):
             initial_covariance=with_action(world.initial_covariance),
         )
 
-
     def nature(self) -> Tensor:
         """The entries of [A C B], [C, n (n + l + m)]."""
         return torch.cat([self.world.dynamics, self.world.push, self.world.control], -1).flatten(1)
@@ -122,9 +121,9 @@ def lqr(
 ) -> Problem:
     """LQR-v4: a follower who regulates to zero, and a leader who wants the first coordinate at -0.8.
 
-    x' = A x + B u + C a without noise, A = [[0, 1], [0, 0]], B = (0, 0.1), C = (0.1, 0), x_0 = (1, 0). The follower pays
-    |x|^2 + u^2; the leader acts by a ~ N(G x, 1e-6) and earns exp(-sum_i (x_i - c_i)^2 / (2 sigma_i^2)) at every step,
-    c = (-0.8, 0), sigma = (0.2, 0.01).
+    x' = A x + B u + C a without noise, A = [[0, 1], [0, 0]], B = (0, 0.1), C = (0.1, 0), x_0 = (1, 0). The follower
+    pays |x|^2 + u^2; the leader acts by a ~ N(G x, 1e-6) and earns exp(-sum_i (x_i - c_i)^2 / (2 sigma_i^2)) at every
+    step, c = (-0.8, 0), sigma = (0.2, 0.01).
 
     Args:
         gain: G [1, 2], N(0, 1) by default.

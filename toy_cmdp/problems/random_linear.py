@@ -31,7 +31,9 @@ class RandomLinearLeader(LinearLeader):
         x: the parameter, [D].
     """
 
-    def __init__(self, contexts: int, states: int, actions: int, parameters: int, temperature: float, seed: int) -> None:
+    def __init__(
+        self, contexts: int, states: int, actions: int, parameters: int, temperature: float, seed: int
+    ) -> None:
         super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
         self.x = nn.Parameter(0.5 * self._normal(parameters))

@@ -19,11 +19,24 @@ from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.linear_quadratic import NormalResponse, require_normal
 from toy_cmdp.followers.riccati import lyapunov
 from toy_cmdp.followers.solve import by_context
-from toy_cmdp.tables.linear_systems import LinearLeader, LinearSystems, MomentUtility, pairs, require_linear
+from toy_cmdp.tables.linear_systems import (
+    LinearLeader,
+    LinearSystems,
+    MomentUtility,
+    along_paths,
+    form,
+    pairs,
+    require_linear,
+)
 
 
-def linear_values(problem: Problem) -> Tensor:
+def linear_values(problem: Problem, *, responds: bool = True) -> Tensor:
     """f(x, pi*, c) of every context, [C]; backward, the implicit hypergradient through the Riccati equations.
+
+    Args:
+        problem: its leader a `LinearLeader`, its follower a `LinearQuadraticFollower`, its objective an
+            `ExpectedUtility` of a `MomentUtility`.
+        responds: False leaves the response out of the gradient, as a naive leader would.
 
     Raises:
         InputError: another kind of problem, or systems that `LinearQuadraticFollower.solve` refuses.
@@ -35,6 +48,8 @@ def linear_values(problem: Problem) -> Tensor:
     """
     leader, utility = _parts(problem)
     systems, response = require_normal(problem.follower).solve(leader)
+    if not responds:
+        response = NormalResponse(response.cost_to_go.detach(), response.gain.detach(), response.covariance.detach())
     return _values(problem, leader, utility, systems, _moments(systems, response, utility.horizon))
 
 
@@ -124,15 +139,18 @@ def linear_critique(problem: Problem, rollouts: Rollouts) -> Critique:
         loop = response.feedback @ systems.joint  # mean pair to next mean pair, [C, d, d]
         q, value = pair.new_zeros(size, horizon + 1), pair.new_zeros(size, horizon + 1)
         mean = pair[:, :counted]
-        mean_of_state = state[:, :counted] @ response.feedback[at].mT
+        mean_of_state = state[:, :counted] @ along_paths(response.feedback, at).mT
+        onward = along_paths(loop, at).mT
         own = torch.zeros_like(loop)  # covariance of p_{t + lag} given p_t, and given s_t
         given_state = response.spread
         for lag in range(counted):
             left = counted - lag
             weight = discount**lag * utility.weight[lag:counted]
-            q[:, :left] += weight * utility.mean(leader, at, mean[:, :left], own[at][:, None])
-            value[:, :left] += weight * utility.mean(leader, at, mean_of_state[:, :left], given_state[at][:, None])
-            mean, mean_of_state = mean[:, : left - 1] @ loop[at].mT, mean_of_state[:, : left - 1] @ loop[at].mT
+            q[:, :left] += weight * utility.mean(leader, at, mean[:, :left], along_paths(own, at)[:, None])
+            value[:, :left] += weight * utility.mean(
+                leader, at, mean_of_state[:, :left], along_paths(given_state, at)[:, None]
+            )
+            mean, mean_of_state = mean[:, : left - 1] @ onward, mean_of_state[:, : left - 1] @ onward
             fresh = response.feedback @ systems.noise @ response.feedback.mT + response.spread
             own, given_state = loop @ own @ loop.mT + fresh, loop @ given_state @ loop.mT + fresh
         advantage = q[:, :-1] - value[:, :-1]
@@ -141,16 +159,12 @@ def linear_critique(problem: Problem, rollouts: Rollouts) -> Critique:
         gain = utility(leader, rollouts)
         if discount > 0:
             centred[:, 1:] -= (q[:, :-1] - gain) / discount  # E[V_F(s') | p] = (Q_F - u) / gammaF
-        centred[:, 0] -= _values(
-            problem, leader, utility, systems, _moments(systems, response, utility.horizon)
-        )[at]
-        p = response.cost_to_go[at]
-        ahead = systems.joint.mT @ response.cost_to_go @ systems.joint
-        expected = _form(ahead[at], pair) + (response.cost_to_go @ systems.noise).diagonal(dim1=-2, dim2=-1).sum(-1)[
-            at, None
-        ]
+        centred[:, 0] -= _values(problem, leader, utility, systems, _moments(systems, response, utility.horizon))[at]
+        p = response.cost_to_go
+        ahead = systems.joint.mT @ p @ systems.joint
+        expected = form(along_paths(ahead, at), pair) + (p * systems.noise).sum((-1, -2))[at, None]
         soft = torch.zeros_like(value)
-        soft[:, 1:] = expected - _form(p, state[:, 1:])
+        soft[:, 1:] = expected - form(along_paths(p, at), state[:, 1:])
     return Critique(advantage, centred, soft)
 
 
@@ -195,11 +209,6 @@ def _values(
     gain = utility.mean(leader, torch.arange(systems.contexts), mean, covariance)  # [C, T]
     powers = discount_powers(problem.objective.discount, utility.horizon, gain)
     return (powers * utility.weight * gain).sum(-1)
-
-
-def _form(matrix: Tensor, vector: Tensor) -> Tensor:
-    """v'Mv for M [B, k, k] and v [B, T, k]: [B, T]."""
-    return ((vector @ matrix) * vector).sum(-1)
 
 
 def _parts(problem: Problem) -> tuple[LinearLeader, MomentUtility]:

@@ -150,8 +150,7 @@ class LinearLeader(Leader):
     def reward(self, rollouts: Rollouts) -> Tensor:
         """-(s'Qs + u'Ru), [B, T]."""
         systems = self.systems()
-        pair = pairs(rollouts)
-        return -torch.einsum("bti,bij,btj->bt", pair, systems.cost[rollouts.contexts], pair)
+        return -form(along_paths(systems.cost, rollouts.contexts), pairs(rollouts))
 
     def log_transition(self, rollouts: Rollouts) -> Tensor | None:
         """The log-density of s_{t+1}, [B, T], on the space that the noise reaches; None if the law is constant.
@@ -165,7 +164,7 @@ class LinearLeader(Leader):
         if not (joint.requires_grad or noise.requires_grad):
             return None
         self._require_noise("noise", noise, joint)
-        mean = pairs(rollouts) @ joint[rollouts.contexts].mT
+        mean = pairs(rollouts) @ along_paths(joint, rollouts.contexts).mT
         return _log_normal(rollouts.steps["state"][:, 1:] - mean, noise, rollouts.contexts)
 
     def log_initial(self, rollouts: Rollouts) -> Tensor | None:
@@ -266,13 +265,13 @@ class MomentUtility(abc.ABC):
             leader: at whose parameters.
             contexts: long [B].
             mean: [B, K, d].
-            covariance: [B, K or 1, d, d]; zero for the utility itself.
+            covariance: [B or 1, K or 1, d, d]; zero for the utility itself.
         """
 
     def __call__(self, leader: Leader, rollouts: Rollouts) -> Tensor:
         """u(s_t, u_t) as it counts, [B, T]: zero from the horizon on."""
         pair = pairs(rollouts)
-        none = pair.new_zeros(rollouts.size, 1, pair.shape[-1], pair.shape[-1])
+        none = pair.new_zeros(1, 1, pair.shape[-1], pair.shape[-1])
         counted = min(self.horizon, rollouts.horizon)
         value = self.mean(require_linear(leader), rollouts.contexts, pair[:, :counted], none)
         value = self.weight[:counted] * value
@@ -296,9 +295,8 @@ class QuadraticUtility(MomentUtility):
 
     def mean(self, leader: LinearLeader, contexts: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         """See `MomentUtility.mean`."""
-        form = self._form(leader)[contexts]
-        value = -torch.einsum("bki,bij,bkj->bk", mean, form, mean)
-        value = value - (form[:, None] * covariance).sum((-1, -2))
+        matrix = along_paths(self._form(leader), contexts)
+        value = -form(matrix, mean) - (matrix[:, None] * covariance).sum((-1, -2))
         return value if self._charge is None else value - self._charge(leader)[contexts][:, None]
 
 
@@ -322,8 +320,11 @@ class BumpUtility(MomentUtility):
         off = (mean[..., self._entries] - self._centre) / self._width  # [B, K, k]
         spread = covariance[..., self._entries, :][..., self._entries]
         wide = spread / (self._width[:, None] * self._width) + torch.eye(len(self._width), dtype=mean.dtype)
-        inverse = torch.linalg.inv(wide).expand(*off.shape, -1)
-        exponent = torch.einsum("bki,bkij,bkj->bk", off, inverse, off)
+        inverse = torch.linalg.inv(wide)
+        if inverse.shape[1] == 1:
+            exponent = form(inverse[:, 0], off)
+        else:
+            exponent = ((off[..., None, :] @ inverse)[..., 0, :] * off).sum(-1)
         return torch.exp(-exponent / 2) * torch.linalg.det(wide) ** -0.5
 
 
@@ -339,6 +340,21 @@ def pairs(rollouts: Rollouts) -> Tensor:
             f"{sorted(rollouts.steps)}"
         )
     return torch.cat([rollouts.steps["state"][:, :-1], rollouts.steps["action"]], -1)
+
+
+def form(matrix: Tensor, vector: Tensor) -> Tensor:
+    """v'Mv for M [B or 1, k, k] and v [B, T, k]: [B, T].
+
+    Example:
+        >>> form(2 * torch.eye(2)[None], torch.ones(1, 1, 2)).tolist()
+        [[4.0]]
+    """
+    return ((vector @ matrix) * vector).sum(-1)
+
+
+def along_paths(matrix: Tensor, contexts: Tensor) -> Tensor:
+    """matrix[contexts], [B, ...] of [C, ...]; where there is one context, [1, ...], which torch multiplies in one go."""
+    return matrix if len(matrix) == 1 else matrix[contexts]
 
 
 def block_diagonal(one: Tensor, other: Tensor) -> Tensor:
@@ -378,8 +394,9 @@ def _log_normal(off: Tensor, covariance: Tensor, contexts: Tensor) -> Tensor:
     # Directions without extent get that of the largest one, and nothing of `off` lies in them.
     size = covariance.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(off.dtype).tiny)
     factor = torch.linalg.cholesky(covariance + size[..., None, None] * still)
-    inside = off.mT - still[contexts] @ off.mT  # [B, n, T]
-    white = torch.linalg.solve_triangular(factor[contexts], inside, upper=False)
+    inside = off.mT - along_paths(still, contexts) @ off.mT  # [B, n, T]
+    unit = torch.eye(off.shape[-1], dtype=off.dtype)
+    white = along_paths(torch.linalg.solve_triangular(factor, unit, upper=False), contexts) @ inside
     empty = still.diagonal(dim1=-2, dim2=-1).sum(-1)
     log_size = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - empty * size.log()
     constant = log_size + (off.shape[-1] - empty) * math.log(2 * math.pi)
