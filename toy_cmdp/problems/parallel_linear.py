@@ -62,9 +62,8 @@ class ParallelUtility(MomentUtility):
         for number, (member, utility) in enumerate(zip(leader.members(), self._utilities, strict=True)):
             (rows,) = (owner == number).nonzero(as_tuple=True)
             own = contexts[rows] - (ends[number] - self._counts[number])
-            total = total.index_add(
-                0, rows, utility.mean(member, own, mean[rows], covariance[rows] if len(covariance) > 1 else covariance)
-            )
+            spread = covariance if len(covariance) == 1 else covariance[rows]
+            total = total.index_add(0, rows, utility.mean(member, own, mean[rows], spread))
         return total
 
 

@@ -103,7 +103,9 @@ def random_linear(
     Args:
         utility: "quadratic", a random form that moves with x, or "bump", around a point of the first state and action.
         contexts: C, each a system of its own; nature draws them with unequal probabilities.
-        states, actions, parameters: n, m and the length of x.
+        states: n.
+        actions: m.
+        parameters: length of x.
         horizon: steps that the leader counts.
         temperature: lambda at x = 0.
         discount: gamma.

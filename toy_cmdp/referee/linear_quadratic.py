@@ -89,13 +89,13 @@ def expected_linear_response(problem: Problem) -> list[Tensor]:
         of_state, of_pair = (of_state + of_state.mT) / 2, (of_pair + of_pair.mT) / 2
         mean, covariance = (torch.stack(x).detach() for x in (moments.pair_mean, moments.pair_covariance))
 
-        n, m = systems.states, systems.actions
+        m = systems.actions
         pad = torch.nn.functional.pad
         slope = covariance @ (in_pair - pad(in_state, (0, m)))[..., None]  # [T, C, d, 1]
         cross = slope @ mean[..., None, :]
         bend = covariance @ (of_pair - pad(of_state, (0, m, 0, m))) @ covariance
         source = (2 * bend + cross + cross.mT).sum(0)  # [C, d, d]
-        gamma = by_context(torch.as_tensor(follower.discount, dtype=source.dtype), source)
+        gamma = torch.as_tensor(follower.discount, dtype=source.dtype).reshape(-1, 1, 1)  # [C or 1, 1, 1]
         second = lyapunov(gamma.sqrt() * (response.feedback @ still.joint), source)
 
         joint = systems.joint

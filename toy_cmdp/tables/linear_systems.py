@@ -207,8 +207,8 @@ class LinearLeader(Leader):
             if part > _MOVED * whole:
                 context = int(still.abs().amax((-1, -2)).nonzero()[0])
                 raise InputError(
-                    f"{name}: {type(self).__name__} moves a part of the state that has no noise in context {context}, so "
-                    "that its law has no density to differentiate; give that part noise, or use a route that needs "
+                    f"{name}: {type(self).__name__} moves a part of the state that has no noise in context {context}, "
+                    "so that its law has no density to differentiate; give that part noise, or use a route that needs "
                     "none: leader_value, ZerothOrder or FittedSystem"
                 )
 
@@ -232,8 +232,9 @@ class StructuredLeader(LinearLeader):
 
         Args:
             numbers: [C, K].
-            noise, initial_mean, initial_covariance: of the whole state, as in `LinearSystems`; parts that the leader
-                makes itself are passed over.
+            noise: [C, n, n], of the whole state; parts that the leader makes itself are passed over.
+            initial_mean: [C, n], likewise.
+            initial_covariance: [C, n, n], likewise.
         """
 
 
@@ -353,7 +354,7 @@ def form(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def along_paths(matrix: Tensor, contexts: Tensor) -> Tensor:
-    """matrix[contexts], [B, ...] of [C, ...]; where there is one context, [1, ...], which torch multiplies in one go."""
+    """matrix[contexts], [B, ...] of [C, ...]; of one context [1, ...], which torch multiplies in one go."""
     return matrix if len(matrix) == 1 else matrix[contexts]
 
 
