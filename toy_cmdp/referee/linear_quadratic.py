@@ -50,7 +50,7 @@ def linear_values(problem: Problem, *, responds: bool = True) -> Tensor:
     systems, response = require_normal(problem.follower).solve(leader)
     if not responds:
         response = NormalResponse(response.cost_to_go.detach(), response.gain.detach(), response.covariance.detach())
-    return _values(problem, leader, utility, systems, _moments(systems, response, utility.horizon))
+    return _values(problem, leader, utility, *_pair_laws(systems, response, utility.horizon))
 
 
 def expected_linear_response(problem: Problem) -> list[Tensor]:
@@ -78,8 +78,9 @@ def expected_linear_response(problem: Problem) -> list[Tensor]:
     with torch.enable_grad():
         systems = leader.systems()
         still = systems.detach()
-        moments = _moments(still, response, utility.horizon, leaves=True)
-        value = _values(problem, leader, utility, still, moments)
+        moments = _moments(still, response, utility.horizon)
+        pair_mean, pair_covariance = torch.stack(moments.pair_mean, 1), torch.stack(moments.pair_covariance, 1)
+        value = _values(problem, leader, utility, pair_mean, pair_covariance)
         kinds = (moments.state_mean, moments.state_covariance, moments.pair_mean, moments.pair_covariance)
         found = torch.autograd.grad(value.sum(), [x for kind in kinds for x in kind], retain_graph=True)
         horizon = utility.horizon
@@ -108,7 +109,7 @@ def expected_linear_response(problem: Problem) -> list[Tensor]:
         surrogate = surrogate + (in_state[1:] * next_mean).sum((0, 2)) + (of_state[1:] * next_covariance).sum((0, 2, 3))
         surrogate = surrogate + (in_state[0] * systems.initial_mean).sum(-1)
         surrogate = surrogate + (of_state[0] * systems.initial_covariance).sum((-1, -2))
-        direct = _values(problem, leader, utility, still, moments.detach())
+        direct = _values(problem, leader, utility, pair_mean.detach(), pair_covariance.detach())
         total = (follower.context_probabilities * (surrogate + direct)).sum()
         gradients = torch.autograd.grad(total, problem.parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(problem.parameters, gradients, strict=True)]
@@ -159,7 +160,8 @@ def linear_critique(problem: Problem, rollouts: Rollouts) -> Critique:
         gain = utility(leader, rollouts)
         if discount > 0:
             centred[:, 1:] -= (q[:, :-1] - gain) / discount  # E[V_F(s') | p] = (Q_F - u) / gammaF
-        centred[:, 0] -= _values(problem, leader, utility, systems, _moments(systems, response, utility.horizon))[at]
+        first = _values(problem, leader, utility, *_pair_laws(systems, response, utility.horizon))
+        centred[:, 0] -= first[at]
         p = response.cost_to_go
         ahead = systems.joint.mT @ p @ systems.joint
         expected = form(along_paths(ahead, at), pair) + (p * systems.noise).sum((-1, -2))[at, None]
@@ -177,36 +179,47 @@ class _Moments:
     pair_mean: list[Tensor]
     pair_covariance: list[Tensor]
 
-    def detach(self) -> _Moments:
-        return _Moments(*([x.detach() for x in getattr(self, f.name)] for f in dataclasses.fields(self)))
 
-
-def _moments(systems: LinearSystems, response: NormalResponse, horizon: int, leaves: bool = False) -> _Moments:
-    """The moments of the first `horizon` steps; with `leaves`, those of the first state are asked for a gradient."""
-    mean, covariance = systems.initial_mean, systems.initial_covariance
-    if leaves:
-        mean, covariance = mean.requires_grad_(), covariance.requires_grad_()
-    feedback, spread, joint = response.feedback, response.spread, systems.joint
+def _moments(systems: LinearSystems, response: NormalResponse, horizon: int) -> _Moments:
+    """The moments of the first `horizon` steps, one after the other, with a graph that begins at the first state."""
+    mean, covariance = systems.initial_mean.requires_grad_(), systems.initial_covariance.requires_grad_()
     moments = _Moments([], [], [], [])
     for _ in range(horizon):
-        pair_mean = (feedback @ mean[..., None])[..., 0]
-        pair_covariance = feedback @ covariance @ feedback.mT + spread
+        pair_mean = (response.feedback @ mean[..., None])[..., 0]
+        pair_covariance = response.feedback @ covariance @ response.feedback.mT + response.spread
         moments.state_mean.append(mean)
         moments.state_covariance.append(covariance)
         moments.pair_mean.append(pair_mean)
         moments.pair_covariance.append(pair_covariance)
-        mean = (joint @ pair_mean[..., None])[..., 0]
-        covariance = joint @ pair_covariance @ joint.mT + systems.noise
+        mean = (systems.joint @ pair_mean[..., None])[..., 0]
+        covariance = systems.joint @ pair_covariance @ systems.joint.mT + systems.noise
     return moments
 
 
-def _values(
-    problem: Problem, leader: LinearLeader, utility: MomentUtility, systems: LinearSystems, moments: _Moments
-) -> Tensor:
-    """The discounted sum of the utility's means, [C]."""
-    mean = torch.stack(moments.pair_mean, 1)  # [C, T, d]
-    covariance = torch.stack(moments.pair_covariance, 1)
-    gain = utility.mean(leader, torch.arange(systems.contexts), mean, covariance)  # [C, T]
+def _pair_laws(systems: LinearSystems, response: NormalResponse, horizon: int) -> tuple[Tensor, Tensor]:
+    """Means [C, T, d] and covariances [C, T, d, d] of the pairs, by doubling: ten times as fast as step by step.
+
+    What k steps make of a state is s -> M^k s + noise of covariance W_k; what k + l steps make of it follows from both.
+    """
+    further = systems.joint @ response.feedback  # M^l, [C, n, n]
+    added = systems.joint @ response.spread @ systems.joint.mT + systems.noise  # W_l
+    power = torch.eye(systems.states, dtype=added.dtype).expand(systems.contexts, 1, -1, -1)  # M^k, [C, l, n, n]
+    noise = torch.zeros_like(power)  # W_k
+    while power.shape[1] < horizon:
+        onward = further[:, None]
+        noise = torch.cat([noise, onward @ noise @ onward.mT + added[:, None]], 1)
+        power = torch.cat([power, onward @ power], 1)
+        added, further = further @ added @ further.mT + added, further @ further
+    power, noise = power[:, :horizon], noise[:, :horizon]
+    feedback = response.feedback[:, None]
+    mean = (feedback @ (power @ systems.initial_mean[:, None, :, None]))[..., 0]
+    covariance = power @ systems.initial_covariance[:, None] @ power.mT + noise
+    return mean, feedback @ covariance @ feedback.mT + response.spread[:, None]
+
+
+def _values(problem: Problem, leader: LinearLeader, utility: MomentUtility, mean: Tensor, covariance: Tensor) -> Tensor:
+    """The discounted sum of the utility's means under the laws of the pairs, [C]."""
+    gain = utility.mean(leader, torch.arange(len(mean)), mean, covariance)  # [C, T]
     powers = discount_powers(problem.objective.discount, utility.horizon, gain)
     return (powers * utility.weight * gain).sum(-1)
 
