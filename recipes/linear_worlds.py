@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from align_cbrl import HPGD, Halving, HPGDConfig, Problem, successive_halving
+from align_cbrl import HPGD, Halving, HPGDConfig, Problem, Rollouts, successive_halving
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import claim, read_kept, read_summary, write_json, write_summary
@@ -75,7 +75,7 @@ def from_paths(problem: Problem, ascents: Ascents, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     steps, values = [0], [leader_value(problem).item()]
 
-    def observe(step: int, metrics: Any) -> None:
+    def observe(metrics: dict[str, float], rollouts: Rollouts) -> None:
         if len(run.history) % ascents.every == 0 or len(run.history) == ascents.steps:
             steps.append(len(run.history))
             values.append(leader_value(problem).item())
