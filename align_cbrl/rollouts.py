@@ -36,11 +36,13 @@ class Rollouts:
         known: what has been computed of the paths already, by what computed it: an observation, or a leader whose
             reward is made of features that do not move. First axis B. It saves scoring a completion twice, is never
             looked up by name, and so shares no namespace with `steps`.
+        density: whether actions are continuous: `log_policy` and `log_prior` are then logarithms of densities, which
+            may be positive. With finitely many actions a positive number is a mistake, and refused.
         part: whether these are paths selected from a batch, whose weights need not have mean one. `select` sets it.
 
     Raises:
         InputError: when shapes disagree, a mask has a hole, contexts or groups are no whole numbers, weights are
-            negative or far from mean one, or a log-probability is positive or not finite.
+            negative or far from mean one, or a log-probability is not finite, or positive without `density`.
 
     Example:
         >>> rollouts = Rollouts.bandit(contexts=torch.tensor([0, 0]), steps={"completion": ["yes", "no"]})
@@ -56,6 +58,7 @@ class Rollouts:
     log_prior: Tensor | None = None
     weight: Tensor | None = None
     known: Mapping[Hashable, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    density: bool = False
     part: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,13 +95,16 @@ class Rollouts:
             if value is not None:
                 _check_shape(name, value, (size, horizon))
                 check_finite(name, value, self)
+                if self.density:
+                    continue
                 # Of a weighted path it is an estimate, log pi + log W, which its weight may lift above zero.
                 room = 0.0 if self.weight is None else self.weight.detach().to(value).log().clamp(min=0.0)[:, None]
                 highest = float(torch.where(self.mask.to(value.device), value.detach() - room, -torch.inf).max())
                 if highest > _LOG_ROUNDING:
                     raise InputError(
                         f"Rollouts.{name}: expected log-probabilities in nats, at most 0, got {highest:g}; pass "
-                        "log_softmax values, not logits or probabilities"
+                        "log_softmax values, not logits or probabilities; densities of continuous actions may be "
+                        "positive: declare them with density=True"
                     )
         for name, value in self.steps.items():
             came = len(value) if hasattr(value, "__len__") else value
@@ -109,12 +115,15 @@ class Rollouts:
                 raise InputError(f"Rollouts.known[{key!r}]: expected {size} paths, got {len(tensor)}")
 
     @classmethod
-    def bandit(cls, *, contexts: Tensor, steps: Mapping[str, Any], **fields: Tensor | None) -> Rollouts:
+    def bandit(
+        cls, *, contexts: Tensor, steps: Mapping[str, Any], density: bool = False, **fields: Tensor | None
+    ) -> Rollouts:
         """Paths of a single step (T = 1) whose decision point is their context.
 
         Args:
             contexts: long [B].
             steps: as for `Rollouts`.
+            density: likewise.
             **fields: `log_policy`, `log_prior` as [B] (a column is added) and `weight` as [B].
         """
         columns: dict[str, Any] = {
@@ -125,6 +134,7 @@ class Rollouts:
             mask=torch.ones(len(contexts), 1, dtype=torch.bool, device=contexts.device),
             group=contexts[:, None],  # [B] -> [B, 1]
             steps=steps,
+            density=density,
             **columns,
         )
 
@@ -159,6 +169,7 @@ class Rollouts:
             group=torch.cat(numbers),
             steps={name: column(name) for name in first.steps},
             known={key: torch.cat([batch.known[key] for batch in batches]) for key in common},
+            density=first.density,
         )
 
     @property
@@ -192,6 +203,7 @@ class Rollouts:
             **picked,
             steps={name: pick(value) for name, value in self.steps.items()},
             known={key: pick(value) for key, value in self.known.items()},
+            density=self.density,
             part=True,
         )
 
@@ -225,7 +237,7 @@ class Rollouts:
         fields = {name: getattr(self, name) for name in ("contexts", "mask", "group", *_OPTIONAL)}
         present = {name: value for name, value in fields.items() if value is not None}
         gathered: dict[str, Any] = dict(zip(present, gather_together(list(present.values())), strict=True))
-        return Rollouts(**gathered, steps={})
+        return Rollouts(**gathered, steps={}, density=self.density)
 
     def chunks(self, count: int) -> list[Rollouts]:
         """The paths cut into at most `count` consecutive pieces of nearly equal size."""

@@ -13,6 +13,8 @@ Modules:
     objectives: one policy under six objectives
     population: one reward for several policies
     preference_dataset: preferences without a judge
+    lqr, building: leaders in linear systems
+    linear_worlds: what the two share
     variety: several good answers instead of one, against the best refit
     four_rooms: the published table
     tax_design: VAT and income tax

@@ -18,6 +18,7 @@ from align_cbrl.estimators.critics import FittedCritic
 from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.policy_response import PolicyResponse
+from align_cbrl.estimators.regression_critic import RegressionCritic
 from align_cbrl.estimators.truncated import RandomlyTruncated
 from align_cbrl.estimators.zeroth_order import ZerothOrder
 from align_cbrl.objectives import (
@@ -34,25 +35,32 @@ from align_cbrl.problem import Objective, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.estimators.amd import AMD
 from toy_cmdp.estimators.bchg import BCHG, SarsaCritic
+from toy_cmdp.estimators.fitted_system import FittedSystem
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
 from toy_cmdp.estimators.plug_in import PlugIn
 from toy_cmdp.estimators.value_penalty import ValuePenalty
 from toy_cmdp.estimators.visit_averaged import VisitAveraged
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.followers.iterative import NaturalPolicyGradient
+from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
+from toy_cmdp.problems.building import building
+from toy_cmdp.problems.discrete_toy import discrete_toy
 from toy_cmdp.problems.four_rooms import four_rooms
 from toy_cmdp.problems.free_rewards import free_rewards
 from toy_cmdp.problems.gridworld import gridworld
+from toy_cmdp.problems.linear_feedback import lqr
 from toy_cmdp.problems.mechanism import mechanism
 from toy_cmdp.problems.meta_rl import meta_rl
 from toy_cmdp.problems.preferences import preferences
 from toy_cmdp.problems.principal_agent import principal_agent
 from toy_cmdp.problems.random_cmdp import random_cmdp
+from toy_cmdp.problems.random_linear import random_linear
 from toy_cmdp.problems.stackelberg_game import stackelberg_game
 from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ExactCritic, expected_policy_response, leader_value
 from toy_cmdp.referee.frozen_policy import PresentPolicyResponse
 from toy_cmdp.tables.cmdp import ContextualMDP, TabularLeader, TabularUtility, require_tabular
+from toy_cmdp.tables.linear_systems import LinearLeader, QuadraticUtility, StructuredLeader
 from toy_cmdp.tables.sparse import SparseTransition
 
 REFEREE = "implicit"
@@ -162,6 +170,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "function_of_means": lambda seed: _scattered(preferences(seed=seed, temperature=1.0, objective=_targets), seed),
     "free_rewards": lambda seed: _scattered(free_rewards(seed=seed), seed, 0.1),
     "stackelberg_game": lambda seed: _scattered(stackelberg_game(seed=seed), seed),
+    "discrete_toy": lambda seed: discrete_toy(seed=seed),
     "gridworld": lambda seed: _scattered(gridworld(6, 6, seed=seed, discount=0.9), seed),
     "population": population,
     "random_cmdp": lambda seed: random_cmdp(seed=seed),
@@ -169,6 +178,10 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "random_cmdp_cold": lambda seed: random_cmdp(seed=seed + 200, temperature=0.1, leader_discount=0.9),
     "random_cmdp_risk": _worst_contexts,
     "layered": lambda seed: random_cmdp(seed=seed + 300, horizon=3),
+    "lqr": lambda seed: _scattered(lqr(gain=[[-9.0, -9.0]]), seed),
+    "building": lambda seed: building(),
+    "random_linear": lambda seed: random_linear(seed=seed),
+    "random_linear_bump": lambda seed: random_linear(seed=seed, utility="bump", leader_discount=1.0),
 }
 """Builders seed -> Problem, by name; add a problem here to have it validated."""
 
@@ -197,15 +210,38 @@ def _cmdp(problem: Problem) -> ContextualMDP:
     return problem.follower.cmdp
 
 
+def _is_tabular(problem: Problem) -> bool:
+    return isinstance(problem.leader, TabularLeader)
+
+
 def _is_dense(problem: Problem) -> bool:
-    return not isinstance(require_tabular(problem.leader).tables().transition, SparseTransition)
+    return _is_tabular(problem) and not isinstance(
+        require_tabular(problem.leader).tables().transition, SparseTransition
+    )
 
 
 def _is_expectation(problem: Problem) -> bool:
     return isinstance(problem.objective, ExpectedUtility)
 
 
+def _is_tabular_expectation(problem: Problem) -> bool:
+    return _is_tabular(problem) and _is_expectation(problem)
+
+
+def _is_quadratic(problem: Problem) -> bool:
+    """Whether Q_F is a quadratic function, which the critic's ridge regression can be."""
+    objective, follower = problem.objective, problem.follower
+    return (
+        isinstance(objective, ExpectedUtility)
+        and isinstance(objective.utility_function, QuadraticUtility)
+        and isinstance(follower, LinearQuadraticFollower)
+        and follower.contexts == 1
+    )
+
+
 def _moves_rewards_only(problem: Problem) -> bool:
+    if not _is_tabular(problem):
+        return False
     tables = require_tabular(problem.leader).tables()
     others = (tables.transition, tables.initial, tables.log_prior)
     return _is_expectation(problem) and not any(table is not None and table.requires_grad for table in others)
@@ -224,6 +260,10 @@ class _Trained(Hypergradient):
         return self._estimator.backward(dataclasses.replace(problem, follower=follower), rollouts)
 
 
+def _is_structured(problem: Problem) -> bool:
+    return isinstance(problem.leader, StructuredLeader)
+
+
 def _on_a_line(problem: Problem) -> bool:
     return isinstance(problem.leader, TaxLeader)
 
@@ -240,8 +280,17 @@ SAMPLED: tuple[Route, ...] = (
         "sampled_fitted_critic",
         lambda problem: PolicyResponse(FittedCritic(_cmdp(problem).cell)),
         0.0,
+        _is_tabular,
         fitted=True,
     ),
+    Route(
+        "sampled_regression_critic",
+        lambda problem: PolicyResponse(RegressionCritic(lambda rollouts: rollouts.steps["state"])),
+        0.0,
+        _is_quadratic,
+        fitted=True,
+    ),
+    Route("sampled_fitted_system", lambda problem: FittedSystem(), 0.0, _is_structured, fitted=True),
     Route("sampled_plug_in", lambda problem: PlugIn(_cmdp(problem), memory=None), 0.0, _is_dense, fitted=True),
     Route("rival_visit_averaged", lambda problem: VisitAveraged(_cmdp(problem).cell), None, _moves_rewards_only),
     Route(
@@ -251,7 +300,7 @@ SAMPLED: tuple[Route, ...] = (
         _moves_rewards_only,
     ),
     Route("sampled_observed_policy", _observed, 0.05, _on_a_line),
-    Route("rt_q", lambda problem: _Trained(_LEVELS), 0.0, _is_expectation),
+    Route("rt_q", lambda problem: _Trained(_LEVELS), 0.0, _is_tabular_expectation),
     Route("zeroth_order", lambda problem: ZerothOrder(_RADIUS, directions=_DIRECTIONS, value=leader_value), 0.0),
     Route("rival_myopic", lambda problem: Myopic(ExactCritic()), None),
     Route("rival_direct_only", lambda problem: DirectOnly(ExactCritic()), None),
@@ -305,7 +354,7 @@ def validate(
 
 
 def check_problem(problem: Any, name: str) -> Problem:
-    """The problem, if every route can be tried on it: a tabular leader and an exact follower.
+    """The problem, if the referee knows it: a tabular leader and an exact follower, or both of linear systems.
 
     Args:
         problem: what a user's function returned.
@@ -316,9 +365,10 @@ def check_problem(problem: Any, name: str) -> Problem:
     """
     if not isinstance(problem, Problem):
         raise InputError(f"{name}: expected a function that returns an align_cbrl.Problem, got {problem!r}")
+    linear = isinstance(problem.leader, LinearLeader)
     for role, part, expected in (
-        ("leader", problem.leader, TabularLeader),
-        ("follower", problem.follower, ExactFollower),
+        ("leader", problem.leader, LinearLeader if linear else TabularLeader),
+        ("follower", problem.follower, LinearQuadraticFollower if linear else ExactFollower),
     ):
         if not isinstance(part, expected):
             raise InputError(
@@ -339,7 +389,7 @@ def _validate_one(
         "finite_differences": (finite_differences, 1e-6),
         "expected_policy_response": (lambda p: _flat(expected_policy_response(p)), 1e-9),
     }
-    if _is_expectation(problem):
+    if _is_tabular_expectation(problem):
         exact["amd"] = (lambda p: estimate(p, AMD(_SWEEPS)), 1e-6)
         if bool((torch.as_tensor(problem.follower.discount) == problem.objective.discount).all()):
             exact["rival_value_penalty"] = (lambda p: estimate(p, ValuePenalty()), None)

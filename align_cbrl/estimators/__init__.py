@@ -6,6 +6,8 @@ Modules:
     step_response: StepResponse, through a trainer's next step where there is no best response
     observing: an objective's observations of a batch: in chunks, gathered over processes, differentiated
     critics: GroupCritic and FittedCritic
+    regression_critic: RegressionCritic, for continuous states and actions
+    regression: what it regresses with: ridge regression on features, a small network
     baselines: DirectOnly and Myopic, biased baselines
     geometric: GradientEstimator, the paper's estimator with random horizons
     truncated: Truncated and RandomlyTruncated (RT-Q), for followers that are stopped early

@@ -73,7 +73,7 @@ class FittedCritic(Critic):
         soft = None
         if problem.leader.log_transition(rollouts) is not None:
             discount = per_path(problem.follower.discount, rollouts.contexts)
-            soft = returns_to_go(_soft_reward(problem, rollouts), rollouts.mask, discount)
+            soft = returns_to_go(soft_reward(problem, rollouts, "FittedCritic"), rollouts.mask, discount)
 
         advantage = torch.zeros_like(credit)
         value = credit.new_zeros(alive.shape)
@@ -108,10 +108,14 @@ def _survives(rollouts: Rollouts) -> Tensor:
     return rollouts.mask[:, -1] if ended is None else rollouts.mask[:, -1] & ~ended
 
 
-def _soft_reward(problem: Problem, rollouts: Rollouts) -> Tensor:
-    """r - lambda (log pi - log prior) [B, T], whose discounted sums are the follower's own soft value."""
+def soft_reward(problem: Problem, rollouts: Rollouts, name: str) -> Tensor:
+    """r - lambda (log pi - log prior) [B, T], whose discounted sums are the follower's own soft value.
+
+    Raises:
+        InputError: rollouts without log-probabilities; the message begins with `name`, the critic's.
+    """
     if rollouts.log_policy is None or rollouts.log_prior is None:
-        raise InputError("FittedCritic: a leader that moves the transitions needs log_policy and log_prior in Rollouts")
+        raise InputError(f"{name}: a leader that moves the transitions needs log_policy and log_prior in Rollouts")
     with torch.no_grad():
         reward = problem.leader.reward(rollouts)
         temperature = per_path(problem.temperature, rollouts.contexts)

@@ -80,8 +80,10 @@ def all_at_present(problem: Problem, batches: Sequence[Rollouts], newest: Rollou
 
 
 def _unweighted(rollouts: Rollouts) -> Rollouts:
-    """Without weights, whose estimates of log pi* may exceed zero; no policy does."""
-    log_policy = None if rollouts.log_policy is None else rollouts.log_policy.clamp(max=0.0)
+    """Without weights, whose estimates of log pi* may exceed zero; no policy does, but a density."""
+    log_policy = rollouts.log_policy
+    if log_policy is not None and not rollouts.density:
+        log_policy = log_policy.clamp(max=0.0)
     return dataclasses.replace(rollouts, weight=None, log_policy=log_policy)
 
 

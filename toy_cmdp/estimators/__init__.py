@@ -2,6 +2,7 @@
 
 Modules:
     plug_in: PlugIn, the expectation of PolicyResponse in a fitted model
+    fitted_system: FittedSystem, the same for linear systems
     observed_policy: ObservedPolicyResponse, at the observed policy in the leader's own model
     visit_averaged: VisitAveraged, the authors' code
     bchg: BCHG and its critics

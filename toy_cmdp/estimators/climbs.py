@@ -1,4 +1,4 @@
-"""Tabular leaders that climb side by side, for `successive_halving`: exactly, or from samples."""
+"""Leaders that climb side by side, for `successive_halving`: exactly, or from samples."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from align_cbrl.estimators.search import Climb
 from align_cbrl.problem import Problem, step_seed
 from toy_cmdp.estimators.plug_in import PlugIn
 from toy_cmdp.followers.exact import require_exact
+from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
 from toy_cmdp.problems.parallel import parallel
 from toy_cmdp.referee.exact import context_values, leader_value
 
@@ -72,10 +73,18 @@ class ParallelClimb(Climb):
 
     def _leaders_values(self, values: Tensor) -> Tensor:
         """Each leader's expectation [n] of what it gets in the contexts of the joint problem, `values` [C]."""
-        counts = torch.tensor([require_exact(p.follower).cmdp.contexts for p in self.problems])
+        counts = torch.tensor([len(_nature(p)) for p in self.problems])
         leader = torch.arange(len(counts)).repeat_interleave(counts)  # [C], which one a context belongs to
-        share = require_exact(self._joint.follower).cmdp.context_probabilities * len(counts)
+        share = _nature(self._joint) * len(counts)
         return values.new_zeros(len(counts)).index_add(0, leader, share * values)
+
+
+def _nature(problem: Problem) -> Tensor:
+    """Nature's law of the contexts, [C]."""
+    follower = problem.follower
+    if isinstance(follower, LinearQuadraticFollower):
+        return follower.context_probabilities
+    return require_exact(follower).cmdp.context_probabilities
 
 
 class ExactClimb(ParallelClimb):

@@ -12,7 +12,9 @@ from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Leader, Problem, require_fixed_temperature
 from toy_cmdp.followers.exact import ExactFollower
+from toy_cmdp.problems.parallel_linear import parallel_linear
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility, require_tabular
+from toy_cmdp.tables.linear_systems import LinearLeader
 from toy_cmdp.tables.sparse import SparseTransition
 
 
@@ -111,7 +113,8 @@ def parallel(problems: Sequence[Problem]) -> Problem:
 
     Args:
         problems: of equal numbers of states and actions and one leader's discount, each objective an
-            `ExpectedUtility` of a `TabularUtility`; temperatures and discounts may differ.
+            `ExpectedUtility` of a `TabularUtility`; temperatures and discounts may differ. Or all linear, with one
+            temperature, discount and horizon.
 
     Raises:
         InputError: no problems, or some that cannot be put side by side.
@@ -125,6 +128,8 @@ def parallel(problems: Sequence[Problem]) -> Problem:
     """
     if not problems:
         raise InputError("problems: expected at least one")
+    if isinstance(problems[0].leader, LinearLeader):
+        return parallel_linear(problems)
     leaders = [require_tabular(problem.leader) for problem in problems]
     followers: list[ExactFollower] = []
     utilities: list[TabularUtility] = []

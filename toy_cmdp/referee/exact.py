@@ -14,11 +14,14 @@ from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Critic, Critique, Problem, Term
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.exact import ExactFollower, make_rollouts, require_exact
+from toy_cmdp.followers.linear_quadratic import require_normal
 from toy_cmdp.followers.solve import SoftSolution, by_context, continuation, per_state, soft_logits
+from toy_cmdp.referee.linear_quadratic import expected_linear_response, linear_critique, linear_values
 from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.referee.tabulated import linearised, of_contexts, tabulated_terms, worth
 from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.cmdp import Tables, TabularLeader, gather_steps, require_tabular
+from toy_cmdp.tables.linear_systems import LinearLeader
 from toy_cmdp.tables.sparse import SparseTransition
 from toy_cmdp.tables.transition import PolicySystem, expected_next, policy_system, pushed
 
@@ -36,7 +39,8 @@ def leader_value(problem: Problem) -> Tensor:
     Args:
         problem: its leader a `TabularLeader`, its follower an `ExactFollower`, its objective an `ExpectedUtility` of a
             `TabularUtility`, or a `PreferenceLikelihood` or `SetUtility` of one where every state is terminal; or what
-            is made of such (a KL price, a constraint, risk over contexts, a function of means).
+            is made of such (a KL price, a constraint, risk over contexts, a function of means). Or a `LinearLeader`, a
+            `LinearQuadraticFollower` and an `ExpectedUtility` of a `MomentUtility` (`linear_values`).
 
     Returns:
         Scalar; first derivatives only.
@@ -51,6 +55,8 @@ def leader_value(problem: Problem) -> Tensor:
         >>> problem.leader.x.grad.shape
         torch.Size([5])
     """
+    if isinstance(problem.leader, LinearLeader):
+        return (require_normal(problem.follower).context_probabilities * linear_values(problem)).sum()
     terms, values = _values(problem)
     probabilities = require_exact(problem.follower).cmdp.context_probabilities.to(values[0].dtype)
     return worth(problem.objective, terms, values, probabilities)
@@ -118,6 +124,8 @@ def context_values(problem: Problem) -> Tensor:
         InputError: as `leader_value`, and for a function of means, which has no value in a context.
     """
     with torch.no_grad():
+        if isinstance(problem.leader, LinearLeader):
+            return linear_values(problem)
         terms, values = _values(problem)
         if any(term.joint is not None for term in terms):
             raise InputError("context_values: a function of means over all contexts has no value in a single one")
@@ -181,7 +189,7 @@ def exact_world(problem: Problem) -> ExactWorld:
 
 
 class ExactCritic(Critic):
-    """A_F, V_F and V_lambda from the tables, at the leader's present parameters.
+    """A_F, V_F and V_lambda from the tables or linear systems, at the leader's present parameters.
 
     It ignores the sampled `credit`, which for the objectives that it supports (those of `leader_value`) it computes
     itself.
@@ -198,6 +206,8 @@ class ExactCritic(Critic):
 
     def evaluate(self, problem: Problem, rollouts: Rollouts, credit: Tensor) -> Critique:
         """Advantage [B, T], value and soft value [B, T + 1], zero once the episode is over."""
+        if isinstance(problem.leader, LinearLeader):
+            return linear_critique(problem, rollouts)
         with torch.no_grad():
             world = exact_world(problem)
             state = rollouts.steps["state"]
@@ -242,6 +252,8 @@ def expected_policy_response(problem: Problem, world: ExactWorld | None = None) 
         >>> torch.allclose(expected_policy_response(problem)[0], problem.leader.x.grad)
         True
     """
+    if isinstance(problem.leader, LinearLeader):
+        return expected_linear_response(problem)
     _, follower = _tabular(problem)
     world = exact_world(problem) if world is None else world
     tables, leader_discount = world.tables, problem.objective.discount

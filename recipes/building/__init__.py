@@ -1,0 +1,1 @@
+"""The recipe `building`: air flow and insulation around somebody else's heating."""
