@@ -15,6 +15,7 @@ Modules:
     preference_dataset: preferences without a judge
     lqr, building: leaders in linear systems
     linear_worlds: what the two share
+    kinds: several good answers, or shares of kinds of answers, around trl followers
     variety: several good answers instead of one, against the best refit
     four_rooms: the published table
     tax_design: VAT and income tax

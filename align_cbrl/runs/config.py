@@ -93,6 +93,10 @@ class Sources:
             sources.add(_apply(tree, override), override)
         return sources
 
+    def overridden(self, at: Path_) -> set[str]:
+        """The names below `at` that overrides give values to."""
+        return {str(keys[len(at)]) for keys in self._overrides if keys[: len(at)] == at != keys}
+
     def add(self, keys: Path_, override: str) -> None:
         """Note that the value at `keys` comes from this override."""
         self._overrides[keys] = f"--set {override}"
@@ -336,7 +340,7 @@ class _Builder:
         """Without what a file says of another variant than the one that an override names, and without null names."""
         keys = {variant_key(cls) for cls in classes}
         named = {key for key in keys if given.get(key) is not None}
-        overridden = {str(given_at[len(at)]) for given_at in self._sources if given_at[: len(at)] == at != given_at}
+        overridden = self._sources.overridden(at)
         if len(chosen := named & overridden) == 1 and named > chosen:
             given = {key: value for key, value in given.items() if key in overridden}
         return {key: value for key, value in given.items() if key in named or key not in keys}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from align_cbrl.llm import RewardMixture, RewardModel
+from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.llm.engines import client
 
 from ..served_script import configuration, served
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     leader = functions
     if given.proxy is not None:
         config["proxy"] = str(Path(given.proxy).resolve())
-        terms = {"proxy": RewardModel(given.proxy), **functions.terms}
+        terms: dict[str, ScoreFunction] = {"proxy": RewardModel(given.proxy), **functions.terms}
         leader = RewardMixture(terms, functions.weights(), functions.budget)
     reward = leader.reward_function()
     rows = load_requests()["train"][: 8 * 4096]

@@ -35,7 +35,8 @@ class Threshold(LanguageLeader):
     @classmethod
     def around(cls, bench: Bench, reward: LanguageLeader, strength: float, slope: float) -> Threshold:
         """With the means over four completions of each training and test prompt by the world's policy."""
-        group_size, follower, means = 4, bench.follower(bench.seed), {}
+        group_size, follower = 4, bench.follower(bench.seed)
+        means: dict[str, float] = {}
         for prompts in (follower.prompts, bench.test()):
             rows = range(len(prompts))
             drawn = follower.answers(follower.policy, None, prompts, rows, group_size, seed=bench.seed).rollouts()

@@ -140,11 +140,10 @@ class Docstrings(World):
         if self.base_epochs is None:
             return SHIPPED_POLICY
         _need_completions(data, "model")
-        facts = {**self._rows(data, seed), "epochs": self.base_epochs}
+        facts, epochs = {**self._rows(data, seed), "epochs": self.base_epochs}, self.base_epochs
         return str(
             cached(
-                cache, "base", facts,
-                lambda out: train_docstring_policy(data["train"], out, seed=seed, epochs=self.base_epochs),
+                cache, "base", facts, lambda out: train_docstring_policy(data["train"], out, seed=seed, epochs=epochs)
             )
         )  # fmt: skip
 

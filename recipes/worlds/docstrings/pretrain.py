@@ -46,11 +46,9 @@ _COPIES = 4  # of one completion: setters and aliases say the same a hundred tim
 
 def licence_of(distribution: importlib.metadata.Distribution) -> str:
     """What a package's metadata say of its licence, in one line; an empty string where they say nothing."""
-    metadata = distribution.metadata
-    said = [metadata.get("License-Expression") or "", (metadata.get("License") or "").strip().split("\n")[0][:60]]
-    said += [
-        line.split("::")[-1].strip() for line in metadata.get_all("Classifier") or [] if line.startswith("License")
-    ]
+    metadata = distribution.metadata.json
+    said = [str(metadata.get("license_expression", "")), str(metadata.get("license", "")).strip().split("\n")[0][:60]]
+    said += [line.split("::")[-1].strip() for line in metadata.get("classifier", []) if line.startswith("License")]
     return ", ".join(dict.fromkeys(part for part in said if part))
 
 
