@@ -56,7 +56,7 @@ def test_a_shared_policy_is_of_the_same_data_and_the_same_reward(tmp_path: Path)
 def test_figures_of_conversations_and_dates_are_of_what_was_said_and_of_json(tmp_path: Path) -> None:
     """Columns that nobody asked for are kept beside the figures, and words are those of the answer."""
     tiny_models.build(tmp_path / "model", "llama", chat=True)
-    start = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)
+    start = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{'a ' * i}b"}], "when": start + datetime.timedelta(days=i),

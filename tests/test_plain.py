@@ -24,7 +24,7 @@ RED, BLUE = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
 VALUES: list[Any] = [
     None, "None", "null", float("nan"), "nan", True, "True", 0, 1.5, "1.5", "0", b"0", b"1", "", " ",
     datetime.date(2024, 5, 17), "2024-05-17", datetime.datetime(2024, 5, 17), datetime.time(12), "12:00:00",
-    datetime.datetime(2024, 5, 17, tzinfo=datetime.timezone.utc), datetime.timedelta(days=1), "1 day, 0:00:00",
+    datetime.datetime(2024, 5, 17, tzinfo=datetime.UTC), datetime.timedelta(days=1), "1 day, 0:00:00",
     decimal.Decimal("2.5"), uuid.UUID(int=7), pathlib.Path("/a"), [1, 2], [1, "2"], {"a": 1}, {"a": "1"}, [], {},
     np.array(["x", "y"]), torch.tensor([1.0, 3.0]), RED, BLUE, pd.Timestamp("2031-01-01"), {3, 4}, "e\u0301", "\u00e9",
     "x" * 100_000, "x" * 100_001, 2**62, 2**62 + 1, "a\x00b", "a\x00c", "\ud800", ("t",),

@@ -66,7 +66,7 @@ def test_a_folder_describes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert session["platform"] == platform.platform()
     assert session["ended"] is None
     started = datetime.datetime.fromisoformat(session["started"])
-    assert abs((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()) < 60
+    assert abs((datetime.datetime.now(datetime.UTC) - started).total_seconds()) < 60
 
     Path("file").write_text("b")
     claim(out, Config(name="ä"), recipe="mine")

@@ -274,7 +274,7 @@ def _git_output(*arguments: str) -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _covers(free: Collection[str], key: str) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from align_cbrl.llm import RewardMixture, RewardModel
-from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.llm.engines import client
+from align_cbrl.llm.scoring import ScoreFunction
 
 from ..served_script import configuration, served
 from ..trl_script import REWARDS
