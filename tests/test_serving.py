@@ -336,6 +336,23 @@ def test_a_kill_between_checkpoint_and_journal_takes_no_step_twice(
         assert service.version == 1 and not service.step_if_due()
 
 
+def test_a_checkpoint_that_cannot_be_written_takes_no_step_twice(
+    terms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise CheckpointError("the disk is full")
+
+    with RewardService.opened(settings(terms), tmp_path / "out", learning=False) as service:
+        asked_of(service, **sampled(0))
+        with monkeypatch.context() as patched:
+            patched.setattr(service._loop, "save", full)
+            with pytest.raises(CheckpointError, match="disk is full"):
+                service.step_if_due()
+        moved = service.leader.weights()
+        assert service.step_if_due() and not service.step_if_due()
+        assert service.version == 1 and service.leader.weights() == moved
+
+
 def test_a_folder_belongs_to_one_process_and_one_configuration(terms: Path, tmp_path: Path) -> None:
     with (
         RewardService.opened(settings(terms), tmp_path / "out", learning=False) as service,
@@ -611,7 +628,7 @@ class Killed(Client):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["serving_worker"])
+        self.context.set_forkserver_preload(["align_cbrl.llm.engines.http"])
 
     def start(self) -> None:
         note = self.folder / "address"
@@ -628,6 +645,7 @@ class Killed(Client):
         self.process.join()
 
 
+@pytest.mark.slow
 def test_ten_kills_during_use_lose_no_score_and_pay_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said and stored is never asked again; only the call that a kill interrupts may be."""
     monkeypatch.setenv("JUDGE_SECONDS", "0.02")
