@@ -13,6 +13,7 @@ import torch
 
 from align_cbrl.llm import RewardMixture, RewardModel
 from align_cbrl.llm.engines import client
+from align_cbrl.llm.scoring import ScoreFunction
 
 from ..served_script import configuration, served
 from ..trl_script import REWARDS
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     leader = functions
     if given.proxy is not None:
         config["proxy"] = str(Path(given.proxy).resolve())
-        terms = {"proxy": RewardModel(given.proxy), **functions.terms}
+        terms: dict[str, ScoreFunction] = {"proxy": RewardModel(given.proxy), **functions.terms}
         leader = RewardMixture(terms, functions.weights(), functions.budget)
     reward = leader.reward_function()
     rows = load_requests()["train"][: 8 * 4096]
