@@ -4,6 +4,7 @@ The address is in REWARD_URL (http://127.0.0.1:8123/score), the token, if there 
 sent again while the server restarts, with the same id, and counts once.
 """
 
+import http.client
 import json
 import os
 import time
@@ -28,7 +29,7 @@ def ask(prompts: Any, completions: Any, patience: float = 600.0, **fields: Any) 
             reason = error.read().decode(errors="replace")
             if error.code != 503 or time.monotonic() > until:
                 raise RuntimeError(f"reward server: {error.code} {reason}") from None
-        except (OSError, ValueError) as error:  # not there, or gone before it had answered
+        except (OSError, ValueError, http.client.HTTPException) as error:  # not there, or gone before it had answered
             if time.monotonic() > until:
                 raise RuntimeError(f"reward server: no answer from {url}: {error}") from None
         time.sleep(0.5)

@@ -76,6 +76,7 @@ class RewardService:
         self._arrived = threading.Event()
         self._ended = threading.Event()
         self._learning: threading.Thread | None = None
+        self._taken: int | None = None  # the period of the last step
         self._build()
 
     @classmethod
@@ -157,7 +158,7 @@ class RewardService:
             batch = None if period is None else self._batch(self._journal.rows(period))
             if period is not None and batch is None:
                 self._journal.drop(period)
-                self.failure = (
+                self._fail(
                     "no two completions of one prompt came in this period, so that the leader cannot compare them; "
                     "send all completions of a prompt in one request, or make batch_size and every larger"
                 )
@@ -166,12 +167,14 @@ class RewardService:
         # The judge is asked while requests are answered. What it says is kept before anything is made of it.
         batch = batch.knowing(observe(self.problem, batch).lasting)
         with self._lock:
-            self._journal.taking(period, self._loop.step)
-            row = self._loop.take(batch)
+            if period != self._taken:  # or only its checkpoint is missing, where the disk was full
+                self._journal.taking(period, self._loop.step)
+                row = self._loop.take(batch)
+                self._taken = period
+                self._log.append(row)
             self._loop.save(self.out)
             self._journal.drop(period)
             self.failure = None
-        self._log.append(row)
         if self.finished:
             self.save_reward()
         return True
@@ -270,12 +273,15 @@ class RewardService:
                     pass
             except Exception as error:  # whatever it is, requests are answered; it is said, and tried again
                 known = isinstance(error, (InputError, RunStopped, CheckpointError))
-                self.failure = redact(str(error) if known else f"{type(error).__name__}: {first_line(error)}")
-                tqdm.write(f"the leader's step {self.version + 1} was not taken: {self.failure}")
+                self._fail(str(error) if known else f"{type(error).__name__}: {first_line(error)}")
                 if not known:
                     tqdm.write(redact(traceback.format_exc()))
                 self._ended.wait(_PAUSE)
                 self._arrived.set()
+
+    def _fail(self, reason: str) -> None:
+        self.failure = redact(reason)
+        tqdm.write(f"the leader's step {self.version + 1} was not taken: {self.failure}")
 
     def _close(self) -> None:
         self._ended.set()
