@@ -234,7 +234,7 @@ def test_both_backups_of_the_discrete_toy(
     reward: float, undiscounted: bool, backup: Any, best: float, at: float
 ) -> None:
     f = torch.full((99, 3), 0.5, dtype=torch.float64)
-    f[:, 1] = torch.arange(1, 100) / 100
+    f[:, 1] = torch.arange(1, 100, dtype=torch.float64) / 100
     value = toy_cmdp.discrete_toy_value(f, reward=reward, undiscounted=undiscounted, backup=backup)
     assert value.max().item() == pytest.approx(best, abs=0.006)
     assert f[value.argmax(), 1].item() == pytest.approx(at, abs=1e-9)
@@ -250,16 +250,16 @@ def test_both_backups_of_the_discrete_toy(
 class Grown(LinearLeader):
     """Two systems, of which the second grows by x in a direction that no action reaches."""
 
-    def __init__(self, x: float, noise: float = 0.1, **changes: Any) -> None:
+    def __init__(self, x: float, tremble: float = 0.1, **changes: Any) -> None:
         super().__init__()
         self.x = nn.Parameter(torch.tensor(x, dtype=torch.float64))
-        self.noise, self.changes = noise, changes
+        self.tremble, self.changes = tremble, changes
 
     def systems(self) -> LinearSystems:
         unit = torch.eye(2, dtype=torch.float64).expand(2, -1, -1)
         still = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
         grown = torch.diag(torch.stack([torch.ones_like(self.x), self.x]))
-        noise = torch.diag(torch.tensor([0.1, self.noise], dtype=torch.float64)).expand(2, -1, -1)
+        noise = torch.diag(torch.tensor([0.1, self.tremble], dtype=torch.float64)).expand(2, -1, -1)
         tensors = {
             "dynamics": torch.stack([still, grown]),
             "control": torch.tensor([[1.0], [0.0]], dtype=torch.float64).expand(2, -1, -1),
@@ -289,7 +289,7 @@ def test_a_closed_loop_that_cannot_be_stabilised_is_named() -> None:
 
 
 def test_a_part_that_moves_without_noise_has_no_density() -> None:
-    problem = grown(Grown(0.9, noise=0.0))
+    problem = grown(Grown(0.9, tremble=0.0))
     rollouts = paths(problem, 4)
     with pytest.raises(InputError, match="moves a part of the state that has no noise"):
         PolicyResponse(toy_cmdp.ExactCritic()).backward(problem, rollouts)
