@@ -32,6 +32,7 @@ from align_cbrl.estimators.geometric import GradientEstimator
 from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.natural import Natural
 from align_cbrl.estimators.policy_response import PolicyResponse
+from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
 from align_cbrl.estimators.search import Climb, Halving, successive_halving
 from align_cbrl.estimators.step_response import StepResponse
 from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
@@ -124,6 +125,9 @@ __all__ = [
     "DirectOnly",
     "GroupCritic",
     "FittedCritic",
+    "RegressionCritic",
+    "NormalNodes",
+    "DrawnNodes",
     # the loop
     "HPGD",
     "HPGDConfig",

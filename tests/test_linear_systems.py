@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 import toy_cmdp
 from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem, Rollouts
+from align_cbrl.cli import main
 from align_cbrl.estimators.regression import Network
 from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
+from align_cbrl.runs.imports import recipes_folder
+from align_cbrl.runs.run_folder import read_summary
 from toy_cmdp import (
     LinearLeader,
     LinearQuadraticFollower,
@@ -363,3 +367,15 @@ def test_only_declared_densities_may_be_positive() -> None:
 def test_arguments_of_builders_and_estimators(call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lqr", "building"])
+def test_the_recipes_run(recipe: str, tmp_path: Path) -> None:
+    smoke = recipes_folder() / recipe / "smoke.yaml"
+    assert main(["run", recipe, "--config", str(smoke), "--out", str(tmp_path / "run")]) == 0
+    rows = read_summary(tmp_path / "run")["rows"]
+    assert [row["starts"] for row in rows] == [2, 2, 1]
+    (tmp_path / "run" / "report.html").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
