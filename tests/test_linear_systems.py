@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import toy_cmdp
-from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem, Rollouts
+from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, PolicyResponse, Problem, Rollouts
 from align_cbrl.cli import main
 from align_cbrl.estimators.regression import Network
 from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
@@ -246,6 +246,36 @@ def test_both_backups_of_the_discrete_toy(
         row = f[value.argmax()]
         table = toy_cmdp.discrete_toy(reward=reward, undiscounted=undiscounted, commitment=row)
         assert leader_value(table).item() == pytest.approx(value.max().item(), abs=1e-8)
+
+
+@pytest.mark.parametrize(("reward", "undiscounted", "least"), [(1.0, False, 27.31), (2.0, True, 59.74)])
+def test_the_discrete_toy_is_solved_from_a_random_commitment(reward: float, undiscounted: bool, least: float) -> None:
+    problem = toy_cmdp.discrete_toy(reward=reward, undiscounted=undiscounted, seed=1)
+    ascent = torch.optim.LBFGS(problem.parameters, max_iter=25, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        ascent.zero_grad()
+        value = -leader_value(problem)
+        value.backward()
+        return value
+
+    ascent.step(loss)
+    assert leader_value(problem).item() > least
+
+
+def test_the_building_is_solved_from_paths_with_a_hundredth_of_the_published_ones() -> None:
+    problem = toy_cmdp.building()
+    optimizer = torch.optim.Adam(problem.parameters, lr=0.05, maximize=True)
+    config = HPGDConfig(steps=40, contexts_per_step=10, group_size=1, max_gradient_norm=None, seed=0, progress=False)
+    HPGD(problem, optimizer, toy_cmdp.FittedSystem(toy_cmdp.SystemMemory()), config).run()
+    assert 40 * 10 * problem.follower.length < 0.01 * 2_000 * 10_000  # type: ignore[attr-defined]
+    assert leader_value(problem).item() > -163.0  # BC-HG: -196.8
+
+
+@pytest.mark.slow
+def test_every_start_finds_the_optimum_of_lqr() -> None:
+    climb = toy_cmdp.ExactClimb([toy_cmdp.lqr(seed=seed) for seed in range(10)], steps=300, learning_rate=0.1)
+    assert climb.advance(300).min() > 18.4  # BC-HG: 0.147
 
 
 # ----------------------------------------------------------------------------------------- bad input
