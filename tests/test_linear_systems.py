@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,16 @@ def expected(problem: Problem) -> Tensor:
 
 def random_problem(seed: int) -> Problem:
     """Everything moves: dynamics, control, noise, costs, first state, temperature; utilities of both kinds in turn."""
-    utility = "bump" if seed % 2 else "quadratic"
+    utility: Any = "bump" if seed % 2 else "quadratic"
     return toy_cmdp.random_linear(seed=seed, utility=utility, leader_discount=1.0 if seed % 3 == 0 else 0.9)
 
 
-WORLDS = {
+WORLDS: dict[str, Callable[[], Problem]] = {
     "lqr": lambda: toy_cmdp.lqr(gain=[[-9.0, -9.5]]),
     "lqr discounted": lambda: toy_cmdp.lqr(gain=[[-9.0, -9.5]], leader_discount=0.9),
     "building": toy_cmdp.building,
     "discrete_toy": toy_cmdp.discrete_toy,
-    **{f"random {seed}": lambda seed=seed: random_problem(seed) for seed in range(10)},
+    **{f"random {seed}": functools.partial(random_problem, seed) for seed in range(10)},
 }
 
 
@@ -189,7 +191,7 @@ def test_a_fitted_system_without_noise_is_the_system() -> None:
 
 
 def test_a_memory_brings_a_fitted_system_closer() -> None:
-    problem = toy_cmdp.building()
+    problem: Any = toy_cmdp.building()
     exact = implicit_gradient(problem)
     memory = toy_cmdp.SystemMemory()
     found = [estimate(problem, toy_cmdp.FittedSystem(memory), paths(problem, 20, seed)) for seed in range(12)]
