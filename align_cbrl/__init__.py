@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from align_cbrl.estimators.hypergradient import Hypergradient
     from align_cbrl.estimators.natural import Natural
     from align_cbrl.estimators.policy_response import PolicyResponse
+    from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
     from align_cbrl.estimators.search import Climb, Halving, successive_halving
     from align_cbrl.estimators.step_response import StepResponse
     from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
@@ -84,7 +85,7 @@ __version__ = "0.2.0"
 
 _HOMES = """
     errors estimators.baselines estimators.certificate estimators.critics estimators.geometric
-    estimators.hypergradient estimators.natural estimators.policy_response estimators.search
+    estimators.hypergradient estimators.natural estimators.policy_response estimators.regression_critic estimators.search
     estimators.step_response estimators.truncated estimators.zeroth_order hpgd objectives problem rollouts
 """.split()
 """The modules that the names above come from."""
@@ -137,6 +138,9 @@ __all__ = [
     "DirectOnly",
     "GroupCritic",
     "FittedCritic",
+    "RegressionCritic",
+    "NormalNodes",
+    "DrawnNodes",
     # the loop
     "HPGD",
     "HPGDConfig",

@@ -13,7 +13,8 @@ Modules:
     objectives: one policy under six objectives
     population: one reward for several policies
     preference_dataset: preferences without a judge
-    lqr, building: leaders in linear systems
+    lqr: a leader who acts in a regulator's system
+    building: air flow and insulation around somebody else's heating
     linear_worlds: what the two share
     kinds: several good answers, or shares of kinds of answers, around trl followers
     variety: several good answers instead of one, against the best refit

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import toy_cmdp
-from align_cbrl import ExpectedUtility, InputError, PolicyResponse, Problem, Rollouts
+from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, InputError, PolicyResponse, Problem, Rollouts
+from align_cbrl.cli import main
 from align_cbrl.estimators.regression import Network
 from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
+from align_cbrl.runs.imports import recipes_folder
+from align_cbrl.runs.run_folder import read_summary
 from toy_cmdp import (
     LinearLeader,
     LinearQuadraticFollower,
@@ -38,16 +44,16 @@ def expected(problem: Problem) -> Tensor:
 
 def random_problem(seed: int) -> Problem:
     """Everything moves: dynamics, control, noise, costs, first state, temperature; utilities of both kinds in turn."""
-    utility = "bump" if seed % 2 else "quadratic"
+    utility: Any = "bump" if seed % 2 else "quadratic"
     return toy_cmdp.random_linear(seed=seed, utility=utility, leader_discount=1.0 if seed % 3 == 0 else 0.9)
 
 
-WORLDS = {
+WORLDS: dict[str, Callable[[], Problem]] = {
     "lqr": lambda: toy_cmdp.lqr(gain=[[-9.0, -9.5]]),
     "lqr discounted": lambda: toy_cmdp.lqr(gain=[[-9.0, -9.5]], leader_discount=0.9),
     "building": toy_cmdp.building,
     "discrete_toy": toy_cmdp.discrete_toy,
-    **{f"random {seed}": lambda seed=seed: random_problem(seed) for seed in range(10)},
+    **{f"random {seed}": functools.partial(random_problem, seed) for seed in range(10)},
 }
 
 
@@ -185,7 +191,7 @@ def test_a_fitted_system_without_noise_is_the_system() -> None:
 
 
 def test_a_memory_brings_a_fitted_system_closer() -> None:
-    problem = toy_cmdp.building()
+    problem: Any = toy_cmdp.building()
     exact = implicit_gradient(problem)
     memory = toy_cmdp.SystemMemory()
     found = [estimate(problem, toy_cmdp.FittedSystem(memory), paths(problem, 20, seed)) for seed in range(12)]
@@ -234,7 +240,7 @@ def test_both_backups_of_the_discrete_toy(
     reward: float, undiscounted: bool, backup: Any, best: float, at: float
 ) -> None:
     f = torch.full((99, 3), 0.5, dtype=torch.float64)
-    f[:, 1] = torch.arange(1, 100) / 100
+    f[:, 1] = torch.arange(1, 100, dtype=torch.float64) / 100
     value = toy_cmdp.discrete_toy_value(f, reward=reward, undiscounted=undiscounted, backup=backup)
     assert value.max().item() == pytest.approx(best, abs=0.006)
     assert f[value.argmax(), 1].item() == pytest.approx(at, abs=1e-9)
@@ -244,22 +250,52 @@ def test_both_backups_of_the_discrete_toy(
         assert leader_value(table).item() == pytest.approx(value.max().item(), abs=1e-8)
 
 
+@pytest.mark.parametrize(("reward", "undiscounted", "least"), [(1.0, False, 27.31), (2.0, True, 59.74)])
+def test_the_discrete_toy_is_solved_from_a_random_commitment(reward: float, undiscounted: bool, least: float) -> None:
+    problem = toy_cmdp.discrete_toy(reward=reward, undiscounted=undiscounted, seed=1)
+    ascent = torch.optim.LBFGS(problem.parameters, max_iter=25, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        ascent.zero_grad()
+        value = -leader_value(problem)
+        value.backward()
+        return value
+
+    ascent.step(loss)
+    assert leader_value(problem).item() > least
+
+
+def test_the_building_is_solved_from_paths_with_a_hundredth_of_the_published_ones() -> None:
+    problem = toy_cmdp.building()
+    optimizer = torch.optim.Adam(problem.parameters, lr=0.05, maximize=True)
+    config = HPGDConfig(steps=40, contexts_per_step=10, group_size=1, max_gradient_norm=None, seed=0, progress=False)
+    HPGD(problem, optimizer, toy_cmdp.FittedSystem(toy_cmdp.SystemMemory()), config).run()
+    assert 40 * 10 * problem.follower.length < 0.01 * 2_000 * 10_000  # type: ignore[attr-defined]
+    assert leader_value(problem).item() > -163.0  # BC-HG: -196.8
+
+
+@pytest.mark.slow
+def test_every_start_finds_the_optimum_of_lqr() -> None:
+    climb = toy_cmdp.ExactClimb([toy_cmdp.lqr(seed=seed) for seed in range(10)], steps=300, learning_rate=0.1)
+    assert climb.advance(300).min() > 18.4  # BC-HG: 0.147
+
+
 # ----------------------------------------------------------------------------------------- bad input
 
 
 class Grown(LinearLeader):
     """Two systems, of which the second grows by x in a direction that no action reaches."""
 
-    def __init__(self, x: float, noise: float = 0.1, **changes: Any) -> None:
+    def __init__(self, x: float, tremble: float = 0.1, **changes: Any) -> None:
         super().__init__()
         self.x = nn.Parameter(torch.tensor(x, dtype=torch.float64))
-        self.noise, self.changes = noise, changes
+        self.tremble, self.changes = tremble, changes
 
     def systems(self) -> LinearSystems:
         unit = torch.eye(2, dtype=torch.float64).expand(2, -1, -1)
         still = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
         grown = torch.diag(torch.stack([torch.ones_like(self.x), self.x]))
-        noise = torch.diag(torch.tensor([0.1, self.noise], dtype=torch.float64)).expand(2, -1, -1)
+        noise = torch.diag(torch.tensor([0.1, self.tremble], dtype=torch.float64)).expand(2, -1, -1)
         tensors = {
             "dynamics": torch.stack([still, grown]),
             "control": torch.tensor([[1.0], [0.0]], dtype=torch.float64).expand(2, -1, -1),
@@ -289,7 +325,7 @@ def test_a_closed_loop_that_cannot_be_stabilised_is_named() -> None:
 
 
 def test_a_part_that_moves_without_noise_has_no_density() -> None:
-    problem = grown(Grown(0.9, noise=0.0))
+    problem = grown(Grown(0.9, tremble=0.0))
     rollouts = paths(problem, 4)
     with pytest.raises(InputError, match="moves a part of the state that has no noise"):
         PolicyResponse(toy_cmdp.ExactCritic()).backward(problem, rollouts)
@@ -363,3 +399,15 @@ def test_only_declared_densities_may_be_positive() -> None:
 def test_arguments_of_builders_and_estimators(call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lqr", "building"])
+def test_the_recipes_run(recipe: str, tmp_path: Path) -> None:
+    smoke = recipes_folder() / recipe / "smoke.yaml"
+    assert main(["run", recipe, "--config", str(smoke), "--out", str(tmp_path / "run")]) == 0
+    rows = read_summary(tmp_path / "run")["rows"]
+    assert [row["starts"] for row in rows] == [2, 2, 1]
+    (tmp_path / "run" / "report.html").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").exists()

@@ -178,8 +178,8 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "random_cmdp_cold": lambda seed: random_cmdp(seed=seed + 200, temperature=0.1, leader_discount=0.9),
     "random_cmdp_risk": _worst_contexts,
     "layered": lambda seed: random_cmdp(seed=seed + 300, horizon=3),
-    "lqr": lambda seed: _scattered(lqr(gain=[[-9.0, -9.0]]), seed),
-    "building": lambda seed: building(),
+    "lqr": lambda seed: _scattered(lqr(gain=[[-9.0, -9.0]], horizon=20), seed),
+    "building": lambda seed: building(horizon=20),
     "random_linear": lambda seed: random_linear(seed=seed),
     "random_linear_bump": lambda seed: random_linear(seed=seed, utility="bump", leader_discount=1.0),
 }

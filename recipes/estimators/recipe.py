@@ -16,6 +16,7 @@ from align_cbrl.runs.files import read_json
 from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
+from toy_cmdp import ExactFollower
 from toy_cmdp.validate import PROBLEMS
 
 from .study import CLIMBERS, ORACLES, Cell, measure
@@ -55,6 +56,8 @@ class Config:
         for problem in self.problems:
             if problem not in PROBLEMS:
                 raise InputError(f"problems: unknown problem {problem!r}; known are {', '.join(PROBLEMS)}")
+            if not isinstance(PROBLEMS[problem](0).follower, ExactFollower):
+                raise InputError(f"problems: expected a table, got {problem}; `align-cbrl validate {problem}` takes it")
 
 
 preflight = check_drawing
