@@ -85,8 +85,9 @@ __version__ = "0.2.0"
 
 _HOMES = """
     errors estimators.baselines estimators.certificate estimators.critics estimators.geometric
-    estimators.hypergradient estimators.natural estimators.policy_response estimators.regression_critic estimators.search
-    estimators.step_response estimators.truncated estimators.zeroth_order hpgd objectives problem rollouts
+    estimators.hypergradient estimators.natural estimators.policy_response estimators.regression_critic
+    estimators.search estimators.step_response estimators.truncated estimators.zeroth_order hpgd objectives problem
+    rollouts
 """.split()
 """The modules that the names above come from."""
 
