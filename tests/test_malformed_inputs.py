@@ -89,6 +89,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     prompts = Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(8)]})
     problem = toy_cmdp.random_cmdp()
     cmdp = problem.follower.cmdp
+    feedback: Any = toy_cmdp.lqr()
     tables = problem.leader.tables()
     rollouts = align_cbrl.Rollouts.bandit(contexts=torch.tensor([0, 0, 1, 1]), steps={"cell": torch.arange(4)[:, None]})
     expected = align_cbrl.ExpectedUtility(_utility)
@@ -131,6 +132,21 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         "RandomlyTruncated": {"estimator": align_cbrl.PolicyResponse(), "max_level": 3},
         "Truncated": {"estimator": align_cbrl.PolicyResponse(), "iterations": 3},
         "ZerothOrder": {"radius": 0.1},
+        "RegressionCritic": {"state": lambda rollouts: rollouts.steps["cell"]},
+        "DrawnNodes": {"draw": lambda rollouts, generator: torch.zeros(rollouts.size, rollouts.horizon, 1)},
+        "LinearSystems": vars(feedback.leader.systems()),
+        "QuadraticUtility": {"form": lambda leader: torch.zeros(1, 4, 4).double(), "horizon": 5},
+        "MomentUtility": {"horizon": 5},
+        "BumpUtility": {"entries": [0], "centre": torch.zeros(1), "width": torch.ones(1), "horizon": 5},
+        "FeedbackLeader": {"gain": feedback.leader.gain.detach(), "world": feedback.leader.world, "variance": 1.0},
+        "FeedbackWorld": vars(feedback.leader.world),
+        "LinearQuadraticFollower": {
+            "context_probabilities": torch.ones(1),
+            "temperature": 0.1,
+            "discount": 0.9,
+            "horizon": 5,
+        },
+        "discrete_toy_value": {"commitment": torch.full((1, 3), 0.5)},
         "FittedCritic": {"cell": lambda rollouts: rollouts.steps["cell"]},
         "HPGD": {"problem": problem, "optimizer": optimizer},
         "Certificate": {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, checked
+from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Follower, Leader, check_discount, check_temperature, temperature_of
 from align_cbrl.rollouts import Rollouts
@@ -17,7 +17,7 @@ from toy_cmdp.followers.exact import default_horizon
 from toy_cmdp.followers.riccati import curvature, gain, riccati
 from toy_cmdp.followers.solve import by_context
 from toy_cmdp.tables.arguments import law_tensor
-from toy_cmdp.tables.linear_systems import LinearSystems, block_diagonal, require_linear
+from toy_cmdp.tables.linear_systems import Horizon, LinearSystems, block_diagonal, require_linear
 
 
 @checked
@@ -75,7 +75,7 @@ class LinearQuadraticFollower(Follower):
     """
 
     def __init__(
-        self, context_probabilities: Tensor, temperature: float | Tensor, discount: float | Tensor, *, horizon: Count
+        self, context_probabilities: Tensor, temperature: float | Tensor, discount: float | Tensor, *, horizon: Horizon
     ) -> None:
         self.context_probabilities = law_tensor("context_probabilities", context_probabilities, ("C",))
         contexts = len(self.context_probabilities)

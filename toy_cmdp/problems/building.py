@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Positive, Range, checked
+from align_cbrl.checks import Positive, Range, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
 from toy_cmdp.tables.arguments import finite_tensor
-from toy_cmdp.tables.linear_systems import LinearLeader, LinearSystems, QuadraticUtility, StructuredLeader
+from toy_cmdp.tables.linear_systems import Horizon, LinearLeader, LinearSystems, QuadraticUtility, StructuredLeader
 
 _ZONES, _UNITS = 4, 2
 _FLOW = ((0, 0.05, 0, 0.05), (0.03, 0, 0.04, 0), (0, 0.04, 0, 0.06), (0.05, 0, 0.03, 0))
@@ -105,11 +105,11 @@ def building(
     *,
     insulation: Any = (0.5,) * _ZONES,
     airflow: Any = (0.5,) * _ZONES,
-    horizon: Count = 100,
+    horizon: Horizon = 100,
     temperature: Positive = 0.1,
     discount: Annotated[float, Range(0, 1, open="low high")] = 0.9,
     leader_discount: Annotated[float, Range(0, 1)] = 0.9,
-    noise: Positive = 0.02,
+    noise: Annotated[float, Range(0, 1e6, open="low")] = 0.02,
 ) -> Problem:
     """Four zones and two heating units; the leader wants even temperatures for little energy.
 
@@ -160,7 +160,7 @@ def building(
         flow=torch.tensor(_FLOW, dtype=torch.float64),
         drift=torch.tensor(_DRIFT, dtype=torch.float64),
         heating=torch.tensor(_HEATING, dtype=torch.float64),
-        noise=noise**2 * unit,
+        noise=float(noise) ** 2 * unit,
         initial_mean=torch.zeros(_ZONES, dtype=torch.float64),
         initial_covariance=_SPREAD**2 * unit,
     )

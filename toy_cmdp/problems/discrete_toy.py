@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Positive, Range, Whole, checked
+from align_cbrl.checks import Positive, Range, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.tables.arguments import check_size, finite_tensor
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, TabularLeader, TabularUtility
+from toy_cmdp.tables.linear_systems import Horizon
 from toy_cmdp.tables.sparse import SparseTransition
 
 _STATES, _DRAWS, _ACTIONS = 3, 2, 3  # S, A, B; the leader's 0 and 1; the follower's s, a, b
@@ -64,7 +65,7 @@ def discrete_toy(
     *,
     reward: float = 1.0,
     commitment: Any = None,
-    horizon: Count = 150,
+    horizon: Horizon = 150,
     temperature: Positive = 0.05,
     discount: Annotated[float, Range(0, 1, open="low high")] = 0.99,
     undiscounted: bool = False,
@@ -122,7 +123,7 @@ def discrete_toy_value(
     *,
     backup: Literal["standard", "averaged"] = "standard",
     reward: float = 1.0,
-    horizon: Count = 150,
+    horizon: Horizon = 150,
     temperature: Positive = 0.05,
     discount: Annotated[float, Range(0, 1, open="low high")] = 0.99,
     undiscounted: bool = False,

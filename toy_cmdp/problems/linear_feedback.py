@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Positive, Range, Whole, checked
+from align_cbrl.checks import Positive, Range, Whole, checked
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
 from toy_cmdp.tables.arguments import finite_tensor
-from toy_cmdp.tables.linear_systems import BumpUtility, LinearSystems, StructuredLeader, block_diagonal
+from toy_cmdp.tables.linear_systems import BumpUtility, Horizon, LinearSystems, StructuredLeader, block_diagonal
 
 
 @checked
@@ -42,6 +42,7 @@ class FeedbackWorld:
     initial_covariance: Tensor
 
 
+@checked
 class FeedbackLeader(StructuredLeader):
     """Acts by a ~ N(G x, v I), which the follower sees before it acts: the state of the system is s = (x, a).
 
@@ -54,9 +55,10 @@ class FeedbackLeader(StructuredLeader):
         variance: v > 0.
     """
 
-    def __init__(self, gain: Tensor, world: FeedbackWorld, variance: float) -> None:
+    def __init__(self, gain: Tensor, world: FeedbackWorld, variance: Positive) -> None:
         super().__init__()
-        self.gain = nn.Parameter(gain)
+        shape = (world.push.shape[-1], world.dynamics.shape[-1])
+        self.gain = nn.Parameter(finite_tensor("gain", gain, shape))
         self.world, self.variance = world, variance
 
     def systems(self) -> LinearSystems:
@@ -112,7 +114,7 @@ class FeedbackLeader(StructuredLeader):
 def lqr(
     *,
     gain: Any = None,
-    horizon: Count = 100,
+    horizon: Horizon = 100,
     temperature: Positive = 0.1,
     discount: Annotated[float, Range(0, 1, open="low high")] = 0.95,
     leader_discount: Annotated[float, Range(0, 1)] = 1.0,

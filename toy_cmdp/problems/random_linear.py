@@ -15,6 +15,7 @@ from toy_cmdp.followers.linear_quadratic import LinearQuadraticFollower
 from toy_cmdp.tables.arguments import check_size
 from toy_cmdp.tables.linear_systems import (
     BumpUtility,
+    Horizon,
     LinearLeader,
     LinearSystems,
     MomentUtility,
@@ -92,7 +93,7 @@ def random_linear(
     states: Count = 3,
     actions: Count = 2,
     parameters: Count = 5,
-    horizon: Count = 12,
+    horizon: Horizon = 12,
     temperature: Positive = 0.3,
     discount: Annotated[float, Range(0, 1, open="low high")] = 0.8,
     leader_discount: Annotated[float, Range(0, 1)] = 0.9,

@@ -9,11 +9,12 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import checked
+from align_cbrl.checks import Positive, Range, Whole, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
@@ -21,6 +22,10 @@ from align_cbrl.rollouts import Rollouts
 _DEFINITE = 1e-9  # of a covariance or a cost: how negative an eigenvalue may be, as a share of the largest one
 _NOISELESS = 1e-12  # share of the largest eigenvalue of a covariance up to which a direction has no noise
 _MOVED = 1e-9  # likewise, of a derivative
+
+
+Horizon = Annotated[int, Range(1, 10_000)]
+"""Steps that a leader counts."""
 
 
 @checked
@@ -242,6 +247,7 @@ Form = Callable[[LinearLeader], Tensor]
 """A matrix or a number in every context, as a function of the leader."""
 
 
+@checked
 class MomentUtility(abc.ABC):
     """A leader's utility of pairs whose mean under a normal law has a closed form; hand it to `ExpectedUtility`.
 
@@ -253,7 +259,7 @@ class MomentUtility(abc.ABC):
         undiscounted: None for utilities that count alike, or the objective's discount.
     """
 
-    def __init__(self, horizon: int, undiscounted: float | None = None) -> None:
+    def __init__(self, horizon: Horizon, undiscounted: Positive | None = None) -> None:
         self.horizon = horizon
         powers = torch.arange(horizon, dtype=torch.float64)
         self.weight = torch.ones_like(powers) if undiscounted is None else undiscounted**-powers  # [T]
@@ -279,6 +285,7 @@ class MomentUtility(abc.ABC):
         return torch.nn.functional.pad(value, (0, rollouts.horizon - counted))
 
 
+@checked
 class QuadraticUtility(MomentUtility):
     """-(p'M_x p) - c_x of the pair p = (s, u).
 
@@ -289,7 +296,7 @@ class QuadraticUtility(MomentUtility):
     """
 
     def __init__(
-        self, form: Form, charge: Form | None = None, *, horizon: int, undiscounted: float | None = None
+        self, form: Form, charge: Form | None = None, *, horizon: Horizon, undiscounted: Positive | None = None
     ) -> None:
         super().__init__(horizon, undiscounted)
         self._form, self._charge = form, charge
@@ -301,6 +308,7 @@ class QuadraticUtility(MomentUtility):
         return value if self._charge is None else value - self._charge(leader)[contexts][:, None]
 
 
+@checked
 class BumpUtility(MomentUtility):
     """exp(-sum_i (p_i - centre_i)^2 / (2 width_i^2)) over some entries of the pair, the same for all contexts.
 
@@ -311,10 +319,22 @@ class BumpUtility(MomentUtility):
     """
 
     def __init__(
-        self, entries: list[int], centre: Tensor, width: Tensor, *, horizon: int, undiscounted: float | None = None
+        self,
+        entries: list[Whole],
+        centre: Tensor,
+        width: Tensor,
+        *,
+        horizon: Horizon,
+        undiscounted: Positive | None = None,
     ) -> None:
         super().__init__(horizon, undiscounted)
-        self._entries, self._centre, self._width = entries, centre.double(), width.double()
+        self._entries = entries
+        for name, value in (("centre", centre), ("width", width)):
+            if tuple(value.shape) != (len(entries),) or not bool(torch.isfinite(value).all()):
+                raise InputError(f"{name}: expected {len(entries)} finite numbers, one an entry, got {value.tolist()}")
+        if not entries or not bool((width > 0).all()):
+            raise InputError(f"width: expected at least one entry and positive widths, got {width.tolist()}")
+        self._centre, self._width = centre.double(), width.double()
 
     def mean(self, leader: LinearLeader, contexts: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         """See `MomentUtility.mean`: det(I + S)^(-1/2) exp(-q' (I + S)^-1 q / 2) in units of the widths."""
