@@ -34,7 +34,7 @@ from .judge import docstring_judge, signature_words
 from .policy import make_model, train_tokenizer
 from .proxy import train_proxy
 
-HELD_OUT = frozenset({"requests", "flask", "networkx", "scikit-learn", "lmfit", "cobra", "tornado", "shapely"})
+HELD_OUT = frozenset({"requests", "flask", "networkx", "scikit-learn", "tornado"})
 """Packages of which nothing is trained on."""
 
 _PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|ISC|HPND|Python Software Foundation)\b", re.IGNORECASE)
