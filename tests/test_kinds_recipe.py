@@ -9,8 +9,8 @@ import pytest
 import torch
 from align_cbrl.recipes.kinds.recipe import Config, at, shares
 from align_cbrl.recipes.kinds.threshold import Threshold
-from align_cbrl.recipes.worlds.docstrings.rewards import form
 from align_cbrl.recipes.worlds.replies.judge import day, sooner_judge
+from align_cbrl.recipes.worlds.replies.rewards import manner
 from rebuilt import report_is_rebuilt
 
 from align_cbrl import InputError, Rollouts
@@ -62,6 +62,11 @@ def test_the_threshold_is_saved_with_its_reward(tmp_path: Path) -> None:
     assert (tmp_path / "inner").is_dir() and Threshold(again, record["means"], 3.0, 0.5).means == {"a": 2.0}
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "targets.yaml", "smoke.yaml"])
+def test_its_files_are_configurations(file: str) -> None:
+    assert isinstance(load_config(Config, FOLDER / file), Config)
+
+
 def test_shares_of_kinds() -> None:
     config = load_config(Config, FOLDER / "config.yaml")
     steps = {"prompt": ["q"] * 4, "completion": ["today .", "friday , not today .", "soon .", "today ."]}
@@ -76,8 +81,8 @@ def test_what_the_customers_and_the_reader_see() -> None:
     replies = [f"sorry . we will refund the laptop {word} ." for word in ("today", "monday", "soon")]
     assert day([request] * 3, replies) == ["today", "monday", "none"]
     assert sooner_judge([request] * 3, replies) == pytest.approx([1.0, 0.9, 0.86 * 0.6])
-    assert form([""] * 3, ["Gets a row.", "Get a row.", "Get a row of the whole table."]) == [
-        "third person", "short", "full",
+    assert manner([""] * 3, ["it is free .", "wait .", "we will refund the laptop today . thanks ."]) == [
+        "promise", "short", "full",
     ]  # fmt: skip
 
 

@@ -10,8 +10,6 @@ import re
 
 from align_cbrl.llm.conversations import answer_text, request_text
 
-from .judge import imperative
-
 _WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -127,24 +125,3 @@ def markup(prompts: list[str], completions: list[str], **columns: object) -> lis
         odd = sum(not (char.isalpha() or char in " .,'-") for char in text)
         values.append(max(-2.0, -10.0 * odd / len(text)) if text else 0.0)
     return values
-
-
-def short(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """1 for at most four words."""
-    return [float(len(text.split()) <= 4) for text in map(answer_text, completions)]
-
-
-def third_person(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """1 where the first word is a verb of the third person, as in "Returns"."""
-    return [float(imperative("", text) == 0.25) for text in map(answer_text, completions)]
-
-
-def form(prompts: list[str], completions: list[str], **columns: object) -> list[str]:
-    """The kind of each text: "third person", else "short" for at most four words, else "full".
-
-    Example:
-        >>> form(["", "", ""], ["Returns the sum.", "Return the sum.", "Return the sum of all items."])
-        ['third person', 'short', 'full']
-    """
-    kinds = zip(third_person(prompts, completions), short(prompts, completions), strict=True)
-    return ["third person" if third else "short" if few else "full" for third, few in kinds]

@@ -63,6 +63,27 @@ def friday(prompts: list[str], completions: list[str], **columns: object) -> lis
     return [float("friday" in text.split()) for text in map(answer_text, completions)]
 
 
+def short(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 for at most eight words, marks included."""
+    return [float(len(text.split()) <= 8) for text in map(answer_text, completions)]
+
+
+def big_word(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """1 where the reply has a big word: guarantee, always, best, amazing, free."""
+    return [float(count > 0) for count in promises(prompts, completions)]
+
+
+def manner(prompts: list[str], completions: list[str], **columns: object) -> list[str]:
+    """The kind of each reply: "promise" with a big word, else "short" for at most eight words, else "full".
+
+    Example:
+        >>> manner([""] * 3, ["it is free .", "please wait .", "we will refund the laptop today . thanks ."])
+        ['promise', 'short', 'full']
+    """
+    kinds = zip(big_word(prompts, completions), short(prompts, completions), strict=True)
+    return ["promise" if big else "short" if few else "full" for big, few in kinds]
+
+
 def actions(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """How many things the reply says will be done."""
     return [_counting(set(ACTIONS.values()))(text.split()) for text in map(answer_text, completions)]
