@@ -65,7 +65,7 @@ examples:
   align-cbrl run my_recipe/                                a recipe of your own: a folder
   align-cbrl report runs/tune_weights                      write its report again
   align-cbrl compare runs/tune_weights runs/mine           runs side by side
-  align-cbrl serve leader.yaml                             rewards for OpenRLHF, verl or any other engine
+  align-cbrl serve leader.yaml                             rewards for any other engine
   align-cbrl step --leader runs/reward --rollouts logs.jsonl --out runs/reward-2
                                                            a leader step from an engine's logs
   align-cbrl run four_rooms --config table.yaml            fines on a map: the whole table

@@ -274,7 +274,7 @@ def test_what_a_sharded_policy_cannot_do_is_refused(tmp_path: Path, monkeypatch:
 def test_a_recipe_in_several_processes_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("align_cbrl.cli.world_size", lambda: 2)
+    monkeypatch.setattr("align_cbrl.distributed.world_size", lambda: 2)
     assert main(["run", "tune_weights"]) == 2
     assert "recipe 'tune_weights': expected one process, got 2" in capsys.readouterr().err
 

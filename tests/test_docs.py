@@ -34,8 +34,10 @@ SHORTER = {
     "warmup=20": "warmup=1",
     "interval=5": "interval=1",
     "max_completion_length=24": "max_completion_length=4",
-    'report_to="none", max_steps=100': "report_to='none', max_steps=1, max_completion_length=4, disable_tqdm=True",
-    "max_steps=100": "max_steps=1, per_device_train_batch_size=8, disable_tqdm=True, save_strategy='no'",
+    # The last line keeps transformers and torch from warning of trl's defaults.
+    "max_steps=100": "max_steps=1, max_completion_length=4, per_device_train_batch_size=8, disable_tqdm=True, "
+    "save_strategy='no', logging_strategy='no', use_cpu=True, "
+    "activation_checkpointing=False, dataloader_pin_memory=False",
     "contexts_per_step=64, group_size=4": "contexts_per_step=4, group_size=2",
 }
 

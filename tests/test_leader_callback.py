@@ -214,7 +214,8 @@ def test_a_resumed_script_repeats_the_uninterrupted_one_to_the_last_bit(
     two, again, resumed = train(kind, price=price, resume=True, **saved)
     assert torch.equal(one.weight, two.weight) and torch.equal(one.scale, two.scale)
     assert torch.equal(policy, weights(resumed.model))
-    same = [name for name in whole.history[-1] if not name.endswith(("seconds", "share"))]
+    # The judge of the resumed script, which has no cache on the disk, is asked again about what it knew before.
+    same = [name for name in whole.history[-1] if not name.endswith(("seconds", "share", "judge_calls"))]
     assert [[row[name] for name in same] for row in whole.history] == [
         [row[name] for name in same] for row in again.history
     ]

@@ -10,6 +10,7 @@ import torch
 from align_cbrl import Problem
 from align_cbrl.checks import checked
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.run_folder import CONFIG
 from toy_cmdp import building
 
@@ -29,6 +30,9 @@ class Config:
             starts=[0, 1, 2, 3], starts_from_paths=[0, 1, 2, 3], steps=100, learning_rate=0.05, paths=10, every=10
         )
     )
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from align_cbrl.checks import checked
 from align_cbrl.runs.config import load_config
+from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.run_folder import CONFIG
 from toy_cmdp import lqr
 
@@ -26,6 +27,9 @@ class Config:
             starts=list(range(10)), starts_from_paths=[0, 1, 2], steps=300, learning_rate=0.1, paths=4, every=20
         )
     )
+
+
+preflight = check_drawing
 
 
 def run(config: Config, out: Path, resume: bool) -> None:
