@@ -177,6 +177,7 @@ class HPGD:
         self._memory = Memory(saved=saved) if config.natural is None else Memory(config.natural.memory - 1, saved)
         self._between_steps = True  # not while a step has moved some of what a checkpoint holds
         self._told: set[str] = set()  # what has been warned of
+        self._judges = list({id(judge): judge for judge in _judges_of(problem.objective)}.values())
         self._asked_before = 0.0  # judges' calls in steps that other processes took, less those before this run
 
     def run(self, resume: bool = False) -> None:
@@ -326,10 +327,9 @@ class HPGD:
 
     def _asked(self) -> float | None:
         """How many completions the objective's judges were asked about in this process's life; None without a judge."""
-        judges = {id(judge): judge for judge in _judges_of(self.problem.objective)}
-        if not judges:
+        if not self._judges:
             return None
-        return float(gather_rows(torch.tensor([[sum(judge.calls for judge in judges.values())]])).sum())
+        return float(gather_rows(torch.tensor([[sum(judge.calls for judge in self._judges)]])).sum())
 
     def _apply(self, gradient_norm: float) -> bool:
         """Step along `.grad`, and bring the leader back into its budget; returns whether the step was skipped."""

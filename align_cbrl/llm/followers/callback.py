@@ -14,13 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from align_cbrl.checks import Count, checked
-from align_cbrl.distributed import gather_rows
 from align_cbrl.errors import InputError
 from align_cbrl.hpgd import HPGDConfig
 from align_cbrl.llm.followers.stepwise import StepwiseHPGD
 from align_cbrl.llm.followers.trainer_batch import Reference, trainer_rollouts
 from align_cbrl.llm.followers.trainer_response import TrainerPolicy, TrainerResponse, response_of
-from align_cbrl.llm.judges.judge import Asked
 from align_cbrl.llm.leaders.base import LanguageLeader
 from align_cbrl.llm.leaders.mixture import RewardMixture
 from align_cbrl.objectives.observations import LogRatio
@@ -107,7 +105,6 @@ class LeaderCallback(TrainerCallback):
         self.config = HPGDConfig() if config is None else config
         self.optimizer = _adam(leader) if optimizer is None and self.config.natural is None else optimizer
         self._reference = Reference(reference)
-        self._judges = _judges_of(objective)
         self._loop: StepwiseHPGD | None = None
         self._response: TrainerResponse | None = None
         self._args: Any = None
@@ -210,8 +207,7 @@ class LeaderCallback(TrainerCallback):
         assert self._loop is not None
         batch, self._batch = self._batch, None
         row = self._loop.take(batch)
-        shown = {**{name: value for name, value in row.items() if name not in _UNSHOWN}, **self._learned()}
-        self._shown = {f"{FOLDER}/{name}": value for name, value in shown.items()}
+        self._shown = {f"{FOLDER}/{name}": value for name, value in row.items() if name not in _UNSHOWN}
 
     def on_log(
         self,
@@ -272,14 +268,6 @@ class LeaderCallback(TrainerCallback):
             )
         self._response.check(self.config)
 
-    def _learned(self) -> dict[str, float]:
-        """What the leader has learned, and what its judges were asked, in all processes together."""
-        numbers = {name: value for name, value in self.leader.describe().items() if isinstance(value, float)}
-        if not self._judges:
-            return numbers
-        calls = gather_rows(torch.tensor([[judge.calls for judge in self._judges]])).sum()
-        return {**numbers, "judge_calls": float(calls)}
-
 
 def _adam(leader: LanguageLeader) -> torch.optim.Optimizer:
     if not isinstance(leader, RewardMixture):
@@ -288,13 +276,6 @@ def _adam(leader: LanguageLeader) -> torch.optim.Optimizer:
             "as torch.optim.Adam(leader.parameters(), lr=1e-3, maximize=True)"
         )
     return torch.optim.Adam(leader.parameters(), lr=_STEP * leader.budget, maximize=True)
-
-
-def _judges_of(objective: Objective) -> list[Asked]:
-    found: list[Asked] = []
-    for value in vars(objective).values():
-        found += [value] if isinstance(value, Asked) else _judges_of(value) if isinstance(value, Objective) else []
-    return list({id(judge): judge for judge in found}.values())
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
