@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,13 +92,11 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     value = unpriced(bench)
     bench.further = {"objective": value, **shares(config)}
 
-    def fresh(name: str, leader: LanguageLeader, **facts: Any) -> None:
-        def trained() -> dict[str, Any]:
-            follower = bench.train(f"{name}-fresh", leader, seed + FRESH_SEED)
-            found = {**bench.final(follower, leader), "curve": bench.curve(f"{name}-fresh"), **facts}
-            return {**found, "reward": leader.describe() if isinstance(leader, RewardMixture) else {}}
-
-        bench.kept(name, trained)
+    def fresh(name: str, made: Callable[[], LanguageLeader]) -> dict[str, Any]:
+        leader = made()
+        follower = bench.train(f"{name}-fresh", leader, seed + FRESH_SEED)
+        found = {**bench.final(follower, leader), "curve": bench.curve(f"{name}-fresh")}
+        return {**found, "reward": leader.describe() if isinstance(leader, RewardMixture) else {}}
 
     def tuned() -> dict[str, Any]:
         leader, follower = bench.leader(), bench.follower(seed)
@@ -109,16 +108,16 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
 
     bench.kept("base", lambda: bench.final(bench.follower(seed)))
     bench.kept("in_training", tuned)
-    fresh("hpgd", bench.learned("hpgd"))
-    for name, leader, facts in rivals(bench, config, folder, value):
-        fresh(name, leader(), **facts)
+    bench.kept("hpgd", lambda: fresh("hpgd", partial(bench.learned, "hpgd")))
+    for name, made in rivals(bench, config, folder, value).items():
+        bench.kept(name, partial(fresh, name, made))
 
 
 def rivals(
     bench: Bench, config: Config, folder: Path, value: Callable[[Rollouts], float]
-) -> list[tuple[str, Callable[[], LanguageLeader], dict[str, Any]]]:
-    """What people would do instead: name, maker of the reward, and facts to keep."""
-    found: list[tuple[str, Callable[[], LanguageLeader], dict[str, Any]]] = []
+) -> dict[str, Callable[[], LanguageLeader]]:
+    """What people would do instead: makers of rewards, by name."""
+    found: dict[str, Callable[[], LanguageLeader]] = {}
 
     def mixture(strength: float) -> RewardMixture:
         made = bench.leader(MixtureSettings(strength=strength, budget=strength))
@@ -140,6 +139,9 @@ def rivals(
         assert isinstance(learned, RewardMixture)
         return learned
 
+    def threshold(strength: float, slope: float) -> LanguageLeader:
+        return Threshold.around(bench, refitted(1.0), strength, slope)
+
     def best_of_search() -> LanguageLeader:
         trials = search(bench, "tpe", config.search, folder / "tpe", value)
         best = max(trials, key=lambda row: row["score"])
@@ -149,22 +151,15 @@ def rivals(
 
     for strength in config.strengths:
         if "plain" in config.methods:
-            found.append((f"plain {strength:g}", lambda s=strength: bench.plain(s), {}))  # type: ignore[misc]
+            found[f"plain {strength:g}"] = partial(bench.plain, strength)
         if "equal" in config.methods:
-            found.append((f"equal {strength:g}", lambda s=strength: equal(s), {}))  # type: ignore[misc]
+            found[f"equal {strength:g}"] = partial(equal, strength)
         if "refit" in config.methods:
-            found.append((f"refit {strength:g}", lambda s=strength: refitted(s), {}))  # type: ignore[misc]
-        if "threshold" in config.methods:
-            for slope in config.slopes:
-                found.append(
-                    (
-                        f"threshold {strength:g} {slope:g}",
-                        lambda s=strength, a=slope: Threshold.around(bench, refitted(1.0), s, a),  # type: ignore[misc]
-                        {},
-                    )
-                )
+            found[f"refit {strength:g}"] = partial(refitted, strength)
+        for slope in config.slopes if "threshold" in config.methods else ():
+            found[f"threshold {strength:g} {slope:g}"] = partial(threshold, strength, slope)
     if "tpe" in config.methods:
-        found.append(("tpe", best_of_search, {}))
+        found["tpe"] = best_of_search
     return found
 
 
