@@ -28,6 +28,8 @@ laboratory: $(READY)  ## every tabular table and figure, the slow tests and benc
 	$(BIN)/align-cbrl run tax_design --out runs/tax_design --resume
 	$(BIN)/align-cbrl run tax_design --config neural.yaml --out runs/tax_design-neural --resume
 	$(BIN)/align-cbrl run principal_agent --out runs/principal_agent --resume
+	$(BIN)/align-cbrl run lqr --out runs/lqr --resume
+	$(BIN)/align-cbrl run building --out runs/building --resume
 	$(BIN)/align-cbrl run estimators --out runs/estimators --resume
 	$(BIN)/align-cbrl run variety --out runs/variety --resume
 	$(BIN)/align-cbrl run rtq --out runs/rtq --resume

@@ -218,6 +218,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
     )
     config.completer = _configs_like  # type: ignore[attr-defined]
+    _add_overrides(parser, "seed=1 hpgd.steps=50")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/RECIPE[-CONFIG])")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -225,9 +230,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="change values of the configuration: seed=1 hpgd.steps=50",
+        help=f"change values of the configuration: {example}",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/RECIPE[-CONFIG])")
 
 
 class _Job(NamedTuple):
@@ -242,9 +246,6 @@ class _Job(NamedTuple):
 
 def _add_engines(commands: Any) -> None:
     """The commands for engines that are not ours."""
-    overrides: dict[str, Any] = {
-        "dest": "overrides", "metavar": "KEY=VALUE", "nargs": "+", "action": "extend", "default": [],
-    }  # fmt: skip
     serve = commands.add_parser(
         "serve",
         help="a reward server for any other engine",
@@ -253,7 +254,7 @@ def _add_engines(commands: Any) -> None:
     )
     serve.set_defaults(command=_serve)
     serve.add_argument("config", metavar="LEADER_CONFIG", type=Path, help="a YAML file (docs/serving.md)")
-    serve.add_argument("--set", help="change values of the configuration: every=2 hpgd.steps=50", **overrides)
+    _add_overrides(serve, "every=2 hpgd.steps=50")
     serve.add_argument("--out", metavar="DIR", type=Path, help="the server's folder (default: runs/CONFIG)")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8123, help="0 for any that is free (default: 8123)")
@@ -269,7 +270,7 @@ def _add_engines(commands: Any) -> None:
     step.add_argument("--rollouts", metavar="FILE", type=Path, required=True, help="jsonl, json, csv or parquet")
     step.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the new leader")
     step.add_argument("--config", metavar="FILE", type=Path, help="a YAML file (default: the column score, one step)")
-    step.add_argument("--set", help="change values of the configuration: hpgd.steps=3", **overrides)
+    _add_overrides(step, "hpgd.steps=3")
     step.add_argument("--trust-code", action="store_true", help="import reward functions that the folder names")
 
 
