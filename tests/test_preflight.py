@@ -15,6 +15,7 @@ import enumerable_lm as lm
 import pytest
 import tiny_models
 import torch
+from chat_server import chat_server
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from align_cbrl import cli
@@ -157,11 +158,10 @@ def command(material: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def refused(material: Path, out: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What `run` says of a configuration that it refuses, within ten seconds, leaving nothing behind."""
+    """What `run` says of a configuration that it refuses, leaving nothing behind; prints how soon."""
     began = time.perf_counter()
     assert cli.main(command(material, out, "seeds=[0]", *overrides)) == 2
     seconds = time.perf_counter() - began
-    assert seconds < 10
     assert not out.exists() and not (out.parent / "cache").exists()
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "Traceback" not in error
@@ -304,6 +304,22 @@ def test_check_says_what_is_there_and_makes_nothing(
     assert cli.main([*arguments, "--set", f"judge.function={material}/own.py:raising"]) == 2
     assert "judge: raised ConnectionError" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_judges_of_every_kind_are_asked_by_their_own_key(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "judge.txt").write_text("How good is {completion} for {prompt}?")
+    check = ["check", "tune_weights", "--config", f"{material}/my.yaml", "--set"]
+    assert cli.main([*check, "judge.url=http://127.0.0.1:9/score"]) == 2
+    assert "--set judge.url=http://127.0.0.1:9/score: judge.url: judge: raised" in capsys.readouterr().err
+    with chat_server() as api:
+        assert cli.main([*check, f"judge.chat={api.url}", "judge.model=m", "judge.scale=[0, 9]",
+                         f"judge.template={tmp_path}/judge.txt"]) == 0  # fmt: skip
+        assert api.calls == 2
+    assert "judge.chat " in capsys.readouterr().out
+    assert cli.main([*check, f"judge.reward_model={material}/reward"]) == 0
+    assert "judge.reward_model " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["four_rooms", "rtq", "variety"])

@@ -21,7 +21,7 @@ from align_cbrl.llm.reward_models import check_reward_model
 from align_cbrl.llm.scoring import check_arguments, refusing_what_raises, scores_of_once
 from align_cbrl.llm.settings.judge import RewardModelJudgeSettings
 from align_cbrl.llm.settings.objective import ObjectiveSettings
-from align_cbrl.runs.config import nearest
+from align_cbrl.runs.config import nearest, variant_key
 from align_cbrl.runs.imports import load_object
 from align_cbrl.runs.preflight import Preflight
 
@@ -113,7 +113,7 @@ def two_rows(data: Dataset, model: str | None) -> dict[str, list[Any]]:
 def check_judge(settings: BenchSettings, notes: Preflight, rows: Mapping[str, list[Any]]) -> Judge | None:
     """The judge, asked about two completions; None where something is wrong with it."""
     given = settings.judge
-    key = f"judge.{next(name for name in ('function', 'reward_model', 'url') if hasattr(given, name))}"
+    key = f"judge.{variant_key(type(given))}"
     if isinstance(given, RewardModelJudgeSettings):
         with notes.about(key):
             notes.found(key, check_reward_model(given.reward_model))
