@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help rlhf study laboratory test lint docs clean
@@ -10,19 +11,26 @@ READY := .venv/.installed
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /#/' | awk -F'#' '{printf "  make %-10s %s\n", $$1, $$2}'
 
+# Nothing is compiled beforehand: Python compiles what a run imports, a tenth of what is installed.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,peft,plots,tune]"
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e ".[plots]"
 	@touch $@
 
-rlhf: $(READY)  ## the main job: tune reward weights around a trl follower; run it again to continue, finished stages are kept
+$(DEV): $(READY)
+	$(PIP) -e ".[dev,peft,plots,tune]"
+	@touch $@
+
+rlhf: $(READY)  ## the main job, two minutes: tune reward weights around a trl follower; run again to continue, finished stages are kept
 	$(BIN)/align-cbrl run tune_weights --out runs/tune_weights --resume
 
-study: $(READY)  ## the main job and its baselines over five seeds
+study: $(DEV)  ## the published study in the world of docstrings: five seeds with baselines, over an hour
 	$(BIN)/align-cbrl run tune_weights --config study.yaml --out runs/study --resume
 
-laboratory: $(READY)  ## every tabular table and figure, the slow tests and benchmarks; about two hours, continues where it stopped
+laboratory: $(DEV)  ## every tabular table and figure, the slow tests and benchmarks; about two hours, continues where it stopped
 	$(BIN)/align-cbrl run four_rooms --config table.yaml --out runs/four_rooms-table --resume
 	$(BIN)/align-cbrl run four_rooms --config sampled.yaml --out runs/four_rooms-sampled --resume
 	$(BIN)/align-cbrl run tax_design --out runs/tax_design --resume
@@ -42,10 +50,10 @@ test: lint  ## linter, type checker, and all tests but the slow ones, a file at 
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 docs: $(READY)  ## the site with its API pages, in site/
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(PIP) -e ".[docs]"
 	$(BIN)/mkdocs build
 
-lint: $(READY)  ## linter, format and type checker
+lint: $(DEV)  ## linter, format and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

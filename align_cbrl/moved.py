@@ -77,7 +77,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 """Old module name -> where its names are now; several modules where it was divided."""
 
 RECIPES: dict[str, tuple[str, dict[str, str]]] = {
-    "docstrings": ("tune_weights", {"reward_model.yaml": "head.yaml"}),
+    "docstrings": ("tune_weights", {"config.yaml": "docstrings.yaml", "reward_model.yaml": "head.yaml"}),
     "reward_weights": ("tune_weights", {"config.yaml": "replies.yaml", "smoke.yaml": "replies_smoke.yaml"}),
 }
 """Old recipe name -> the new one, and the new names of those of its files that were renamed."""

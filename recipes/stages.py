@@ -93,6 +93,10 @@ class Stages:
         """Say that a stage was found finished."""
         self._say(name, "finished before")
 
+    def found(self, name: str, figures: Mapping[str, float]) -> None:
+        """Say what a stage found: labelled figures."""
+        self._say(name, ", ".join(f"{label} {value:.3f}" for label, value in figures.items()))
+
     def _say(self, name: str, told: str) -> None:
         number = f", stage {list(self._steps).index(name) + 1} of {len(self._steps)}" if name in self._steps else ""
         print(f"{self._label}{number}, {name}: {told}", flush=True)

@@ -77,7 +77,7 @@ def test_the_library_itself_uses_no_old_name() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
     [
-        ("docstrings", None, ("tune_weights", None)),
+        ("docstrings", None, ("tune_weights", "docstrings.yaml")),
         ("docstrings", "reward_model.yaml", ("tune_weights", "head.yaml")),
         ("docstrings", "smoke", ("tune_weights", "smoke")),
         ("reward_weights", None, ("tune_weights", "replies.yaml")),

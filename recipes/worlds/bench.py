@@ -182,13 +182,17 @@ class Bench:
                 check_arguments(name, function, ["prompts", "completions", "completion_ids", *columns])
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stage `name`: what `make` returned, as `study.kept` keeps it, said where it is made."""
+        """The stage `name`: what `make` returned, as `study.kept` keeps it; that it is made is said, and its figures."""
         file = self.out / f"{name}.json"
         if read_kept(file) is not None:
             self._stages.skipped(name)
             return kept(file, make)
         with self._stages.stage(name):
-            return kept(file, make)
+            found = kept(file, make)
+        means = {label: found[figure]["mean"] for figure, label in FIGURES.items() if figure in found}
+        if means:
+            self._stages.found(name, means)
+        return found
 
     def _make_stages(self, parts: Mapping[str, int]) -> Stages:
         settings, world, rows = self.settings, self.settings.world, len(self.data["train"])
