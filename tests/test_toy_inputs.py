@@ -23,6 +23,7 @@ from toy_cmdp import (
     leader_value,
     random_cmdp,
 )
+from toy_cmdp.problems.four_rooms import GOALS
 from toy_cmdp.tables.cmdp import gather_steps
 from toy_cmdp.validate import validate
 
@@ -97,6 +98,18 @@ def test_names_appear_in_messages():
         problem.leader.get_buffer("transition")[0, 0, 0] = -0.5
     with pytest.raises(InputError, match=r"context 0 \(goal \(1, 9\)\), state 0 \(cell \(1, 1\)\), action 0 \(up\)"):
         leader_value(problem)
+
+
+@pytest.mark.parametrize("goals", [(), ((0, 0),), ((1, 9), (1, 9)), ((1, 9), (13, 1)), (1, 9), ("1, 9",)])
+def test_goals_are_different_free_cells(goals):
+    with pytest.raises(InputError, match=r"goals(\[0\])?: expected"):
+        four_rooms(goals=goals)
+
+
+def test_two_goals_are_the_mean_of_one_and_one():
+    both = leader_value(four_rooms(temperature=0.005, price=3.0)).item()
+    alone = [leader_value(four_rooms(temperature=0.005, price=3.0, goals=(goal,))).item() for goal in GOALS]
+    assert both == pytest.approx(sum(alone) / 2, abs=1e-12)
 
 
 def test_a_constant_table_is_checked_once_and_again_when_it_changes():

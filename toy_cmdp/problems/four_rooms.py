@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from align_cbrl.checks import Count, NonNegative, Probability, Whole, checked
+from align_cbrl.errors import InputError
 from align_cbrl.objectives import ExpectedUtility
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.exact import ExactFollower
@@ -29,7 +31,9 @@ x     x     x
 xxxxxxxxxxxxx
 """
 _MOVES = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}
-_START, _TARGET, _GOALS = (4, 1), (8, 4), ((1, 9), (11, 11))
+_START, _TARGET = (4, 1), (8, 4)
+GOALS = ((1, 9), (11, 11))
+"""The goals (row, column) of the published problem."""
 _DISCOUNT, _BUDGET = 0.99, 0.2
 
 
@@ -80,11 +84,12 @@ def four_rooms(
     slip: Probability = 0.44,
     seed: Whole = 0,
     horizon: Count | None = None,
+    goals: Sequence[tuple[int, int]] = GOALS,
 ) -> Problem:
     """The published problem: lead the follower through cell (8, 4) by fines that cost the leader in the goal.
 
-    The follower's goal is (1, 9) or (11, 11), each with probability one half; acting there pays 1 and ends the
-    episode. Regularisation is by entropy, in the goal as well: V(goal) = 1 + lambda log 4. The leader earns 1 for
+    The follower's goal is one of `goals`, each with the same probability; acting there pays 1 and ends the episode.
+    Regularisation is by entropy, in the goal as well: V(goal) = 1 + lambda log 4. The leader earns 1 for
     every step that the follower acts in (8, 4), and pays `price` times the sum of all fines, the goal's own included,
     when the follower acts in its goal. gamma = gammaF = 0.99.
 
@@ -95,9 +100,11 @@ def four_rooms(
             authors' simulator corresponds to 0.33.
         seed: of the initial weights, N(0, 0.01^2).
         horizon: longest sampled path; by default discount^T <= 1e-3.
+        goals: cells (row, column), a context each; ((1, 9),) is the problem of BC-HG (ICAPS 2026).
 
     Raises:
-        InputError: a temperature that is not positive, a slip outside [0, 1] (rows of P that are no laws).
+        InputError: a temperature that is not positive, a slip outside [0, 1] (rows of P that are no laws), goals that
+            are not different free cells.
 
     Example:
         >>> from toy_cmdp.referee.exact import leader_value
@@ -106,7 +113,10 @@ def four_rooms(
     """
     cells = four_rooms_map()
     place = {cell: i for i, cell in enumerate(cells)}
-    states, moves, contexts = len(cells), list(_MOVES.values()), len(_GOALS)
+    goals = [tuple(cell) for cell in goals]
+    if not goals or len(set(goals)) < len(goals) or any(cell not in place for cell in goals):
+        raise InputError(f"goals: expected different free cells (row, column) of the map, such as (1, 9), got {goals}")
+    states, moves, contexts = len(cells), list(_MOVES.values()), len(goals)
 
     transition = torch.zeros(states, len(moves), states, dtype=torch.float64)
     for i, (row, column) in enumerate(cells):
@@ -117,7 +127,7 @@ def four_rooms(
     initial = torch.zeros(contexts, states, dtype=torch.float64)
     initial[:, place[_START]] = 1
     goal = torch.zeros(contexts, states, dtype=torch.float64)
-    for context, cell in enumerate(_GOALS):
+    for context, cell in enumerate(goals):
         goal[context, place[cell]] = 1
     target = torch.zeros(states, dtype=torch.float64)
     target[place[_TARGET]] = 1
@@ -132,7 +142,7 @@ def four_rooms(
     cmdp = ContextualMDP(
         context_probabilities=torch.full((contexts,), 1 / contexts, dtype=torch.float64),
         terminal=goal.bool(),
-        context_names=[f"goal {cell}" for cell in _GOALS],
+        context_names=[f"goal {cell}" for cell in goals],
         state_names=[f"cell {cell}" for cell in cells],
         action_names=list(_MOVES),
     )
