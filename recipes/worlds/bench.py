@@ -182,7 +182,7 @@ class Bench:
                 check_arguments(name, function, ["prompts", "completions", "completion_ids", *columns])
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stage `name`: what `make` returned, as `study.kept` keeps it; its beginning and its figures are printed."""
+        """The stage `name`: what `make` returned, as `study.kept` keeps it; its begin and its figures are printed."""
         file = self.out / f"{name}.json"
         if read_kept(file) is not None:
             self._stages.skipped(name)
