@@ -1,8 +1,10 @@
-"""Good leaders, not only stationary ones: many scattered starts, and successive halving among them.
+"""Good leaders, not only stationary ones: many scattered starts, successive halving among them, and exchanges.
 
 The leader's value has poor local optima, and an ascent ends in the one whose basin it starts in. Restarts find better
 ones, and most of their cost can be saved: after a share of the steps the value already tells which ones to drop
-(successive halving: Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016).
+(successive halving: Karnin, Koren and Somekh 2013; Jamieson and Talwalkar 2016). What remains is an incentive of the
+right size in the wrong place, which no gradient moves, since it would have to vanish first: an exchange moves it
+(iterated local search: Lourenco, Martin and Stuetzle 2003).
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from align_cbrl.checks import Count, Range, checked
+from align_cbrl.checks import Count, NonNegative, Range, checked
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Problem, step_seed
 
@@ -140,6 +143,99 @@ def best(values: Tensor, keep: int) -> Tensor:
         [0, 2]
     """
     return torch.sort(values, descending=True, stable=True).indices[:keep].sort().values
+
+
+def exchanges(weights: Tensor, heaviest: int) -> Tensor:
+    """All vectors that differ from `weights` [n] in one exchange: [K, n], K < heaviest n.
+
+    One of the `heaviest` largest entries changes places with another entry.
+
+    Example:
+        >>> exchanges(torch.tensor([3.0, 1.0, 2.0]), 1)
+        tensor([[1., 3., 2.],
+                [2., 1., 3.]])
+    """
+    largest = torch.sort(weights, descending=True, stable=True).indices[:heaviest].tolist()
+    pairs = [(i, j) for k, i in enumerate(largest) for j in range(len(weights)) if j != i and j not in largest[:k]]
+    first, second = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    moved = weights.repeat(len(pairs), 1)
+    place = torch.arange(len(pairs))
+    moved[place, first], moved[place, second] = weights[second], weights[first]
+    return moved
+
+
+@checked
+def exchange_ascent(
+    problem: Problem,
+    value: Callable[[], float],
+    climb: Callable[[], float],
+    *,
+    heaviest: Count = 4,
+    gain: NonNegative = 1e-4,
+) -> int:
+    """Leave local optima by exchanging two entries of the leader's parameter, as long as that helps.
+
+    Every round looks at the values of all `exchanges`, goes to the best, and climbs from there, until the best is worth
+    no more than the leader as it stands. It suits leaders whose entries mean the same thing in
+    different places, such as the incentives of cells; nothing has to be known of the places.
+
+    Args:
+        problem: whose leader is moved; it has one parameter, a vector [n].
+        value: of the leader as it stands.
+        climb: ascends from where the leader stands, and returns the value that it ends with.
+        heaviest: how many of the largest entries are moved; a round looks at fewer than `heaviest` n values.
+        gain: an exchange has to raise the value by more.
+
+    Returns:
+        The number of exchanges that were made.
+
+    Raises:
+        InputError: a leader of several parameters, or of one that is no vector of at least two entries; a value that is
+            not finite.
+
+    Example:
+        >>> from toy_cmdp import four_rooms, leader_value
+        >>> from toy_cmdp.estimators.climbs import ExactClimb
+        >>> problem = four_rooms(temperature=0.005, price=3.0, horizon=1)
+        >>> scatter(problem, 5.0, seed=0, start=0)
+        >>> before = leader_value(problem).item()
+        >>> rounds = exchange_ascent(
+        ...     problem,
+        ...     lambda: leader_value(problem).item(),
+        ...     lambda: ExactClimb([problem], steps=5, learning_rate=0.05).advance(5).item(),
+        ...     heaviest=1,
+        ... )
+        >>> rounds > 0, leader_value(problem).item() > before
+        (True, True)
+    """
+    shapes = [tuple(parameter.shape) for parameter in problem.parameters]
+    if len(shapes) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 2:
+        raise InputError(f"problem: expected a leader of one parameter, a vector of two entries or more, got {shapes}")
+    (parameter,) = problem.parameters
+
+    @torch.no_grad()
+    def value_at(weights: Tensor) -> float:
+        parameter.copy_(weights)
+        found = value()
+        if not math.isfinite(found):
+            raise InputError(f"value: expected a finite number, got {found} at {weights.tolist()}")
+        return found
+
+    made = 0
+    while True:
+        stands = parameter.detach().clone()
+        reached = value_at(stands)
+        candidates = exchanges(stands, heaviest)
+        values = [value_at(candidate) for candidate in candidates]
+        best_value = max(values)
+        if best_value <= reached + gain:
+            value_at(stands)
+            return made
+        exchanged = candidates[values.index(best_value)]
+        value_at(exchanged)
+        if climb() < best_value:  # it fell off a cliff: the exchange alone is kept
+            value_at(exchanged)
+        made += 1
 
 
 def scatter(problem: Problem, scale: float, *, seed: int, start: int) -> None:

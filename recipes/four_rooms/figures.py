@@ -13,14 +13,14 @@ import toy_cmdp
 from align_cbrl.errors import InputError
 from align_cbrl.problem import Problem
 from toy_cmdp.followers.solve import continuation
-from toy_cmdp.problems.four_rooms import FourRoomsLeader
+from toy_cmdp.problems.four_rooms import GOALS, FourRoomsLeader, Goals
 from toy_cmdp.tables.transition import policy_system
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ROWS, _COLUMNS = 13, 13
-_START, _TARGET, _GOALS = (4, 1), (8, 4), ((1, 9), (11, 11))
+_START, _TARGET = (4, 1), (8, 4)
 _WALL, _INK, _SOFT = "#c4cad1", "#22272e", "#57606a"
 _FINES, _TIME = "Reds", "Blues"
 
@@ -39,9 +39,11 @@ def occupancy(problem: Problem) -> Tensor:
         return policy_system(tables.transition, weights).solve(tables.initial, transpose=True)
 
 
-def with_weights(weights: Sequence[float] | None, *, temperature: float, price: float, slip: float) -> Problem:
+def with_weights(
+    weights: Sequence[float] | None, *, temperature: float, price: float, slip: float, goals: Goals = GOALS
+) -> Problem:
     """Four Rooms at the given weights, [105]; None stands for no fines at all."""
-    problem = toy_cmdp.four_rooms(temperature=temperature, price=price, slip=slip, horizon=1)
+    problem = toy_cmdp.four_rooms(temperature=temperature, price=price, slip=slip, horizon=1, goals=goals)
     with torch.no_grad():
         if weights is None:
             problem.parameters[0].zero_()[-1] = 100.0  # the whole budget unspent
@@ -57,25 +59,25 @@ def fines(problem: Problem) -> Tensor:
 
 
 def before_and_after_png(
-    path: Path, weights: Sequence[float], *, temperature: float, price: float, slip: float
+    path: Path, weights: Sequence[float], *, temperature: float, price: float, slip: float, goals: Goals = GOALS
 ) -> Path:
-    """Fines, and the follower's occupancy without and with them for each of its two goals.
+    """Fines, and the follower's occupancy without and with them for each of its goals.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    cell = {"temperature": temperature, "price": price, "slip": slip}
-    led = with_weights(weights, **cell)
-    before, after = occupancy(with_weights(None, **cell)), occupancy(led)
-    panels: list[tuple[str, Tensor, tuple[tuple[int, int], ...], str]] = [("fines", fines(led), _GOALS, _FINES)]
-    for context, goal in enumerate(_GOALS):
+    led = with_weights(weights, temperature=temperature, price=price, slip=slip, goals=goals)
+    bare = with_weights(None, temperature=temperature, price=price, slip=slip, goals=goals)
+    before, after = occupancy(bare), occupancy(led)
+    panels: list[tuple[str, Tensor, tuple[tuple[int, int], ...], str]] = [("fines", fines(led), goals, _FINES)]
+    for context, goal in enumerate(goals):
         panels.append((f"goal {goal}: without fines", before[context], (goal,), _TIME))
         panels.append((f"goal {goal}: with fines", after[context], (goal,), _TIME))
     longest = float(torch.stack([before, after]).max())
     canvas = _canvas(len(panels), 1)
-    for i, (title, values, goals, colours) in enumerate(panels):
+    for i, (title, values, marked, colours) in enumerate(panels):
         axes = canvas.add_subplot(1, len(panels), i + 1)
-        image = _map(axes, values, colours, longest if colours == _TIME else None, goals)
+        image = _map(axes, values, colours, longest if colours == _TIME else None, marked)
         axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
         if i in (0, len(panels) - 1):
             label = "fine" if i == 0 else "discounted steps in the cell"
@@ -83,7 +85,7 @@ def before_and_after_png(
     return _save(canvas, path)
 
 
-def fines_png(path: Path, cells: Sequence[tuple[str, Sequence[float]]], columns: int) -> Path:
+def fines_png(path: Path, cells: Sequence[tuple[str, Sequence[float]]], columns: int, goals: Goals = GOALS) -> Path:
     """The fines of several leaders, each on a map of its own: (title, weights [105]) a map, on one scale.
 
     Raises:
@@ -97,7 +99,7 @@ def fines_png(path: Path, cells: Sequence[tuple[str, Sequence[float]]], columns:
     for i, (title, values) in enumerate(maps):
         axes = canvas.add_subplot(lines, columns, i + 1)
         every.append(axes)
-        image = _map(axes, values, _FINES, most, _GOALS)
+        image = _map(axes, values, _FINES, most, goals)
         axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
     if image is not None:
         canvas.colorbar(image, ax=every, shrink=0.5, label="fine").outline.set_visible(False)

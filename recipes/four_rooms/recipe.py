@@ -20,19 +20,20 @@ from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.preflight import check_drawing
 from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from toy_cmdp.problems.four_rooms import GOALS, Goals
 
 from .figures import before_and_after_png, fines_png
 from .table import GROWING, TableConfig, read_units, rows, run_units
 
 _MAP_CAPTION = (
-    "Fines on the map, and the follower's discounted occupancy without and with them, for each of its two goals. "
+    "Fines on the map, and the follower's discounted occupancy without and with them, for each of its goals. "
     "S start, T the leader's target, G goal."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """See config.yaml and table.yaml. With a `table`, of the other values only `slip` is used.
+    """See config.yaml and table.yaml. With a `table`, of the other values only `slip` and `goals` are used.
 
     Raises:
         InputError: a number of paths that is not positive.
@@ -42,6 +43,7 @@ class Config:
     temperature: float = 0.001
     price: float = 1.0
     slip: float = 0.44
+    goals: Goals = GOALS
     exact: bool = True
     steps: int = 400
     learning_rate: float = 0.1
@@ -90,6 +92,7 @@ def _run_cell(config: Config, out: Path, resume: bool) -> None:
         temperature=config.temperature,
         price=config.price,
         slip=config.slip,
+        goals=config.goals,
         seed=config.seed,
         horizon=1 if config.exact else None,  # the exact gradient needs no paths
     )
@@ -124,7 +127,10 @@ def _report(out: Path, config: Config, row: dict[str, float], weights: Sequence[
     label = "exact" if config.exact else f"estimate from {config.paths} paths"
     values = ([r["step"] for r in log], [r["objective"] for r in log])
     curves_png(out / "curves.png", [Panel("Leader's value before each step", "leader step", "J", {label: values})])
-    before_and_after_png(out / "map.png", weights, temperature=config.temperature, price=config.price, slip=config.slip)
+    before_and_after_png(
+        out / "map.png", weights,
+        temperature=config.temperature, price=config.price, slip=config.slip, goals=config.goals,
+    )  # fmt: skip
     write_report(
         out / "report.html",
         title="Four Rooms",
@@ -145,7 +151,7 @@ def _report(out: Path, config: Config, row: dict[str, float], weights: Sequence[
 
 def _run_table(config: Config, table: TableConfig, out: Path, resume: bool) -> None:
     began = time.perf_counter()
-    records = run_units(table, config.slip, out, resume)
+    records = run_units(table, config.slip, config.goals, out, resume)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     with MetricsLog(out / "metrics.jsonl") as log:  # one row a search, in the table's order
         for step, record in enumerate(records):
@@ -180,11 +186,16 @@ def _table_report(
         overview.append((f"{title}: J = {finest['value']:.2f}", finest["weights"]))
         png = out / "maps" / f"temperature-{row['temperature']:g}-price-{row['price']:g}.png"
         before_and_after_png(
-            png, finest["weights"], temperature=row["temperature"], price=row["price"], slip=config.slip
+            png,
+            finest["weights"],
+            temperature=row["temperature"],
+            price=row["price"],
+            slip=config.slip,
+            goals=config.goals,
         )
         details.append(Figure(png, f"{title}, best seed ({finest['seed']}). {_MAP_CAPTION}"))
     curves_png(out / "curves.png", panels)
-    fines_png(out / "fines.png", overview, columns=min(3, len(table.prices)))
+    fines_png(out / "fines.png", overview, columns=min(3, len(table.prices)), goals=config.goals)
     budget = (
         "Exact gradients."
         if table.environment_steps is None

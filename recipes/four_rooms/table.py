@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import toy_cmdp
+from align_cbrl.checks import Count, Positive
 from align_cbrl.errors import CheckpointError, InputError
-from align_cbrl.estimators.search import Halving, scatter, successive_halving
+from align_cbrl.estimators.search import Halving, exchange_ascent, scatter, successive_halving
 from align_cbrl.problem import Problem
 from align_cbrl.runs.config import fingerprint, to_dict
 from align_cbrl.runs.files import write_whole
@@ -28,6 +29,7 @@ from align_cbrl.runs.run_folder import read_kept
 from toy_cmdp.estimators.climbs import ExactClimb, SampledClimb
 from toy_cmdp.estimators.plug_in import PlugIn, TransitionMemory
 from toy_cmdp.followers.exact import require_exact
+from toy_cmdp.problems.four_rooms import GOALS, Goals
 
 GROWING = ("temperatures", "prices", "seeds", "processes")
 """Settings that may differ when a table is resumed: it may be larger, or faster."""
@@ -35,11 +37,27 @@ _HORIZON = 200  # longest sampled path; one that is cut loses what is worth 0.99
 
 
 @dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How the winner of a search is improved by exchanges.
+
+    Attributes:
+        heaviest: how many of its largest weights are moved.
+        steps: leader steps after each exchange.
+        learning_rate: Adam's in these steps.
+    """
+
+    heaviest: Count = 4
+    steps: Count = 60
+    learning_rate: Positive = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
 class TableConfig:
     """The cells of the table and the search in each. See table.yaml.
 
     Raises:
-        InputError: an empty list, or a number that is not positive.
+        InputError: an empty list, a number that is not positive, or exchanges in a search from samples, which they
+            would decide by exact values.
     """
 
     temperatures: tuple[float, ...] = (0.001, 0.003, 0.005)
@@ -49,6 +67,7 @@ class TableConfig:
     scale: float = 5.0
     learning_rate: float = 0.2
     halving: Halving = dataclasses.field(default_factory=Halving)
+    exchange: Exchange | None = None
     environment_steps: int | None = None
     processes: int = 2
 
@@ -59,6 +78,11 @@ class TableConfig:
         for name in ("starts", "processes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.exchange is not None and self.environment_steps is not None:
+            raise InputError(
+                "exchange: looks at exact values, which a search from samples must not; set exchange or "
+                "environment_steps to null"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +104,23 @@ def units(config: TableConfig) -> list[Unit]:
     return [Unit(t, p, s) for t in config.temperatures for p in config.prices for s in config.seeds]
 
 
-def search(unit: Unit, config: TableConfig, slip: float) -> dict[str, Any]:
+def search(unit: Unit, config: TableConfig, slip: float, goals: Goals = GOALS) -> dict[str, Any]:
     """One search from scattered starts; the winner's exact value is looked at when all is decided.
 
     Returns:
-        `temperature`, `price`, `seed`, `value` (exact, of the winner), `best_start` (its number), `weights` [105],
+        `temperature`, `price`, `seed`, `value` (exact, of the winner), `halved` (its value before exchanges),
+        `exchanges` (how many were made), `best_start` (its number), `weights` [105],
         `curve` (one [leader step, best, median] for every ten leader steps, over the leaders still climbing; values are
         exact or those in the fitted model, whichever the search decides by), `leader_steps` (of all leaders together),
-        `environment_steps` (mean of a leader step; None with exact gradients) and `seconds` (of the processor).
+        `environment_steps` (mean of a leader step; None with exact gradients), and seconds of the processor: `seconds`,
+        of which `exchange_seconds` for exchanges.
     """
     began = time.process_time()
     sampled = config.environment_steps is not None
     problems = []
     for start in range(config.starts):
         problem = toy_cmdp.four_rooms(
-            temperature=unit.temperature, price=unit.price, slip=slip, horizon=_HORIZON if sampled else 1
+            temperature=unit.temperature, price=unit.price, slip=slip, horizon=_HORIZON if sampled else 1, goals=goals
         )
         scatter(problem, config.scale, seed=unit.seed, start=start)
         problems.append(problem)
@@ -125,19 +151,36 @@ def search(unit: Unit, config: TableConfig, slip: float) -> dict[str, Any]:
 
     winner = successive_halving(climb, config.starts, config.halving, on_values=on_values)
     found = problems[winner]
+    halved, made, halving_ended = toy_cmdp.leader_value(found).item(), 0, time.process_time()
+    if config.exchange is not None:
+        made = _exchange(found, config.exchange)
+    ended = time.process_time()
     return {
         **dataclasses.asdict(unit),
         "value": toy_cmdp.leader_value(found).item(),
+        "halved": halved,
+        "exchanges": made,
         "best_start": winner,
         "weights": found.parameters[0].tolist(),
         "curve": curve,
         "leader_steps": config.halving.cost(config.starts),
         "environment_steps": statistics.fmean(climb.used) if isinstance(climb, SampledClimb) else None,
-        "seconds": time.process_time() - began,
+        "seconds": ended - began,
+        "exchange_seconds": ended - halving_ended,
     }
 
 
-def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list[dict[str, Any]]:
+def _exchange(problem: Problem, settings: Exchange) -> int:
+    """The number of exchanges that `problem`'s leader is improved by."""
+
+    def climb() -> float:
+        steps = settings.steps
+        return ExactClimb([problem], steps=steps, learning_rate=settings.learning_rate).advance(steps).item()
+
+    return exchange_ascent(problem, lambda: toy_cmdp.leader_value(problem).item(), climb, heaviest=settings.heaviest)
+
+
+def run_units(config: TableConfig, slip: float, goals: Goals, out: Path, resume: bool) -> list[dict[str, Any]]:
     """All searches, each in a file of its own under `out`/units; with `resume` those that are there are kept.
 
     What a search finds does not depend on the number of processes, nor on who else runs.
@@ -151,7 +194,7 @@ def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list
     settings = to_dict(config)
     for name in GROWING:
         del settings[name]
-    mark = fingerprint({**settings, "slip": slip})
+    mark = fingerprint({**settings, "slip": slip, "goals": goals})
     done: dict[Unit, dict[str, Any]] = {}
     for unit in every:
         record = _read(folder / f"{unit.name}.json") if resume else None
@@ -165,7 +208,7 @@ def run_units(config: TableConfig, slip: float, out: Path, resume: bool) -> list
         done[unit] = record
     missing = [unit for unit in every if unit not in done]
     with tqdm(total=len(every), initial=len(done), desc="searches") as bar:
-        for unit, record in _results(missing, config, slip):
+        for unit, record in _results(missing, config, slip, goals):
             done[unit] = {**record, "fingerprint": mark}
             write_whole(folder / f"{unit.name}.json", json.dumps(done[unit]) + "\n")
             bar.update()
@@ -213,14 +256,16 @@ def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def _results(missing: Sequence[Unit], config: TableConfig, slip: float) -> Iterator[tuple[Unit, dict[str, Any]]]:
+def _results(
+    missing: Sequence[Unit], config: TableConfig, slip: float, goals: Goals
+) -> Iterator[tuple[Unit, dict[str, Any]]]:
     if config.processes == 1 or len(missing) < 2:
         for unit in missing:
-            yield unit, search(unit, config, slip)
+            yield unit, search(unit, config, slip, goals)
         return
     context = multiprocessing.get_context("spawn")  # a forked process would inherit threads of torch's
     with ProcessPoolExecutor(config.processes, mp_context=context, initializer=_begin_worker) as pool:
-        jobs = {pool.submit(search, unit, config, slip): unit for unit in missing}
+        jobs = {pool.submit(search, unit, config, slip, goals): unit for unit in missing}
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,10 @@ xxxxxxxxxxxxx
 """
 _MOVES = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}
 _START, _TARGET = (4, 1), (8, 4)
-GOALS = ((1, 9), (11, 11))
+Goals = tuple[tuple[int, int], ...]
+"""Cells (row, column)."""
+
+GOALS: Goals = ((1, 9), (11, 11))
 """The goals (row, column) of the published problem."""
 _DISCOUNT, _BUDGET = 0.99, 0.2
 
@@ -84,7 +86,7 @@ def four_rooms(
     slip: Probability = 0.44,
     seed: Whole = 0,
     horizon: Count | None = None,
-    goals: Sequence[tuple[int, int]] = GOALS,
+    goals: Goals = GOALS,
 ) -> Problem:
     """The published problem: lead the follower through cell (8, 4) by fines that cost the leader in the goal.
 
@@ -113,9 +115,8 @@ def four_rooms(
     """
     cells = four_rooms_map()
     place = {cell: i for i, cell in enumerate(cells)}
-    goals = [tuple(cell) for cell in goals]
     if not goals or len(set(goals)) < len(goals) or any(cell not in place for cell in goals):
-        raise InputError(f"goals: expected different free cells (row, column) of the map, such as (1, 9), got {goals}")
+        raise InputError(f"goals: expected different free cells (row, column) of the map, got {list(goals)}")
     states, moves, contexts = len(cells), list(_MOVES.values()), len(goals)
 
     transition = torch.zeros(states, len(moves), states, dtype=torch.float64)
