@@ -15,7 +15,7 @@ from align_cbrl.objectives import LogRatio
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Matrix, Section, Table
 
-from ..statistics import mean_and_error, shown
+from ..statistics import interval, mean_and_error, shown
 from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
 from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
 from ..worlds.check import check_bench
@@ -142,7 +142,7 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
         rivals = [n for n in config.objectives if n != own]
         best = max([own, *rivals], key=lambda n: matrix[n][own]["mean"])
         gaps = [a["measures"][own] - b["measures"][own] for a, b in zip(parts[own], parts[best], strict=True)]
-        verdicts[own] = {"best": best, "behind": None if best == own else mean_and_error(gaps)}
+        verdicts[own] = {"best": best, "behind": None if best == own else interval(gaps)}
     return {
         "rows": rows_of(parts, ("judge", "kl", "words")),
         "matrix": matrix,
