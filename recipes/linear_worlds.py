@@ -198,7 +198,9 @@ def write_ascents_report(out: Path, recipe: str, ascents: Ascents) -> None:
         subtitle=f"{ascents.steps} leader steps of Adam, learning rate {ascents.learning_rate:g}",
         sections=[
             Section(
-                "Result", f"The best value known is {summary['best']:.2f}.", [table, compared(summary["comparisons"])]
+                "Result",
+                f"The best value known is {summary['best']:.2f}.",
+                [table, compared(summary["comparisons"], "starts")],
             ),
             Section("Curves", "", [Charts(panels, "Means over starts; bands: standard errors.")]),
         ],

@@ -262,10 +262,11 @@ class Study:
         shown_figures = [f for f in self.figures if any(row.get(f) is not None for row in summary["rows"])]
         rows = [[self._label(row), *(_cell(row.get(f)) for f in shown_figures)] for row in summary["rows"]]
         known = [row for row in summary["rows"] if self.best_by and _mean(row.get(self.best_by)) is not None]
-        best = max(known, key=lambda row: _mean(row[self.best_by]) or 0.0, default=None)
-        if best is not None and self.best_by is not None:
-            caption = f"{caption} Set off: the highest {self.figures[self.best_by]}; whether by chance, see below."
-        highlight = None if best is None else self._label(best)
+        most = max((_mean(row[self.best_by]) or 0.0 for row in known), default=None)
+        best = [self._label(row) for row in known if _mean(row[self.best_by]) == most]
+        highlight = best[0] if len(best) == 1 else None
+        if highlight is not None:
+            caption += f" Set off: the highest {self.figures[self.best_by or '']}, be it by chance."
         found: list[Item] = [Table(["policy", *(self.figures[f] for f in shown_figures)], rows, caption, highlight)]
         if summary.get("comparisons"):
             found.append(compared(summary["comparisons"]))
@@ -347,17 +348,22 @@ def seeds_in_words(config: Any) -> str:
     return counted(len(config.seeds), "seed")
 
 
-def compared(comparisons: Mapping[str, Mapping[str, Any]]) -> Intervals:
-    """Differences by name, as `statistics.interval` or `difference` gave them, drawn on one scale."""
+def compared(comparisons: Mapping[str, Mapping[str, Any]], units: str = "seeds") -> Intervals:
+    """Differences by name, as `statistics.interval` or `difference` gave them, drawn on one scale.
+
+    Args:
+        comparisons: by name.
+        units: over what they are, unless they say so themselves.
+    """
     kinds = [
-        "over test prompts of one seed, which say nothing about another seed" if over == "prompts" else "over seeds"
-        for over in sorted({f.get("over", "seeds") for f in comparisons.values() if f["low"] is not None})
+        "over test prompts of one seed, which say nothing about another seed" if over == "prompts" else f"over {over}"
+        for over in sorted({f.get("over", units) for f in comparisons.values() if f["low"] is not None})
     ]
     return Intervals(
         [(name, found["mean"], found["low"], found["high"]) for name, found in comparisons.items()],
         f"Paired differences and their 95 % intervals (Student's t), {'; '.join(kinds)}."
         if kinds
-        else "Differences of one seed, without an interval: more seeds would give one.",
+        else f"Differences without an interval: more {units} would give one.",
     )
 
 
@@ -403,7 +409,8 @@ def curves(
                 remarks += [f"{name}: {remark}"] if remark else []
         drawn.append(Panel(title, x_label, y_label, lines, log_x=log_x, note="; ".join(remarks)))
     curves_png(out / "curves.png", drawn)
-    return Charts(drawn, "Mean over seeds, and one standard error around it.")
+    single = all(len(of_seeds) == 1 for of_seeds in runs.values())
+    return Charts(drawn, "Of one seed." if single else "Mean over seeds, and one standard error around it.")
 
 
 def samples(parts: Parts, labels: Mapping[str, str], names: Sequence[str]) -> list[Sample]:

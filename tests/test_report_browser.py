@@ -43,6 +43,9 @@ CUT = """(() => {
     if (!box || (box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX !== "auto"))
       found.push("a table that cannot be scrolled");
   }
+  for (const words of document.querySelectorAll(".verdict, .mean, .range"))
+    if (words.getClientRects().length && words.getBoundingClientRect().height > 40)
+      found.push("stands on its head: " + words.outerHTML);
   return found;
 })()"""
 """What is off the page, cut by its box, or a wide table outside of a box of its own that scrolls."""
@@ -128,7 +131,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "",
                 [
                     Intervals(
-                        [("a less b", 0.5, 0.1, 0.9), (LONG, -0.5, -0.6, -0.4), ("c", 0.1, -1, 1), ("d", 0, None, None)]
+                        [("a", 0.5, 0.1, 0.9), (LONG, -0.5, -0.6, -0.4), ("c", 1e-10, -1e-9, 1e-9), ("", 0, None, None)]
                     ),
                     Matrix("trained / measured", [f"measure {i}" for i in range(6)], list("abcd"), matrix, matrix),
                 ],

@@ -100,7 +100,7 @@ def test_what_it_was_made_with(out: Path) -> None:
     table, _ = made_with(about).content
     assert isinstance(table, Table)
     rows = dict(table.rows)  # type: ignore[arg-type]
-    assert rows["command"] == "align-cbrl run mine --config here/replies_smoke.yaml" and rows["seeds"] == "seeds [0, 1]"
+    assert rows["command"] == "align-cbrl run mine --config here/replies_smoke.yaml" and rows["seeds"] == "[0, 1]"
     assert "torch 2." in rows["versions"] and "minutes in 1 session" in rows["wall time"]
     page = write_run_report(out, title="", sections=[]).read_text()
     assert Config().token not in page and "seeds:" in page

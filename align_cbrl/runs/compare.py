@@ -148,7 +148,7 @@ def write_comparison(out: Path, runs: Sequence[Run]) -> Path:
         "What they reached": "Final rows; ± one standard error, where the run gave one. The best of a figure is framed "
         "where its recipe says what is better; whether by more than chance, the differences say.",
         "Differences": "To the first run, with 95 % intervals (Welch's) as of runs that are independent of each other. "
-        "Runs of the same seeds are compared too cautiously by them.",
+        "Runs of the same seeds, which rise and fall together, are told apart too rarely by them.",
     }
     sections = []
     for title, table in comparison(runs):

@@ -135,7 +135,7 @@ def made_with(about: Mapping[str, Any]) -> Section:
     rows = [
         ["recipe", about["recipe"]],
         *(["command", command] for command in commands),
-        ["seeds", ", ".join(f"{key} {value}" for key, value in about.get("seeds", {}).items()) or "none"],
+        *([key, str(value)] for key, value in about.get("seeds", {}).items()),
         ["started", about["sessions"][0]["started"]],
         ["wall time", f"{seconds / 60:.1f} minutes in {_counted(len(about['sessions']), 'session')}"],
         ["commit", commit(last.get("git"))],

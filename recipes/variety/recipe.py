@@ -225,7 +225,7 @@ def report(out: Path) -> None:
             Section(
                 "Result",
                 f"HPGD's first leader step above the best refit, seed by seed: {', '.join(after)}.",
-                [table, compared(differences)],
+                [table, compared(differences, "worlds")],
             ),
             Section("Curves", "", [Charts([panel], "Against leader steps; bands: standard errors.")]),
         ],
