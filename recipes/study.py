@@ -258,9 +258,16 @@ class Study:
         print(f"report: {out / 'report.html'}")
 
     def result(self, summary: Mapping[str, Any], caption: str) -> list[Item]:
-        """The rows of a summary, the best of them set off, and its comparisons where there are any."""
+        """The rows of a summary, the best of them set off, and its comparisons where there are any.
+
+        Args:
+            summary: what summary.json holds.
+            caption: what is measured; over what means and errors are follows by itself.
+        """
         shown_figures = [f for f in self.figures if any(row.get(f) is not None for row in summary["rows"])]
         rows = [[self._label(row), *(_cell(row.get(f)) for f in shown_figures)] for row in summary["rows"]]
+        several = len(summary["config"]["seeds"]) > 1
+        caption += f" Mean and standard error over {'seeds' if several else 'test prompts, of one seed'}."
         known = [row for row in summary["rows"] if self.best_by and _mean(row.get(self.best_by)) is not None]
         most = max((_mean(row[self.best_by]) or 0.0 for row in known), default=None)
         best = [self._label(row) for row in known if _mean(row[self.best_by]) == most]

@@ -172,14 +172,17 @@ def test_the_best_row_is_set_off_and_no_other() -> None:
         {"name": "lost", "judge": {"mean": None, "se": None}},
     ]
     of = interval([0.25, 0.5, 0.75])
-    table, drawn = study(best_by="judge").result({"rows": rows, "comparisons": {"a minus b": of}}, "A caption.")
+    config = {"seeds": [0, 1]}
+    found = {"rows": rows, "comparisons": {"a minus b": of}, "config": config}
+    table, drawn = study(best_by="judge").result(found, "A caption.")
     assert isinstance(table, Table) and table.highlight == "plain"  # although it is not HPGD
-    assert table.caption == "A caption. Set off: the highest judge, be it by chance."
+    assert table.caption.startswith("A caption. Mean and standard error over seeds. Set off: the highest judge")
     assert isinstance(drawn, Intervals) and list(drawn.rows) == [("a minus b", of["mean"], of["low"], of["high"])]
-    (table,) = study().result({"rows": rows}, "")
-    assert isinstance(table, Table) and table.highlight is None and table.caption == ""
+    (table,) = study().result({"rows": rows, "config": {"seeds": [0]}}, "")
+    assert isinstance(table, Table) and table.highlight is None
+    assert table.caption.endswith("over test prompts, of one seed.")
     level = [row | {"judge": {"mean": 0.5, "se": 0.1}} for row in rows]
-    (table,) = study(best_by="judge").result({"rows": level}, "")
+    (table,) = study(best_by="judge").result({"rows": level, "config": config}, "")
     assert isinstance(table, Table) and table.highlight is None
 
 

@@ -281,7 +281,7 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     gains = {f"{name}, over the base model": gain for name, gain in summary["gains"].items()}
     rewards = [[name, described(found[0])] for name, found in summary["rewards"].items() if found[0]]
     return [
-        Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends; mean and error over seeds.")),
+        Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends.")),
         Section(
             f"At {config.nats:g} nats",
             "Where each curve first reaches this divergence, or its end where it never does. Rivals at several "

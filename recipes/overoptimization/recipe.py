@@ -178,7 +178,7 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
                 *([compared(differences)] if differences else []),
             ],
         ),
-        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts.")),
         Section(
             "The form of Gao et al.",
             "judge = start + d (a - b log d), d the root of the divergence; a is the slope at first, b how fast it is "

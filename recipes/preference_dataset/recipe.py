@@ -390,7 +390,7 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     ]
     result = STUDY.result(
         summary,
-        "Test prompts; mean and standard error over seeds. Wins over base: the probability, by a model of the test "
+        "Test prompts. Wins over base: the probability, by a model of the test "
         "pairs, that an answer is preferred to one of the base model. Judge model: the score that HPGD climbs, in nats "
         "of the odds.",
     )

@@ -270,8 +270,11 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         differences[f"{key}: over plain RLHF"] = found["over_plain"]
         differences[f"{key}: over retraining"] = found["over_retraining"]
         differences |= {f"{key}: {n} over its own plain RLHF": v for n, v in found["others_over_plain"].items()}
-        kept = ", ".join(f"{name} {share:.0%}" for name, share in found["kept"].items()) or None
-        repairs.append([key, kept, f"{found['leader_share']:.1%}"])
+        # Of no gain, or a loss, there is no part.
+        kept = found["kept"].items() if found["over_plain"]["mean"] > 0 else ()
+        repairs.append(
+            [key, ", ".join(f"{name} {share:.0%}" for name, share in kept) or None, f"{found['leader_share']:.1%}"]
+        )
     heads = ["trained", "part of the gain that others keep", "leader's share of time"]
     return [
         Section(
@@ -289,7 +292,7 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
                 ),
             ],
         ),
-        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts.")),
     ]
 
 

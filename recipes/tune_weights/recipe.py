@@ -227,9 +227,9 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     figure = dataclasses.replace(figure, caption=figure.caption + of_batches)
     result = STUDY.result(
         summary,
-        f"Test prompts; mean and standard error over {'test prompts' if len(config.seeds) == 1 else 'seeds'}. The "
-        "proxy is in standard deviations of the reference's completions of one prompt; the gap is a lower bound, in "
-        "expectation, of the divergence from the best response to the reward that the policy was trained on.",
+        "Test prompts. The proxy is in standard deviations of the reference's completions of one prompt; the gap is a "
+        "lower bound, in expectation, of the divergence from the best response to the reward that the policy was "
+        "trained on.",
     )
     text = (
         f"The leader saw the judge's verdict on {summary['judge_calls']:,} of the follower's "
