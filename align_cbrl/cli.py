@@ -480,9 +480,16 @@ def _compare(options: argparse.Namespace) -> int:
     runs = module.read_runs(options.folders)
     for title, table in module.comparison(runs):
         print(f"\n{title}")
-        print(_aligned([table.columns, *table.rows], left=range(2)) if table.rows else "none")
+        rows = [[_cell(table, i, j) for j in range(len(row))] for i, row in enumerate(table.rows)]
+        print(_aligned([table.columns, *rows], left=range(2)) if rows else "none")
     print(f"\nreport: {module.write_comparison(options.out, runs)}")
     return 0
+
+
+def _cell(table: Any, row: int, column: int) -> str:
+    """A cell of a comparison; the best of a row has a star."""
+    value = table.rows[row][column]
+    return f"{'–' if value is None else value}{' *' if (row, column) in table.marked else ''}"
 
 
 def _config_path(folder: Path, given: str | None) -> Path:

@@ -20,8 +20,9 @@ MODULES: dict[str, tuple[str, ...]] = {
         "align_cbrl": {
             **{
                 name: f"runs.{name}"
-                for name in ("config", "imports", "checkpoints", "metrics", "run_folder", "report", "compare")
+                for name in ("config", "imports", "checkpoints", "metrics", "run_folder", "compare")
             },
+            "report": "runs.report + runs.charts",
             **{
                 name: f"estimators.{name}"
                 for name in (

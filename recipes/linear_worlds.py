@@ -12,13 +12,16 @@ import torch
 
 from align_cbrl import HPGD, Halving, HPGDConfig, Problem, Rollouts, successive_halving
 from align_cbrl.checks import Count, Positive, Whole, checked
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.charts import Panel, curves_png
+from align_cbrl.runs.report import Charts, Section, Table
 from align_cbrl.runs.run_folder import claim, read_kept, read_summary, write_json, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp import ExactClimb, FittedSystem, SystemMemory, leader_value
 from toy_cmdp.followers.linear_quadratic import require_normal
 from toy_cmdp.referee.linear_quadratic import linear_values
 
-from .statistics import mean_and_error, shown
+from .statistics import interval, mean_and_error, shown
+from .study import compared
 
 LABELS = {"exact": "HPGD, exact gradient", "paths": "HPGD, from paths (fitted system)", "naive": "naive, no response"}
 
@@ -148,7 +151,16 @@ def run_ascents(
         }
         for name, curves in found.items()
     ]
-    summary = {"rows": rows, "best": best, "published": published, "seconds": time.perf_counter() - began}
+    gained = [e["values"][-1] - n["values"][-1] for e, n in zip(found["exact"], found["naive"], strict=True)]
+    comparisons = {f"value, {LABELS['exact']} minus {LABELS['naive']}": interval(gained)}
+    summary = {
+        "rows": rows,
+        "comparisons": comparisons,
+        "best": best,
+        "published": published,
+        "aims": {"value": "largest"},
+    }
+    summary["seconds"] = time.perf_counter() - began
     write_summary(out, summary)
     write_ascents_report(out, recipe, ascents)
     print(f"report: {out / 'report.html'}")
@@ -166,7 +178,8 @@ def write_ascents_report(out: Path, recipe: str, ascents: Ascents) -> None:
     runs = [one for one in sampled if one is not None]
     curves[LABELS["paths"]] = _curve(runs[0]["steps"], [one["values"] for one in runs])
     levels = {"best known": summary["best"], **{f"published {who}": v for who, v in summary["published"].items()}}
-    curves_png(out / "curves.png", [Panel(recipe, "leader step", "leader's value J", curves, levels=levels)])
+    panels = [Panel(recipe, "leader step", "leader's value J", curves, levels=levels)]
+    curves_png(out / "curves.png", panels)
     cells = [
         [
             row["name"],
@@ -179,13 +192,17 @@ def write_ascents_report(out: Path, recipe: str, ascents: Ascents) -> None:
     ]
     cells += [[f"published: {who}", "", f"{value:.3f}", "", ""] for who, value in summary["published"].items()]
     table = Table(["leader", "starts", "value", "worst", "environment steps"], cells, "Exact values; mean ± error.")
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title=recipe,
         subtitle=f"{ascents.steps} leader steps of Adam, learning rate {ascents.learning_rate:g}",
         sections=[
-            Section("Result", f"The best value known is {summary['best']:.2f}.", [table]),
-            Section("Curves", "", [Figure(out / "curves.png", "Means over starts; bands: standard errors.")]),
+            Section(
+                "Result",
+                f"The best value known is {summary['best']:.2f}.",
+                [table, compared(summary["comparisons"], "starts")],
+            ),
+            Section("Curves", "", [Charts(panels, "Means over starts; bands: standard errors.")]),
         ],
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from scipy import stats
@@ -12,15 +11,15 @@ from torch import Tensor
 
 
 def mean_and_error(values: Tensor | Sequence[float]) -> dict[str, float]:
-    """Mean and standard error of independent values [N]; the error of a single one is unknown.
+    """Mean, standard error and number of independent values [N]; the error of a single one is unknown.
 
     Example:
         >>> mean_and_error([1.0, 3.0])
-        {'mean': 2.0, 'se': 1.0}
+        {'mean': 2.0, 'se': 1.0, 'n': 2}
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": values.mean().item(), "se": error}
+    return {"mean": values.mean().item(), "se": error, "n": len(values)}
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -28,7 +27,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
     Example:
         >>> {name: round(value, 2) for name, value in interval([1.0, 2.0, 3.0]).items()}
-        {'mean': 2.0, 'se': 0.58, 'low': -0.48, 'high': 4.48}
+        {'mean': 2.0, 'se': 0.58, 'n': 3, 'low': -0.48, 'high': 4.48}
     """
     found = mean_and_error(values)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * found["se"] if len(values) > 1 else math.nan
@@ -49,22 +48,6 @@ def shown(found: Mapping[str, float]) -> str:
     if not known:
         return f"{found['mean']:+.3f} (one seed)"
     return f"{found['mean']:+.3f} ± {error:.3f}, 95 % [{found['low']:+.3f}, {found['high']:+.3f}]"
-
-
-def band(runs: Sequence[Sequence[Mapping[str, Any]]], x: str, y: str) -> tuple[list[float], list[float], list[float]]:
-    """Mean and standard error over runs of `y`, where all of them have the same `x`: (x, mean, error) for a curve.
-
-    Example:
-        >>> band([[{"step": 1, "judge": 0.0}], [{"step": 1, "judge": 1.0}, {"step": 2, "judge": 1.0}]], "step", "judge")
-        ([1], [0.5], [0.5])
-    """
-    common = sorted(set.intersection(*({row[x] for row in rows} for rows in runs)))
-    means, errors = [], []
-    for place in common:
-        found = mean_and_error([next(row[y] for row in rows if row[x] == place) for rows in runs])
-        means.append(found["mean"])
-        errors.append(found["se"] if math.isfinite(found["se"]) else 0.0)
-    return common, means, errors
 
 
 def counted(number: int, thing: str) -> str:

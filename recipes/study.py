@@ -21,6 +21,7 @@ import torch
 
 from align_cbrl import InputError, RunStopped
 from align_cbrl.checks import Count, Whole, check
+from align_cbrl.runs.charts import Panel, curves_png, mean_curve
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.facts import PRACTICAL_OF_JUDGE
 from align_cbrl.runs.files import read_json, sync_tree
@@ -28,10 +29,11 @@ from align_cbrl.runs.imports import load_recipe, recipe_of
 from align_cbrl.runs.interrupt import Interrupt, acting_interrupt, end_with_parent, noted_interrupt, pass_on
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.preflight import Preflight
-from align_cbrl.runs.report import Figure, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Intervals, Item, Sample, Section, Table
 from align_cbrl.runs.run_folder import claim, read_kept, read_summary, write_json, write_summary
+from align_cbrl.runs.run_report import write_run_report
 
-from .statistics import band, counted, interval, mean_and_error, shown
+from .statistics import counted, interval, mean_and_error, shown
 
 FRESH_SEED = 1_000_003
 """Added to the seed for a fresh follower: other prompts in another order, other samples."""
@@ -185,6 +187,8 @@ class Study:
         lines: maps a summary to what is printed below its tables.
         labels: names of the rows, as tables show them.
         figures: names of the figures, as tables show them.
+        aims: which figures are better when they are "largest" or "smallest"; `align-cbrl compare` marks the best.
+        best_by: the figure whose best policy is set off in the table; None where rows are not to be ranked.
     """
 
     recipe: str
@@ -196,6 +200,8 @@ class Study:
     figures: Mapping[str, str]
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lines: Callable[[dict[str, Any]], list[str]] = lambda summary: []
+    aims: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"judge": "largest"})
+    best_by: str | None = None
 
     def preflight(self, config: Any, notes: Preflight) -> None:
         """What every study needs; the `preflight` of a recipe that needs no more."""
@@ -220,7 +226,8 @@ class Study:
         )
         each_seed(self.one_seed, config, out, config.seeds, config.jobs)
         usage = judge_usage(out, config.seeds)
-        write_summary(out, {**self.summarize(config, out), **({"judge_usage": usage} if usage else {})})
+        found = {**self.summarize(config, out), "aims": dict(self.aims)}
+        write_summary(out, {**found, **({"judge_usage": usage} if usage else {})})
         self.report(out)
         self.show(out)
 
@@ -228,10 +235,8 @@ class Study:
         """Write report.html and its curves again, from what a finished run left in `out`."""
         summary, config = read_summary(out), load_config(self.config, out / "config.yaml")
         title, subtitle = self.title(config, summary)
-        sections = self.sections(config, out, summary)
-        if "judge_usage" in summary:
-            sections = [*sections, Section("What the judge was asked", f"{usage_in_words(summary['judge_usage'])}.")]
-        write_report(out / "report.html", title=title, subtitle=subtitle, sections=sections)
+        sections = [*self.sections(config, out, summary), *judged(summary), minutes(out, config.seeds)]
+        write_run_report(out, title=title, subtitle=subtitle, sections=sections)
 
     def show(self, out: Path) -> None:
         """Print the rows and comparisons of a finished run."""
@@ -252,14 +257,26 @@ class Study:
             print(f"judge: {usage_in_words(summary['judge_usage'])}")
         print(f"report: {out / 'report.html'}")
 
-    def result(self, summary: Mapping[str, Any], caption: str, highlight: str | None = None) -> list[Table]:
-        """The tables of a summary: its rows, and its comparisons where there are any."""
+    def result(self, summary: Mapping[str, Any], caption: str) -> list[Item]:
+        """The rows of a summary, the best of them set off, and its comparisons where there are any.
+
+        Args:
+            summary: what summary.json holds.
+            caption: what is measured; over what means and errors are follows by itself.
+        """
         shown_figures = [f for f in self.figures if any(row.get(f) is not None for row in summary["rows"])]
         rows = [[self._label(row), *(_cell(row.get(f)) for f in shown_figures)] for row in summary["rows"]]
-        found = [Table(["policy", *(self.figures[f] for f in shown_figures)], rows, caption, highlight=highlight)]
+        several = len(summary["config"]["seeds"]) > 1
+        caption += f" Mean and standard error over {'seeds' if several else 'test prompts, of one seed'}."
+        known = [row for row in summary["rows"] if self.best_by and _mean(row.get(self.best_by)) is not None]
+        most = max((_mean(row[self.best_by]) or 0.0 for row in known), default=None)
+        best = [self._label(row) for row in known if _mean(row[self.best_by]) == most]
+        highlight = best[0] if len(best) == 1 else None
+        if highlight is not None:
+            caption += f" Set off: the highest {self.figures[self.best_by or '']}, be it by chance."
+        found: list[Item] = [Table(["policy", *(self.figures[f] for f in shown_figures)], rows, caption, highlight)]
         if summary.get("comparisons"):
-            lines = [[name, shown(value)] for name, value in summary["comparisons"].items()]
-            found.append(Table(["comparison", "value"], lines))
+            found.append(compared(summary["comparisons"]))
         return found
 
     def _label(self, row: Mapping[str, Any]) -> str:
@@ -315,10 +332,19 @@ def rows_of(parts: Parts, figures: Sequence[str]) -> list[dict[str, Any]]:
     return [{"name": name, **{f: over_seeds(runs, f) for f in figures}} for name, runs in parts.items()]
 
 
-def difference(parts: Parts, first: str, second: str, figure: str = "judge") -> dict[str, float]:
-    """A figure of one policy less that of another, paired by seed: mean, error and 95 % interval."""
+def difference(parts: Parts, first: str, second: str, figure: str = "judge") -> dict[str, Any]:
+    """A figure of one policy less that of another: mean, error and 95 % interval, and `over` what.
+
+    It is paired by seed. With one seed it is paired by test prompt, where both parts have the figure `by_prompt`: what
+    other prompts would say of these two policies, and nothing about another seed.
+    """
+    if len(parts[first]) == 1:
+        of_prompts = [parts[name][0].get("by_prompt", {}).get(figure) for name in (first, second)]
+        if all(of_prompts):
+            values = [a - b for a, b in zip(*of_prompts, strict=True)]
+            return {**interval(values), "over": "prompts"}
     pairs = zip(parts[first], parts[second], strict=True)
-    return interval([a[figure]["mean"] - b[figure]["mean"] for a, b in pairs])
+    return {**interval([a[figure]["mean"] - b[figure]["mean"] for a, b in pairs]), "over": "seeds"}
 
 
 # -------------------------------------------------------------------------------------------------- reporting
@@ -329,27 +355,69 @@ def seeds_in_words(config: Any) -> str:
     return counted(len(config.seeds), "seed")
 
 
-def curves(
-    out: Path, panels: Sequence[tuple[str, str, str, str, str]], runs: Mapping[str, Sequence[Any]], log_x: bool = False
-) -> Figure:
-    """curves.png: a panel for each (title, x label, y label, x, y), with a line for each of the runs that has both.
+def compared(comparisons: Mapping[str, Mapping[str, Any]], units: str = "seeds") -> Intervals:
+    """Differences by name, as `statistics.interval` or `difference` gave them, drawn on one scale.
 
     Args:
-        out: where it is drawn.
+        comparisons: by name.
+        units: over what they are, unless they say so themselves.
+    """
+    kinds = [
+        "over test prompts of one seed, which say nothing about another seed" if over == "prompts" else f"over {over}"
+        for over in sorted({f.get("over", units) for f in comparisons.values() if f["low"] is not None})
+    ]
+    return Intervals(
+        [(name, found["mean"], found["low"], found["high"]) for name, found in comparisons.items()],
+        f"Paired differences and their 95 % intervals (Student's t), {'; '.join(kinds)}."
+        if kinds
+        else f"Differences without an interval: more {units} would give one.",
+    )
+
+
+def judged(summary: Mapping[str, Any]) -> list[Section]:
+    """What was spent on a judge that is paid by the request; nothing for another judge."""
+    if "judge_usage" not in summary:
+        return []
+    return [Section("What the judge was asked", f"{usage_in_words(summary['judge_usage'])}.")]
+
+
+def minutes(out: Path, seeds: Sequence[int]) -> Section:
+    """How long every part took, over all seeds."""
+    taken: dict[str, list[float]] = {}
+    for seed in seeds:
+        for file in sorted((out / f"seed-{seed}").glob("*.json")):
+            part = read_json(file)
+            if isinstance(part, dict) and "seconds" in part:
+                taken.setdefault(file.stem, []).append(part["seconds"] / 60)
+    rows = [[name, *(f"{f(values):.1f}" for f in (sum, max))] for name, values in taken.items()]
+    total = sum(sum(values) for values in taken.values())
+    caption = f"{total:.1f} minutes in all, of {counted(len(seeds), 'seed')}; seeds may have run side by side."
+    return Section("Minutes", "", [Table(["part", "all seeds", "longest seed"], rows, caption)])
+
+
+def curves(
+    out: Path, panels: Sequence[tuple[str, str, str, str, str]], runs: Mapping[str, Sequence[Any]], log_x: bool = False
+) -> Charts:
+    """A panel for each (title, x label, y label, x, y), with a line for each of the runs that has both; curves.png too.
+
+    Args:
+        out: where curves.png is drawn.
         panels: as above; x and y are keys of a point.
-        runs: by name, one curve of points for each seed.
+        runs: by name, one curve of points for each seed. The mean is drawn where all seeds have a point.
         log_x: whether the x axes are logarithmic.
     """
     drawn = []
     for title, x_label, y_label, x, y in panels:
-        lines = {
-            name: band(of_seeds, x, y)
-            for name, of_seeds in runs.items()
-            if all(point.get(x) is not None and point.get(y) is not None for curve in of_seeds for point in curve)
-        }
-        drawn.append(Panel(title, x_label, y_label, lines, log_x=log_x))
+        lines, remarks = {}, []
+        for name, of_seeds in runs.items():
+            points = [{p[x]: p[y] for p in curve if p.get(x) is not None and y in p} for curve in of_seeds]
+            if any(value is not None for seed in points for value in seed.values()):
+                lines[name], remark = mean_curve(points)
+                remarks += [f"{name}: {remark}"] if remark else []
+        drawn.append(Panel(title, x_label, y_label, lines, log_x=log_x, note="; ".join(remarks)))
     curves_png(out / "curves.png", drawn)
-    return Figure(out / "curves.png", "Mean over seeds, and one standard error around it.")
+    single = all(len(of_seeds) == 1 for of_seeds in runs.values())
+    return Charts(drawn, "Of one seed." if single else "Mean over seeds, and one standard error around it.")
 
 
 def samples(parts: Parts, labels: Mapping[str, str], names: Sequence[str]) -> list[Sample]:
@@ -360,11 +428,7 @@ def samples(parts: Parts, labels: Mapping[str, str], names: Sequence[str]) -> li
         Sample(
             first[i]["prompt"],
             {name: found[i]["completion"] for name, found in by_name.items()},
-            {
-                name: f"judge {s[i]['judge']:.2f}, proxy {s[i]['proxy']:+.1f}"
-                for name, s in by_name.items()
-                if "judge" in s[i]
-            },
+            {name: found[i]["scores"] for name, found in by_name.items() if "scores" in found[i]},
         )
         for i in range(len(first))
     ]
@@ -378,5 +442,9 @@ def described(reward: Mapping[str, Any]) -> str:
     )
 
 
+def _mean(value: Mapping[str, float] | None) -> float | None:
+    return None if value is None or value["mean"] is None or not math.isfinite(value["mean"]) else value["mean"]
+
+
 def _cell(value: Mapping[str, float] | None) -> str:
-    return "–" if value is None or value["mean"] is None or not math.isfinite(value["mean"]) else shown(value)
+    return "–" if value is None or _mean(value) is None else shown(value)

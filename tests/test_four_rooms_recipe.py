@@ -99,7 +99,8 @@ def test_a_table_has_a_row_a_cell_and_shows_its_maps(tmp_path: Path) -> None:
             problem.parameters[0].copy_(torch.tensor(record["weights"], dtype=torch.float64))
         assert toy_cmdp.leader_value(problem).item() == pytest.approx(record["value"], abs=1e-12)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png") == 4  # curves, fines, and a map of each cell
+    assert page.count("data:image/png") == 3  # fines, and a map of each cell
+    assert page.count('<svg viewBox="0 0 3') == 2  # curves of each cell
     assert report_is_rebuilt(tmp_path / "run")
     assert len(MetricsLog.read(tmp_path / "run" / "metrics.jsonl")) == 4
 

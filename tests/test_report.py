@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from align_cbrl.errors import InputError
-from align_cbrl.runs.report import Figure, Matrix, Panel, Sample, Section, Table, curves_png, write_report
+from align_cbrl.runs.charts import Panel, curves_png, legend, mean_curve, panels_svg
+from align_cbrl.runs.report import Charts, Details, Figure, Intervals, Matrix, Sample, Section, Table, write_report
 
 
 class _WellFormed(HTMLParser):
@@ -25,7 +27,7 @@ class _WellFormed(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "img", "link"):
+        if tag not in ("meta", "img", "link", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -33,13 +35,11 @@ class _WellFormed(HTMLParser):
 
 
 def test_a_report_is_one_well_formed_file_with_everything_inside(tmp_path: Path) -> None:
-    png = curves_png(
-        tmp_path / "curves.png",
-        [
-            Panel("Judge", "step", "score", {"plain": ([0, 1], [0.1, None]), "hpgd": ([0, 1], [0.1, 0.7], [0.1, 0.1])}),
-            Panel("KL", "step", "nats", {"plain": ([0], [math.inf])}),
-        ],
-    )
+    panels = [
+        Panel("Judge", "step", "score", {"plain": ([0, 1], [0.1, None]), "hpgd": ([0, 1], [0.1, 0.7], [0.1, 0.1])}),
+        Panel("KL <b>", "step", "$<i>$", {"plain": ([0], [math.inf])}, levels={"<u>": 1.0}, note="<s>"),
+    ]
+    png = curves_png(tmp_path / "curves.png", panels)
     assert png.read_bytes().startswith(b"\x89PNG")
     path = write_report(
         tmp_path / "deep" / "report.html",
@@ -52,9 +52,15 @@ def test_a_report_is_one_well_formed_file_with_everything_inside(tmp_path: Path)
                 [
                     Table(["name", "judge"], [["base", 0.5], ["hpgd", -0.25], ["x", None]], "Caption.", "hpgd"),
                     Figure(png, 'The "curves"'),
+                    Charts(panels, "<tt>"),
+                    Charts(panels),
+                    Intervals([("<em>", 0.5, 0.25, 0.75), ("b", -0.5, -0.75, -0.25), ("c", 0.1, -1.0, 1.2)]),
                     Sample(
-                        "def f(x: int) -> int:", {"base": "<script>alert(1)</script>", "hpgd": " "}, {"base": "0.1"}
+                        "def f(x: int) -> int:",
+                        {"base": "<script>alert(1)</script>", "hpgd": " "},
+                        {"base": {"judge": 0.5, '"<dd>': -1.25}},
                     ),
+                    Details("config", "a: <hr>"),
                 ],
             )
         ],
@@ -63,8 +69,17 @@ def test_a_report_is_one_well_formed_file_with_everything_inside(tmp_path: Path)
     parser = _WellFormed()
     parser.feed(page)
     assert not parser.open
-    assert len(parser.addresses) == 1 and parser.addresses[0].startswith("data:image/png;base64,")
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in parser.addresses)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert page.count("<script") == 1 and "&lt;script&gt;" in page  # its own
+    for tag in ("i", "u", "s", "tt", "dd>:", "hr", "em"):
+        assert f"<{tag}>" not in page and f"&lt;{tag.rstrip('>:')}&gt;" in page
+    assert "−1.25" in page and "+0.50" in page
+    verdicts = re.findall(r'class="verdict">([^<]*)<', page)
+    assert verdicts == ["above 0", "below 0", "0 inside"]
+    names = re.findall(r' id="([^"]*)"', page)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(names)
     assert "A &lt;title&gt; &amp; more" in page and "<p>Two &lt;b&gt;.</p>" in page
     assert 'class="highlight"' in page and "−0.250" in page and "0.500" in page and "–" in page and "(empty)" in page
 
@@ -138,8 +153,7 @@ def test_a_matrix_marks_the_best_of_each_column(tmp_path: Path) -> None:
         [(True, "0.750"), (False, "–")],
         [(False, "0.250 ± 0.02 "), (True, "1.000")],
     ]
-    shades = re.findall(r"background:(#\w{6})", page)
-    assert shades[0] == "#d4e4f2" and shades[2] == shades[4] == "#a9c8e5" and shades[1] == shades[3] == "#ffffff"
+    assert re.findall(r"--shade:(\d+)%", page) == ["50", "0", "100", "0", "100"]
     assert "&lt;cost&gt;" in page and "Three seeds." in page
 
 
@@ -200,7 +214,7 @@ def test_the_seventh_curve_has_the_first_colour_and_another_stroke(tmp_path: Pat
 def test_a_picture_is_shown_at_its_printed_size(tmp_path: Path) -> None:
     png = curves_png(tmp_path / "a.png", [Panel("one", "", "", {"x": ([0, 1], [0, 1])})])
     page = write_report(tmp_path / "a.html", title="", sections=[Section("", "", [Figure(png, "")])]).read_text()
-    assert f'style="width:{round(5.6 * 96)}px"' in page
+    assert f'style="--width:{round(5.6 * 96)}px"' in page
 
 
 @pytest.mark.parametrize("name", [r"$\frac{$", "$", "a $5 and $6 price", r"\$x$", "$$", r"$\undefined$", "_{^$}"])
@@ -208,3 +222,35 @@ def test_any_text_may_name_a_curve(tmp_path: Path, name: str) -> None:
     line = ([1.0, 2.0], [0.5, 0.6])
     panel = Panel(name, name, name, {name: line}, points={f"{name} points": line}, levels={f"{name} level": 0.5})
     assert curves_png(tmp_path / "curves.png", [panel]).stat().st_size > 0
+    (drawing,) = panels_svg([panel], "a")
+    assert f">{html.escape(name, quote=False)}<" in drawing
+
+
+def test_a_page_decides_the_colours_of_its_charts() -> None:
+    panel = Panel("one", "x", "y", {"a": ([0, 1], [0, 1], [0.1, 0.1])}, {"b": ([0, 1], [1, 0])}, {"c": 0.5})
+    (drawing,) = panels_svg([panel], "a")
+    assert "#" not in re.sub(r"(url\(#|href=\"#)", "", drawing)  # no colour of its own, which one scheme could not read
+    assert {"var(--c0)", "var(--c1)", "var(--level)", "var(--line)", "var(--soft)"} <= set(
+        re.findall(r"var\([^)]*\)", drawing)
+    )
+    assert "font-family" not in drawing and " width=" not in drawing.partition(">")[0]
+    assert panels_svg([panel], "a") == [drawing] != panels_svg([panel], "b")
+    assert [(pen.name, pen.dots) for pen in legend([panel])] == [("a", False), ("b", True), ("c", False)]
+
+
+def test_a_mean_ends_where_a_seed_does() -> None:
+    runs: list[dict[float, float | None]] = [{1: 0.0, 2: 0.0, 3: 0.0}, {1: 1.0, 2: 1.0}, {1: 2.0, 2: 2.0, 3: None}]
+    curve, remark = mean_curve(runs)
+    assert curve == ([1, 2], [1.0, 1.0], [pytest.approx(1 / math.sqrt(3))] * 2)  # at 3 the mean would fall to 0
+    assert remark == "the mean over 3 seeds ends at 2; the last seed goes on to 3"
+    assert mean_curve(runs[:1]) == (([1, 2, 3], [0.0, 0.0, 0.0]), "")
+    assert mean_curve([{1: 0.0}, {2: 0.0}]) == (([], [], []), "no mean: the 2 seeds share no point")
+    with pytest.raises(InputError, match="expected at least one run"):
+        mean_curve([])
+
+
+def test_steps_are_whole_numbers(tmp_path: Path, drawn: list[Any]) -> None:
+    for places in ([1, 2, 3], [0.5, 1.0, 3.0]):
+        curves_png(tmp_path / "a.png", [Panel("one", "", "", {"x": (places, [0, 1, 0])})])
+    whole, parts = ({tick == round(tick) for tick in canvas.axes[0].get_xticks()} for canvas in drawn)
+    assert whole == {True} and False in parts

@@ -79,7 +79,7 @@ def test_the_whole_job_with_everything_replaced(
     assert [row["name"] for row in summary["rows"]] == ["base", "plain", "hpgd", "fresh"]
     for row in summary["rows"]:
         for figure in ("judge", "proxy", "kl", "gap"):
-            assert set(row[figure]) == {"mean", "se"}
+            assert set(row[figure]) == {"mean", "se", "n"}
         assert 0 <= row["judge"]["mean"] <= 1
     assert summary["rows"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert summary["judge_share"] <= 0.2
@@ -89,7 +89,7 @@ def test_the_whole_job_with_everything_replaced(
     assert [row["step"] for row in log] == list(range(1, 9))
     assert all({"gap", "effective_sample_size", "leader_share", "objective", "kl"} <= set(row) for row in log)
     page = (out / "report.html").read_text()
-    assert "data:image/png;base64," in page
+    assert '<svg viewBox="0 0' in page and "Learned weights, hpgd" in page
     assert "http" not in page.replace("http-equiv", "")  # self-contained
     assert (
         len(load_reward(out / "seed-0" / "hpgd" / "reward", trust_code=True)(prompts=["a b"], completions=["a"])) == 1

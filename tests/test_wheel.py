@@ -53,7 +53,7 @@ def test_the_wheel_installs_two_packages(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"align_cbrl", "toy_cmdp", information}
     assert len(names) == len(set(names))
     carried = {"py.typed", "recipes/study.py", "recipes/four_rooms/smoke.yaml", "recipes/tune_weights/README.md"}
-    carried |= {"runs/templates/report.html"}
+    carried |= {f"runs/templates/{name}" for name in ("report.html", "report.css", "samples.js")}
     assert {f"align_cbrl/{name}" for name in carried} <= set(names)
     sources = {
         f"align_cbrl/{file.relative_to(ROOT).as_posix()}"

@@ -1,25 +1,21 @@
-"""A run's report: one self-contained HTML file with its text, tables, curves and samples."""
+"""A run's report: one self-contained HTML file with its text, tables, charts and samples."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 
 from align_cbrl.errors import InputError
+from align_cbrl.runs.charts import Panel, gaps, legend, panels_svg, themed
 from align_cbrl.runs.files import write_whole
 
 Cell = str | float | int | None
-_LEVEL_STROKES: tuple[Any, ...] = ((0, (4, 3)), (0, (1, 2)), (0, (8, 2, 1, 2)))
-_LEGEND = 4  # names in a panel, above which one legend stands below the picture
-COLOURS = ("#2f5d8a", "#c8553d", "#4f8a5b", "#8a6bb1", "#b8892b", "#5b6770")
-_SIZES = {1: (5.6, 3.5), 2: (5.2, 3.4), 3: (3.8, 3.0)}  # inches of a panel, by panels in a row
-_STROKES = ("-", "--", ":", "-.")  # one more for each round through the colours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +26,15 @@ class Table:
         columns: the heads.
         rows: one value a column; a value that is text may hold its own standard error, as "0.71 ± 0.02".
         caption: a line under the table.
-        highlight: the first cell of the row to set off, or None.
+        highlight: the first cell of the row to set off, or None; the best row, or one that is shown to be better.
+        marked: cells to set off, by the numbers of row and column.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     highlight: str | None = None
+    marked: Collection[tuple[int, int]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,27 @@ class Matrix:
 
 
 @dataclasses.dataclass(frozen=True)
+class Intervals:
+    """Differences with their intervals, drawn on one scale beside zero, and whether each is told apart from it.
+
+    Attributes:
+        rows: (name, mean, low, high); low and high are None, or not finite, where there is no interval.
+        caption: what the intervals are of, and how sure they are.
+    """
+
+    rows: Sequence[tuple[str, float, float | None, float | None]]
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """Panels of curves, drawn as SVG: they follow the page's colours and width, and one legend names their curves."""
+
+    panels: Sequence[Panel]
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Figure:
     """A PNG file, embedded, with the caption that is also its description for those who cannot see it."""
 
@@ -79,58 +98,59 @@ class Sample:
     Attributes:
         prompt: shown as it is, in a fixed-width face.
         completions: by policy.
-        notes: by policy, a short line under its completion (its scores); policies may be left out.
+        scores: by policy, the scores of its completion by name; policies may be left out. The page sorts by them.
     """
 
     prompt: str
     completions: Mapping[str, str]
-    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
-Item = Table | Matrix | Figure | Sample
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """A text that is folded away until it is asked for, such as a configuration, in a fixed-width face."""
+
+    summary: str
+    text: str
+
+
+Item = Table | Matrix | Intervals | Charts | Figure | Sample | Details
 """What a section shows under its text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A head, paragraphs (separated by empty lines), and then tables, figures and samples in the order given."""
+    """A head, paragraphs (separated by empty lines), and then tables, charts and samples in the order given."""
 
     title: str
     text: str = ""
     content: Sequence[Item] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One diagram of `curves_png`.
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    sections: Sequence[Section],
+    subtitle: str = "",
+    stamp: str = "",
+    alarms: Sequence[str] = (),
+) -> Path:
+    """Write one HTML file that needs no other: style, script and pictures are inside, and no address is loaded.
 
-    Attributes:
-        title: above the diagram.
-        x_label: with the unit, if there is one.
-        y_label: likewise.
-        curves: by name, (x, y), and optionally (x, y, half-width of a band around y). Values that are not finite, or
-            None, leave a gap. A name has one colour in all panels; from the seventh on, another stroke too.
-        points: by name, likewise, drawn as dots with error bars.
-        levels: horizontal reference lines by name.
-        log_x, log_y: whether an axis is logarithmic; what is not positive is then left out.
-    """
+    It is read without its script, too, which only filters samples.
 
-    title: str
-    x_label: str
-    y_label: str
-    curves: Mapping[str, tuple[Sequence[float | None], ...]] = dataclasses.field(default_factory=dict)
-    points: Mapping[str, tuple[Sequence[float | None], ...]] = dataclasses.field(default_factory=dict)
-    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    log_x: bool = False
-    log_y: bool = False
-
-
-def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
-    """Write one HTML file that needs no other: the style and the images are inside.
+    Args:
+        path: of the file.
+        title: of the page.
+        sections: in their order.
+        subtitle: under the title.
+        stamp: a word beside the title that is not to be overlooked, such as "smoke".
+        alarms: lines above everything else.
 
     Raises:
-        InputError: a table or matrix row with another number of cells than columns, or an image that is not a readable
-            PNG.
+        InputError: a table or matrix row with another number of cells than columns, charts that cannot be drawn, or an
+            image that is not a readable PNG.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
@@ -138,9 +158,13 @@ def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitl
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "score": _score}
     page = environment.get_template("report.html").render(
-        title=title, subtitle=subtitle, sections=[_section(section) for section in sections]
+        title=title,
+        subtitle=subtitle,
+        stamp=stamp,
+        alarms=alarms,
+        sections=[_section(section, number) for number, section in enumerate(sections)],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,144 +172,67 @@ def write_report(path: Path, *, title: str, sections: Sequence[Section], subtitl
     return path
 
 
-def curves_png(path: Path, panels: Sequence[Panel]) -> Path:
-    """Draw the panels side by side, at most three in a row, into a PNG file.
-
-    Raises:
-        InputError: there is nothing to draw, the lengths of a curve's values differ, or matplotlib is not installed.
-    """
-    if not panels:
-        raise InputError("curves_png: expected at least one panel")
-    for panel in panels:
-        for name, values in (*panel.curves.items(), *panel.points.items()):
-            if len(values) not in (2, 3) or len({len(v) for v in values}) != 1:
-                raise InputError(
-                    f"curves_png: panel {panel.title!r}, curve {name!r}: expected (x, y) or (x, y, half-width) of "
-                    f"equal lengths, got {[len(v) for v in values]}"
-                )
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise InputError("curves need matplotlib, which is not installed: pip install 'align-cbrl[plots]'") from error
-
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
-    with rc_context({"font.family": "sans-serif", "font.size": 10.5, "axes.titlesize": 11.5}):
-        width, height = _SIZES[columns]
-        canvas = Canvas(
-            figsize=(width * columns, height * rows),
-            dpi=190,
-            layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08),
-            facecolor="white",
-        )
-        FigureCanvasAgg(canvas)
-        names = list(dict.fromkeys(name for panel in panels for name in (*panel.curves, *panel.points)))
-        pens = {
-            name: (COLOURS[i % len(COLOURS)], _STROKES[i // len(COLOURS) % len(_STROKES)])
-            for i, name in enumerate(names)
-        }
-        # Too many for a legend that hides no curve.
-        crowded = any(len({*panel.curves, *panel.points, *panel.levels}) > _LEGEND for panel in panels)
-        for position, panel in enumerate(panels, start=1):
-            _draw(canvas.add_subplot(rows, columns, position), panel, pens, legend=not crowded)
-        if crowded:
-            shown: dict[str, Any] = {}
-            for axes in canvas.axes:
-                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                    shown.setdefault(label, handle)
-            canvas.legend(
-                list(shown.values()), list(shown), loc="outside lower center", ncols=min(len(shown), 2 * columns),
-                frameon=False, fontsize=9.5, handlelength=1.8, labelcolor="#22272e",
-            )  # fmt: skip
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, format="png")
-    return path
-
-
-def _draw(axes: Any, panel: Panel, pens: Mapping[str, tuple[str, str]], *, legend: bool) -> None:
-    """One panel, with the colour and stroke of each name."""
-    if panel.log_x:
-        axes.set_xscale("log", nonpositive="mask")
-    if panel.log_y:
-        axes.set_yscale("log", nonpositive="mask")
-    for i, (name, level) in enumerate(panel.levels.items()):
-        stroke = _LEVEL_STROKES[i % len(_LEVEL_STROKES)]  # they share a colour, so that they are told apart by this
-        axes.axhline(level, color="#8b949e", linewidth=1.2, linestyle=stroke, label=_literal(name), zorder=1)
-    for name, (x, y, *band) in panel.curves.items():
-        colour, stroke = pens[name]
-        horizontal, vertical = _gaps(x), _gaps(y)
-        dots = "o" if len(vertical) < 2 else None  # a line of one point cannot be seen
-        axes.plot(
-            horizontal, vertical, color=colour, linestyle=stroke, linewidth=1.8, label=_literal(name), marker=dots
-        )
-        if band:
-            half = _gaps(band[0])
-            low = [v - h for v, h in zip(vertical, half, strict=True)]
-            high = [v + h for v, h in zip(vertical, half, strict=True)]
-            axes.fill_between(horizontal, low, high, color=colour, alpha=0.15, linewidth=0)
-    for name, (x, y, *error) in panel.points.items():
-        label = None if name in panel.curves else _literal(name)  # a curve through its own points is named once
-        axes.errorbar(
-            _gaps(x), _gaps(y), yerr=_gaps(error[0]) if error else None, color=pens[name][0], linestyle="none",
-            marker="o", markersize=4.5, alpha=0.8, markeredgewidth=0, elinewidth=1.2, label=label,
-        )  # fmt: skip
-    axes.set_title(_literal(panel.title), loc="left", fontweight="bold", color="#22272e", pad=8)
-    axes.set_xlabel(_literal(panel.x_label), color="#57606a")
-    axes.set_ylabel(_literal(panel.y_label), color="#57606a")
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#b9bfc6")
-    axes.tick_params(which="both", colors="#57606a", length=0)
-    axes.margins(x=0.02 if panel.curves else 0.06)
-    handles, _ = axes.get_legend_handles_labels()
-    if legend and len(handles) > 1:
-        axes.legend(fontsize=9.5, handlelength=1.8, labelcolor="#22272e", framealpha=0.75, edgecolor="none")
-    for logarithmic, axis in ((panel.log_x, axes.xaxis), (panel.log_y, axes.yaxis)):
-        if logarithmic:
-            _number_decades(axis)
-
-
-def _number_decades(axis: Any) -> None:
-    """Label 1, 2 and 5 of each decade as plain numbers; where there are many decades, the powers of ten alone."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    if 0 < low < high < 500 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(lambda value, position: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _literal(text: str) -> str:
-    """A text as it stands: between two dollars matplotlib would read mathematics, and fail where it is none."""
-    return text.replace("$", r"\$")
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if v is None or not math.isfinite(v) else float(v) for v in values]
-
-
-def _section(section: Section) -> dict[str, Any]:
+def _section(section: Section, number: int) -> dict[str, Any]:
     """What the template needs of a section."""
     paragraphs = [paragraph for part in section.text.split("\n\n") if (paragraph := part.strip())]
-    return {"title": section.title, "paragraphs": paragraphs, "content": [_item(item) for item in section.content]}
+    content = [_item(item, f"{number}-{i}") for i, item in enumerate(section.content)]
+    samples = [fields for kind, fields in content if kind == "sample"]
+    policies = list(dict.fromkeys(name for sample in samples for name in sample["completions"]))
+    of_policies = [scores for sample in samples for scores in sample["scores"].values()]
+    return {
+        "title": section.title,
+        "id": f"section-{number}",
+        "paragraphs": paragraphs,
+        "content": content,
+        "policies": policies,
+        "score_names": list(dict.fromkeys(name for scores in of_policies for name in scores)),
+    }
 
 
-def _item(item: Item) -> tuple[str, dict[str, Any]]:
+def _item(item: Item, salt: str) -> tuple[str, dict[str, Any]]:
     """The name of the template's macro for an item, and what that needs."""
-    fields = vars(item)
+    fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
     if isinstance(item, Table):
         return "table", {**fields, "numeric": _numeric(item)}
     if isinstance(item, Matrix):
         return "matrix", {**fields, "cells": _cells(item)}
+    if isinstance(item, Intervals):
+        return "intervals", {**fields, "rows": _bars(item)}
+    if isinstance(item, Charts):
+        drawings = panels_svg(item.panels, salt)  # which matplotlib has escaped
+        pens = [dataclasses.replace(pen, colour=themed(pen.colour)) for pen in legend(item.panels)]
+        return "charts", {**fields, "drawings": drawings, "legend": pens}
     if isinstance(item, Figure):
         return "figure", {**fields, **_image(item.png)}
-    return "sample", fields
+    return ("details" if isinstance(item, Details) else "sample"), fields
+
+
+def _bars(item: Intervals) -> list[dict[str, Any]]:
+    """Of every row: its numbers, its interval in per cent of the scale's width, and how it lies to zero."""
+    known = [tuple(gaps(row[1:])) for row in item.rows]
+    ends = [0.0, *(value for numbers in known for value in numbers if math.isfinite(value))]
+    low, width = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def at(value: float) -> float:
+        return round(2 + 96 * (value - low) / width, 2)
+
+    found = []
+    for (name, *_), (mean, left, right) in zip(item.rows, known, strict=True):
+        whole = math.isfinite(left) and math.isfinite(right)
+        verdict = "no interval" if not whole else "above 0" if left > 0 else "below 0" if right < 0 else "0 inside"
+        ranged = {"low": at(left), "high": at(right)} if whole else {"low": None, "high": None}
+        place = at(mean) if math.isfinite(mean) else None
+        numbers = {"mean": _signed(mean), "interval": f"{_signed(left)} to {_signed(right)}" if whole else "–"}
+        found.append({"name": name, "at": place, "zero": at(0.0), "verdict": verdict, **ranged, **numbers})
+    return found
+
+
+def _signed(value: float) -> str:
+    """Three decimals, or three digits where these would be zeros."""
+    if not math.isfinite(value):
+        return "–"
+    small = value != 0 and abs(value) < 0.001
+    return (f"{value:+.2e}" if small else f"{value:+.3f}").replace("-", "−")
 
 
 def _numeric(table: Table) -> list[bool]:
@@ -302,8 +249,8 @@ def _numeric(table: Table) -> list[bool]:
     ]
 
 
-def _cells(matrix: Matrix) -> list[list[tuple[float, float | None, str | None, bool]]]:
-    """Of every cell: its value, its error or None, its colour or None, and whether it is its column's best."""
+def _cells(matrix: Matrix) -> list[list[tuple[float, float | None, int | None, bool]]]:
+    """Of every cell: value, error or None, shade in per cent or None, and whether it is its column's best."""
     width = len(matrix.columns)
     errors = matrix.errors if matrix.errors is not None else [[None] * width] * len(matrix.rows)
     for name, rows in (("values", matrix.values), ("errors", errors)):
@@ -315,23 +262,17 @@ def _cells(matrix: Matrix) -> list[list[tuple[float, float | None, str | None, b
     wanted = [matrix.best] * width if isinstance(matrix.best, str) else list(matrix.best)
     if len(wanted) != width or not {"largest", "smallest"}.issuperset(wanted):
         raise InputError(f"Matrix.best: expected 'largest' or 'smallest', or {width} of these, got {matrix.best!r}")
-    cells: list[list[tuple[float, float | None, str | None, bool]]] = [[] for _ in matrix.rows]
+    cells: list[list[tuple[float, float | None, int | None, bool]]] = [[] for _ in matrix.rows]
     for j, wish in enumerate(wanted):
-        column = _gaps([row[j] for row in matrix.values])
+        column = gaps([row[j] for row in matrix.values])
         known = [v for v in column if math.isfinite(v)]
         low, high = min(known, default=math.nan), max(known, default=math.nan)
         for row, value, error in zip(cells, column, (row[j] for row in errors), strict=True):
             share = 0.5 if low == high else (value - low) / (high - low)
-            shade = _shade(share if wish == "largest" else 1 - share) if math.isfinite(value) else None
+            shade = round(100 * (share if wish == "largest" else 1 - share)) if math.isfinite(value) else None
             spread = error if error is not None and math.isfinite(value + error) else None
             row.append((value, spread, shade, value == (high if wish == "largest" else low)))
     return cells
-
-
-def _shade(share: float) -> str:
-    """From white at a column's worst to the accent's tint at its best."""
-    worst, best = (255, 255, 255), (169, 200, 229)
-    return "#" + "".join(f"{round(w + share * (b - w)):02x}" for w, b in zip(worst, best, strict=True))
 
 
 def _is_numeric(value: Cell) -> bool:
@@ -346,6 +287,10 @@ def _cell(value: Cell) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".replace("-", "−")
     return str(value)
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}".replace("-", "−")
 
 
 def _image(png: Path) -> dict[str, Any]:

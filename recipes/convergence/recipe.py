@@ -14,11 +14,13 @@ from torch import Tensor
 
 from align_cbrl import Hypergradient, InputError, PolicyResponse, Problem
 from align_cbrl.problem import step_seed
+from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.preflight import check_drawing
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp import ExactCritic, ExactFollower, ImplicitHypergradient, expected_policy_response, random_cmdp
 from toy_cmdp.followers.iterative import SoftValueIteration
 from toy_cmdp.referee.frozen_policy import present
@@ -90,6 +92,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
     }
     summary = {
         "rows": rows,
+        "aims": {"last_squared_gradient": "smallest"},
         "floor": floor,
         "slopes": slopes,
         "seconds": time.perf_counter() - began,
@@ -264,8 +267,8 @@ def _report(
         return f"{value['mean']:.3g} ± {value['se']:.1g}"
 
     keys = ("distance", "kl", "bias", "stationarity")
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="Convergence",
         subtitle=f"{config.problems} random problems, {config.steps} outer steps of plain ascent",
         sections=[
@@ -274,7 +277,7 @@ def _report(
                 "The exact |dJ|^2, mean over the last fifth of the steps, then mean and standard error over problems.",
                 [
                     Table(["estimate", "|dJ|^2"], [[r["estimate"], pm(r["last_squared_gradient"])] for r in rows]),
-                    Figure(out / "curves.png", "Stationarity; bias and floor against delta, means over problems."),
+                    Charts(panels, "Stationarity; bias and floor against delta, means over problems."),
                 ],
             ),
             Section(

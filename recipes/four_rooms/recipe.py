@@ -14,12 +14,14 @@ import torch
 
 import toy_cmdp
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyResponse
+from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.files import read_json
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.preflight import check_drawing
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Figure, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp.problems.four_rooms import GOALS, Goals
 
 from .figures import before_and_after_png, fines_png
@@ -118,7 +120,7 @@ def _run_cell(config: Config, out: Path, resume: bool) -> None:
     row = {"temperature": config.temperature, "price": config.price, "start": start, "value": value}
     weights = torch.cat([p.detach().flatten() for p in problem.parameters]).tolist()
     write_json(out / "weights.json", weights)
-    write_summary(out, {"rows": [row], "seconds": time.perf_counter() - began})
+    write_summary(out, {"rows": [row], "aims": {"value": "largest"}, "seconds": time.perf_counter() - began})
     print(f"exact leader value: {start:.4f} at the start, {value:.4f} after {config.steps} steps")
 
 
@@ -126,13 +128,14 @@ def _report(out: Path, config: Config, row: dict[str, float], weights: Sequence[
     log = MetricsLog.read(out / "metrics.jsonl")
     label = "exact" if config.exact else f"estimate from {config.paths} paths"
     values = ([r["step"] for r in log], [r["objective"] for r in log])
-    curves_png(out / "curves.png", [Panel("Leader's value before each step", "leader step", "J", {label: values})])
+    panels = [Panel("Leader's value before each step", "leader step", "J", {label: values})]
+    curves_png(out / "curves.png", panels)
     before_and_after_png(
         out / "map.png", weights,
         temperature=config.temperature, price=config.price, slip=config.slip, goals=config.goals,
     )  # fmt: skip
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="Four Rooms",
         subtitle=f"lambda {config.temperature}, price {config.price}, slip {config.slip}, seed {config.seed}",
         sections=[
@@ -141,7 +144,7 @@ def _report(out: Path, config: Config, row: dict[str, float], weights: Sequence[
                 "Exact expected discounted return of the leader, from the start.",
                 [
                     Table(list(row), [[f"{v:.4g}" for v in row.values()]]),
-                    Figure(out / "curves.png", "Leader's value against leader steps."),
+                    Charts(panels, "Leader's value against leader steps."),
                     Figure(out / "map.png", _MAP_CAPTION),
                 ],
             )
@@ -159,6 +162,7 @@ def _run_table(config: Config, table: TableConfig, out: Path, resume: bool) -> N
     result = rows(records)
     summary = {
         "rows": result,
+        "aims": dict.fromkeys(("mean", "min", "median", "max"), "largest"),
         "seconds": time.perf_counter() - began,
         "processor_seconds": sum(record["seconds"] for record in records),
         "environment_steps": max((record["environment_steps"] or 0 for record in records), default=0),
@@ -202,8 +206,8 @@ def _table_report(
         else f"Sampled followers only: about {table.environment_steps:,} environment steps a leader step, all starts "
         "together; no exact value decides anything."
     )
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="Four Rooms: the table",
         subtitle=f"{len(table.seeds)} seeds a cell, {table.starts} starts a seed, slip {config.slip}. {budget}",
         sections=[
@@ -231,7 +235,7 @@ def _table_report(
                 "Searches",
                 f"Values of the starts still climbing ({kind}): mean over seeds, with a band of one standard error. "
                 "Where starts are dropped, the median jumps.",
-                [Figure(out / "curves.png", "Best and median value of the starts against leader steps.")],
+                [Charts(panels, "Best and median value of the starts against leader steps.")],
             ),
             Section(
                 "Fines",

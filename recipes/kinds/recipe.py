@@ -26,7 +26,18 @@ from align_cbrl.runs.report import Section, Table
 
 from ..refit import refit
 from ..statistics import interval, mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, curves, described, parts_of, rows_of, samples, seeds_in_words
+from ..study import (
+    FRESH_SEED,
+    SeedSettings,
+    Study,
+    compared,
+    curves,
+    described,
+    parts_of,
+    rows_of,
+    samples,
+    seeds_in_words,
+)
 from ..tune_weights.search import SearchSettings, search
 from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence
 from ..worlds.check import check_bench
@@ -227,7 +238,7 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
     return {
         "rows": rows_of(parts, finals),
         "comparisons": comparisons,
-        "gains": {name: mean_and_error(values) for name, values in equal.items()},
+        "gains": {name: interval(values) for name, values in equal.items()},
         "reached": {n: [at(p, b, config.nats)[1] for p, b in zip(parts[n], parts["base"], strict=True)] for n in equal},
         "best_rival": best,
         "gain_over_best_rival": None if best is None else _ratio(equal["hpgd"], equal[best]),
@@ -266,15 +277,16 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         ("What the leader wants", "follower steps", "objective", "step", "objective"),
         ("Divergence from the reference", "follower steps", "nats", "step", "kl"),
     ]
-    equal = [[n, shown(g), ", ".join(f"{v:.2f}" for v in summary["reached"][n])] for n, g in summary["gains"].items()]
+    reached = [[n, ", ".join(f"{v:.2f}" for v in nats)] for n, nats in summary["reached"].items()]
+    gains = {f"{name}, over the base model": gain for name, gain in summary["gains"].items()}
     rewards = [[name, described(found[0])] for name, found in summary["rewards"].items() if found[0]]
     return [
-        Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends; mean and error over seeds.")),
+        Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends.")),
         Section(
             f"At {config.nats:g} nats",
             "Where each curve first reaches this divergence, or its end where it never does. Rivals at several "
             "strengths are compared at the one that is best by this very figure.",
-            [Table(["reward", "gain over the base model", "nats, by seed"], equal, highlight="hpgd")],
+            [compared(gains), Table(["reward", "nats, by seed"], reached)],
         ),
         Section("Curves", "", [curves(out, panels, drawn)]),
         Section("Rewards of the first seed", "", [Table(["reward", "weights"], rewards)]),
@@ -289,5 +301,8 @@ def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
 
 
 _NAMES = {**FIGURES, "objective": "objective"}
-STUDY = Study("kinds", Config, one_seed, summarize, sections, title, _NAMES, lines=lines)
+_AIMS = {"judge": "largest", "objective": "largest"}
+STUDY = Study(
+    "kinds", Config, one_seed, summarize, sections, title, _NAMES, lines=lines, aims=_AIMS, best_by="objective"
+)
 run, report = STUDY.run, STUDY.report

@@ -15,8 +15,8 @@ from align_cbrl.objectives import LogRatio
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Matrix, Section, Table
 
-from ..statistics import mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
+from ..statistics import interval, mean_and_error, shown
+from ..study import FRESH_SEED, SeedSettings, Study, compared, parts_of, rows_of, seeds_in_words
 from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
 from ..worlds.check import check_bench
 
@@ -142,7 +142,7 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
         rivals = [n for n in config.objectives if n != own]
         best = max([own, *rivals], key=lambda n: matrix[n][own]["mean"])
         gaps = [a["measures"][own] - b["measures"][own] for a, b in zip(parts[own], parts[best], strict=True)]
-        verdicts[own] = {"best": best, "behind": None if best == own else mean_and_error(gaps)}
+        verdicts[own] = {"best": best, "behind": None if best == own else interval(gaps)}
     return {
         "rows": rows_of(parts, ("judge", "kl", "words")),
         "matrix": matrix,
@@ -171,15 +171,17 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         "trained for / measured by", columns, list(matrix),
         [[matrix[row][column]["mean"] for column in columns] for row in matrix],
         [[matrix[row][column]["se"] for column in columns] for row in matrix],
-        caption="Mean and standard error over seeds. Each column in its own units: see config.yaml.",
+        caption="Mean, and its standard error over several seeds. Each column in its own units: see config.yaml.",
     )  # fmt: skip
-    verdicts = [
-        [own, v["best"], None if v["behind"] is None else shown(v["behind"])] for own, v in summary["verdicts"].items()
-    ]
-    best = Table(["measure", "best", "its own objective is behind by"], verdicts)
+    best = Table(["measure", "best"], [[own, verdict["best"]] for own, verdict in summary["verdicts"].items()])
+    behind = {
+        f"{own}: trained for it minus {verdict['best']}": verdict["behind"]
+        for own, verdict in summary["verdicts"].items()
+        if verdict["behind"] is not None
+    }
     return [
-        Section("Trained for, measured by", "", [table, best]),
-        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+        Section("Trained for, measured by", "", [table, best, *([compared(behind)] if behind else [])]),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts.")),
     ]
 
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from align_cbrl import InputError
 from align_cbrl.checks import Positive, check
+from align_cbrl.runs.charts import Panel, curves_png, mean_curve
 from align_cbrl.runs.preflight import Preflight
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
+from align_cbrl.runs.report import Charts, Section, Table
 
 from ..statistics import counted, interval, mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
+from ..study import FRESH_SEED, SeedSettings, Study, compared, parts_of, rows_of, seeds_in_words
 from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence, tuning_steps
 from ..worlds.check import check_bench
 
@@ -142,20 +143,20 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     fine = [i * max(config.grid) / 50 for i in range(51)]
     panels = []
     for figure, label in (("judge", "judge"), ("proxy", "proxy (sd)")):
-        curves = {}
+        curves, remarks = {}, []
         for name, runs in parts.items():
-            values = [[at_divergence(run["curve"], nats, figure) for run in runs] for nats in fine]
-            found = [mean_and_error(v) if (v := [x for x in row if x is not None]) else None for row in values]
-            reached = [(nats, f) for nats, f in zip(fine, found, strict=True) if f is not None]
-            curves[LABELS[name]] = (
-                [nats for nats, _ in reached],
-                [f["mean"] for _, f in reached],
-                [f["se"] if math.isfinite(f["se"]) else 0.0 for _, f in reached],
-            )
-        panels.append(Panel(label.capitalize(), "nats from the reference", label, curves))
+            values = [{nats: at_divergence(run["curve"], nats, figure) for nats in fine} for run in runs]
+            curves[LABELS[name]], remark = mean_curve(values)
+            remarks += [f"{LABELS[name]}: {remark}"] if remark else []
+        panels.append(Panel(label.capitalize(), "nats from the reference", label, curves, note="; ".join(remarks)))
     curves_png(out / "frontier.png", panels)
+    differences = {
+        f"judge at {r['kl']:g} nats, on HPGD's reward minus plain RLHF": r["difference"]
+        for r in summary["frontier"]
+        if r["difference"] is not None
+    }
     rows = [
-        [f"{r['kl']:g}", r["seeds"], *(None if r[k] is None else shown(r[k]) for k in ("plain", "hpgd", "difference"))]
+        [f"{r['kl']:g}", r["seeds"], *(None if r[k] is None else shown(r[k]) for k in ("plain", "hpgd"))]
         for r in summary["frontier"]
     ]
     fits = [
@@ -168,15 +169,16 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
             "proxy (plain RLHF), and on the reward that HPGD has tuned. Both are trained on the same prompts with the "
             "same random numbers.",
             [
-                Figure(out / "frontier.png", "Mean over the seeds that reach so far, and one standard error."),
+                Charts(panels, "Mean over seeds as far as all of them reach, and one standard error."),
                 Table(
-                    ["nats", "seeds", "plain RLHF", "on HPGD's reward", "difference"],
+                    ["nats", "seeds", "plain RLHF", "on HPGD's reward"],
                     rows,
                     "A seed counts where both of its curves reach the divergence.",
                 ),
+                *([compared(differences)] if differences else []),
             ],
         ),
-        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts.")),
         Section(
             "The form of Gao et al.",
             "judge = start + d (a - b log d), d the root of the divergence; a is the slope at first, b how fast it is "

@@ -96,7 +96,7 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         for i, name in enumerate(config.followers)
     }
     panels = [("While one reward is tuned", "follower steps of each", "judge", "step", "judge")]
-    table = STUDY.result(summary, "Test prompts; mean and standard error over seeds.")
+    table = STUDY.result(summary, "Test prompts.")
     return [
         Section("Fresh followers on each reward", "", table),
         Section("Curves", "", [curves(out, panels, members)]),

@@ -308,18 +308,32 @@ class Referee:
         odds = self._scores(rollouts).view(-1, group, 1) - self._base.view(-1, 1, group)
         assert rollouts.log_policy is not None and rollouts.log_prior is not None  # sampled here
         texts = [answer_text(completion) for completion in rollouts.steps["completion"]]
+        judged = self.bench.judge(None, rollouts)[:, 0]
+        truth = None if self.truth is None else self.truth(None, rollouts)[:, 0]
         figures = {
             "wins": odds.sigmoid().mean((1, 2)),
-            "judge": self.bench.judge(None, rollouts).view(-1, group).mean(1),
+            "judge": judged.view(-1, group).mean(1),
             "kl": (rollouts.log_policy - rollouts.log_prior).view(-1, group).mean(1),
             "words": torch.tensor([float(len(text.split())) for text in texts]).view(-1, group).mean(1),
         }
-        if self.truth is not None:
-            figures["truth"] = self.truth(None, rollouts).view(-1, group).mean(1)
-        shown_rows = list(range(0, rollouts.size, group))[:6]
+        if truth is not None:
+            figures["truth"] = truth.view(-1, group).mean(1)
+        shown_rows = list(range(0, rollouts.size, group))[:16]
         prompts = rollouts.steps["prompt"]
-        samples = [{"prompt": shown_text(prompts[i]), "completion": texts[i]} for i in shown_rows]
-        return {**{name: mean_and_error(value) for name, value in figures.items()}, "samples": samples}
+        scores = {"judge model": judged, **({} if truth is None else {"true judge": truth})}
+        samples = [
+            {
+                "prompt": shown_text(prompts[i]),
+                "completion": texts[i],
+                "scores": {name: value[i].item() for name, value in scores.items()},
+            }
+            for i in shown_rows
+        ]
+        return {
+            **{name: mean_and_error(value) for name, value in figures.items()},
+            "by_prompt": {name: value.tolist() for name, value in figures.items()},
+            "samples": samples,
+        }
 
     def agreement(self, reward: LanguageLeader | RewardModel) -> float:
         """The share of the test labels that a reward agrees with."""
@@ -376,10 +390,9 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     ]
     result = STUDY.result(
         summary,
-        "Test prompts; mean and standard error over seeds. Wins over base: the probability, by a model of the test "
+        "Test prompts. Wins over base: the probability, by a model of the test "
         "pairs, that an answer is preferred to one of the base model. Judge model: the score that HPGD climbs, in nats "
         "of the odds.",
-        highlight=LABELS["hpgd"],
     )
     agreement = [[REWARDS[name], shown(value)] for name, value in summary["agreement"].items()]
     return [
@@ -405,5 +418,8 @@ def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-STUDY = Study("preference_dataset", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines)
+_AIMS = {"wins": "largest", "truth": "largest"}
+STUDY = Study(
+    "preference_dataset", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines, _AIMS, best_by="wins"
+)
 run, report = STUDY.run, STUDY.report

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from align_cbrl import DirectOnly, InputError, Problem
+from align_cbrl.runs.charts import COLOURS, Panel, curves_png
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.files import read_json
 from align_cbrl.runs.preflight import check_drawing
-from align_cbrl.runs.report import COLOURS, Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Figure, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp import ExactCritic, enumerate_paths, leader_value, parallel
 from toy_cmdp.followers.exact import require_exact
 from toy_cmdp.problems.principal_agent import PrincipalAgentLeader, principal_agent
@@ -87,6 +89,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
         )
     summary = {
         "rows": rows,
+        "aims": {"profit": "largest", "share_of_oracle": "largest"},
         "closed_form": sweep,
         "contract": contract,
         "seconds": time.perf_counter() - began,
@@ -286,38 +289,27 @@ def _report(
     def line(key: str) -> tuple[list[float], list[float]]:
         return logs, [row[key] for row in sweep]
 
-    curves_png(
-        out / "closed_form.png",
-        [
-            Panel(
-                "Principal's profit",
-                "log10 lambda",
-                "profit",
-                {
-                    "closed form": line("closed_profit"),
-                    "ascent": line("profit"),
-                    "lambda = 0": (logs, [limit_profit] * len(logs)),
-                },
-            ),
-            Panel(
-                "Bonus for a success",
-                "log10 lambda",
-                "payment",
-                {
-                    "closed form": line("closed_bonus"),
-                    "ascent": line("bonus"),
-                    "lambda = 0": (logs, [limit_bonus] * len(logs)),
-                },
-            ),
-        ],
-    )
+    panels = [
+        Panel(
+            title,
+            "log10 lambda",
+            label,
+            {"closed form": line(f"closed_{key}"), "ascent": line(key)},
+            levels={"closed form at lambda = 0": limit},
+        )
+        for title, label, key, limit in (
+            ("Principal's profit", "profit", "profit", limit_profit),
+            ("Bonus for a success", "payment", "bonus", limit_bonus),
+        )
+    ]
+    curves_png(out / "closed_form.png", panels)
     _contract_png(out / "contract.png", contract)
 
     def cell(value: dict[str, float]) -> str:
         return f"{value['mean']:.4f} ± {value['se']:.4f}"
 
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="Principal and agent",
         subtitle=f"Limited liability, hidden effort; lambda {config.temperature}, {config.instances} random instances",
         sections=[
@@ -339,7 +331,7 @@ def _report(
                 "Closed form",
                 "One type, two efforts, two outcomes: the optimum against the agent's temperature.",
                 [
-                    Figure(out / "closed_form.png", "Profit and bonus against the temperature, with the closed form."),
+                    Charts(panels, "Profit and bonus against the temperature, with the closed form."),
                     Table(
                         ["lambda", "bonus", "closed form", "profit", "closed form ", "paid for failure"],
                         [

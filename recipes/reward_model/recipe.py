@@ -13,12 +13,13 @@ from align_cbrl.llm import RewardModelLeader
 from align_cbrl.llm.leaders.reward_model import Trainable
 from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.leader import RewardModelSettings
+from align_cbrl.runs.charts import Panel, curves_png, mean_curve
 from align_cbrl.runs.preflight import Preflight
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png
+from align_cbrl.runs.report import Charts, Section, Table
 
 from ..refit import refit
-from ..statistics import band, interval, mean_and_error, shown
-from ..study import FRESH_SEED, SeedSettings, Study, parts_of, rows_of, seeds_in_words
+from ..statistics import interval, mean_and_error, shown
+from ..study import FRESH_SEED, SeedSettings, Study, compared, parts_of, rows_of, seeds_in_words
 from ..worlds.bench import FIGURES, Bench, BenchSettings, at_divergence, tuning_steps
 from ..worlds.check import check_bench
 from ..worlds.world import PROXY, PolicySettings
@@ -249,40 +250,49 @@ def lines(summary: dict[str, Any]) -> list[str]:
 def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section]:
     """The report, with curves.png."""
     plain = [run["curve"] for run in parts_of(out, config.seeds, f"plain-{SAME}")[f"plain-{SAME}"]]
-    (_, nats, _), (_, judge, error) = band(plain, "step", "kl"), band(plain, "step", "judge")
+    # Both means over the steps that all seeds have.
+    (_, nats, *_), _ = mean_curve([{point["step"]: point["kl"] for point in curve} for curve in plain])
+    (_, judge, *error), _ = mean_curve([{point["step"]: point["judge"] for point in curve} for curve in plain])
     panels = []
     for key in config.variants:
         ends = {}
         for way in reversed(WAYS):
             runs = list(_strong(config, out, way, key).values())
-            found = [[mean_and_error([p[f]["mean"] for p in parts]) for parts in runs] for f in ("kl", "judge")]
-            errors = [e["se"] if math.isfinite(e["se"]) else 0.0 for e in found[1]]
-            ends[WAYS[way]] = ([k["mean"] for k in found[0]], [j["mean"] for j in found[1]], errors)
+            ended = [[mean_and_error([p[f]["mean"] for p in parts]) for parts in runs] for f in ("kl", "judge")]
+            errors = [e["se"] if math.isfinite(e["se"]) else 0.0 for e in ended[1]]
+            ends[WAYS[way]] = ([k["mean"] for k in ended[0]], [j["mean"] for j in ended[1]], errors)
         name = {"head": "Head", "lora": "LoRA", "all": "All parameters"}[key]
-        lines_of = {"plain RLHF": (nats, judge, error)}
+        lines_of = {"plain RLHF": (nats, judge, *error)}
         panels.append(Panel(name, "nats from the reference", "judge", lines_of, points=ends))
     curves_png(out / "curves.png", panels)
-    repairs = [
-        [key, shown(v["over_plain"]), shown(v["over_retraining"]),
-         ", ".join(f"{name} {share:.0%}" for name, share in v["kept"].items()) or "-", v["leader_share"]]
-        for key, v in summary["variants"].items()
-    ]  # fmt: skip
-    heads = ["trained", "over plain RLHF", "over retraining", "kept by others", "leader's share of time"]
+    differences, repairs = {}, []
+    for key, found in summary["variants"].items():
+        differences[f"{key}: over plain RLHF"] = found["over_plain"]
+        differences[f"{key}: over retraining"] = found["over_retraining"]
+        differences |= {f"{key}: {n} over its own plain RLHF": v for n, v in found["others_over_plain"].items()}
+        # Of no gain, or a loss, there is no part.
+        kept = found["kept"].items() if found["over_plain"]["mean"] > 0 else ()
+        repairs.append(
+            [key, ", ".join(f"{name} {share:.0%}" for name, share in kept) or None, f"{found['leader_share']:.1%}"]
+        )
+    heads = ["trained", "part of the gain that others keep", "leader's share of time"]
     return [
         Section(
             "At equal divergence",
-            "Fresh followers on the frozen, learned rewards, each standardised and at two strengths. Plain RLHF is "
+            "The judge's score on test prompts: fresh followers on the frozen, learned rewards, each standardised and "
+            "at two strengths. Plain RLHF is "
             "compared where its training passes the same divergence, retraining on the line through its two policies.",
             [
-                Table(heads, repairs, "Differences of the judge's score on test prompts."),
-                Figure(
-                    out / "curves.png",
+                compared(differences),
+                Table(heads, repairs),
+                Charts(
+                    panels,
                     "Plain RLHF in training, from the reference on; the end of fresh followers' training on learned "
                     "rewards, at two strengths. Mean over seeds and its error.",
                 ),
             ],
         ),
-        Section("Where training ends", "", STUDY.result(summary, "Test prompts; mean and standard error over seeds.")),
+        Section("Where training ends", "", STUDY.result(summary, "Test prompts.")),
     ]
 
 

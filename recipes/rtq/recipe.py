@@ -15,10 +15,12 @@ from torch import Tensor
 from align_cbrl import InputError, Problem
 from align_cbrl.estimators.truncated import RandomlyTruncated, gradients_after
 from align_cbrl.problem import step_seed
+from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.preflight import check_drawing
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp import ExactFollower, expected_policy_response, random_cmdp
 from toy_cmdp.followers.exact import require_exact
 from toy_cmdp.followers.iterative import NaturalPolicyGradient
@@ -278,8 +280,8 @@ def _report(
     def pm(value: dict[str, float], digits: int = 3) -> str:
         return f"{value['mean']:.{digits}g} ± {value['se']:.1g}"
 
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="RT-Q",
         subtitle=f"{config.problems} random problems, {config.contexts} contexts, natural policy gradient follower",
         sections=[
@@ -316,7 +318,7 @@ def _report(
                             for r in rows
                         ],
                     ),
-                    Figure(out / "curves.png", "Change between levels, cost, and the best mean-squared error."),
+                    Charts(panels, "Change between levels, cost, and the best mean-squared error."),
                 ],
             ),
             Section(

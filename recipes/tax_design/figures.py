@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from align_cbrl import InputError, Problem
-from align_cbrl.runs.report import COLOURS
+from align_cbrl.runs.charts import COLOURS, Panel, mean_curve
 from toy_cmdp.problems.tax_design import TaxLeader
 from toy_cmdp.referee.exact import exact_world
 from toy_cmdp.tables.transition import policy_system
@@ -58,32 +56,17 @@ def behaviour(problem: Problem) -> Behaviour:
         )
 
 
-def progress_png(path: Path, logs: Sequence[Sequence[dict[str, Any]]]) -> Path:
-    """Rates and the two households' welfare over the steps; with several runs the band is one standard error.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    with _canvas(path, (10.4, 3.3)) as canvas:
-        left, right = canvas.subplots(1, 2, width_ratios=(1.15, 1))
-        for axes, names, title, label in (
-            (left, _RATES, "Tax rates", "rate"),
-            (right, _HOUSEHOLDS, "Discounted welfare", "J"),
-        ):
-            for (name, legend), colour in zip(names.items(), COLOURS, strict=False):
-                steps, mean, error = _over_runs(logs, name)
-                axes.plot(
-                    steps, mean, color=colour, linewidth=1.8, label=legend, marker="o" if len(steps) < 2 else None
-                )
-                low, high = (torch.tensor(mean) + sign * torch.tensor(error) for sign in (-1, 1))
-                axes.fill_between(steps, low.tolist(), high.tolist(), color=colour, alpha=0.15, linewidth=0)
-            axes.set_xlabel("leader step", color="#57606a")
-            axes.set_ylabel(label, color="#57606a")
-            _dress(axes, title)
-        left.set_ylim(bottom=0)
-        left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), **_LEGEND)  # curves cross wherever there is room
-        right.legend(loc="lower right", **_LEGEND)
-    return path
+def progress(logs: Sequence[Sequence[dict[str, Any]]]) -> list[Panel]:
+    """Rates and the two households' welfare before each step, over the runs of all seeds."""
+    panels = []
+    for names, title, label in ((_RATES, "Tax rates", "rate"), (_HOUSEHOLDS, "Discounted welfare", "J")):
+        drawn = {
+            shown: mean_curve([{row["step"]: row.get(name) for row in rows} for rows in logs])
+            for name, shown in names.items()
+        }
+        note = "; ".join(f"{shown}: {remark}" for shown, (_, remark) in drawn.items() if remark)
+        panels.append(Panel(title, "leader step", label, {n: curve for n, (curve, _) in drawn.items()}, note=note))
+    return panels
 
 
 def behaviour_png(path: Path, before: Behaviour, after: Behaviour) -> Path:
@@ -147,14 +130,3 @@ def _dress(axes: Any, title: str) -> None:
     axes.spines["bottom"].set_color("#b9bfc6")
     axes.tick_params(colors="#57606a", length=0)
     axes.margins(x=0.02)
-
-
-def _over_runs(logs: Sequence[Sequence[dict[str, Any]]], name: str) -> tuple[list[int], list[float], list[float]]:
-    """Steps, means and standard errors over those runs that know `name` at a step; as far as the shortest run goes."""
-    mean, error = [], []
-    rows = list(zip(*logs, strict=False))
-    for row in rows:
-        values = [run[name] for run in row if run.get(name) is not None]
-        mean.append(statistics.fmean(values) if values else math.nan)
-        error.append(statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0)
-    return [row[0]["step"] for row in rows], mean, error

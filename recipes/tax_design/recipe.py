@@ -12,18 +12,20 @@ from typing import Any, Literal
 import torch
 
 from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, Problem, Rollouts
+from align_cbrl.runs.charts import curves_png
 from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.preflight import check_drawing
-from align_cbrl.runs.report import Figure, Section, Table, write_report
+from align_cbrl.runs.report import Charts, Figure, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
 from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.followers.neural import NeuralSoftQFollower
 from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ImplicitHypergradient, context_values, leader_value
 
-from .figures import behaviour, behaviour_png, progress_png
+from .figures import behaviour, behaviour_png, progress
 
 RATES = ("vat_1", "vat_2", "vat_3", "tau")
 
@@ -119,6 +121,7 @@ def run(config: Config, out: Path, resume: bool) -> None:
         rows.append({"temperature": config.temperature, "follower": "exact", "seeds": 1, "start": start, **reference})
     summary = {
         "rows": rows,
+        "aims": {"value": "largest"},
         "runs": runs,
         "seconds": time.perf_counter() - began,
     }
@@ -233,12 +236,13 @@ def _report(out: Path, config: Config, rows: list[dict[str, Any]], before: Probl
         MetricsLog.read(out / f"seed-{seed}" / "metrics.jsonl")
         for seed in range(config.seed, config.seed + config.seeds)
     ]
-    progress_png(out / "progress.png", logs)
+    panels = progress(logs)
+    curves_png(out / "progress.png", panels)
     behaviour_png(out / "behaviour.png", behaviour(before), behaviour(after))
     columns = ["follower", *RATES, "value", "household_1", "household_2"]
     cells = [[row["follower"], *(_with_error(row, name) for name in columns[1:])] for row in rows]
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="Tax design",
         subtitle=f"lambda {config.temperature}, {config.grid} assets, {config.follower} follower, {config.steps} steps "
         f"of {config.optimizer} with learning rate {config.learning_rate}, {config.seeds} seed(s)",
@@ -249,7 +253,7 @@ def _report(out: Path, config: Config, rows: list[dict[str, Any]], before: Probl
                 f"discounted welfare, in all and under each household. At the start it is {rows[0]['start']:.3f}.",
                 [
                     Table(columns, cells, "± one standard error over seeds."),
-                    Figure(out / "progress.png", "Rates, and welfare under each household, before each step."),
+                    Charts(panels, "Rates, and welfare under each household, before each step."),
                 ],
             ),
             Section(

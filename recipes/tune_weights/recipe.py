@@ -227,10 +227,9 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     figure = dataclasses.replace(figure, caption=figure.caption + of_batches)
     result = STUDY.result(
         summary,
-        f"Test prompts; mean and standard error over {'test prompts' if len(config.seeds) == 1 else 'seeds'}. The "
-        "proxy is in standard deviations of the reference's completions of one prompt; the gap is a lower bound, in "
-        "expectation, of the divergence from the best response to the reward that the policy was trained on.",
-        highlight=LABELS["hpgd"],
+        "Test prompts. The proxy is in standard deviations of the reference's completions of one prompt; the gap is a "
+        "lower bound, in expectation, of the divergence from the best response to the reward that the policy was "
+        "trained on.",
     )
     text = (
         f"The leader saw the judge's verdict on {summary['judge_calls']:,} of the follower's "
@@ -242,9 +241,6 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         Section("Result", text, result),
         Section("The learned reward", "Weights are of standardised rewards.", [Table(["seed", "reward"], rewards)]),
         Section("Curves", "", [figure]),
-        Section(
-            "Wall time", "", [Table(["stage", "seconds"], [[n, round(v, 1)] for n, v in summary["seconds"].items()])]
-        ),
         Section("Test prompts", "", samples(parts, LABELS, ["base", "plain", "hpgd", "fresh"])),
     ]
     if summary["reached"]:
@@ -268,5 +264,5 @@ def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-STUDY = Study("tune_weights", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines)
+STUDY = Study("tune_weights", Config, one_seed, summarize, sections, title, FIGURES, LABELS, lines, best_by="judge")
 run, report = STUDY.run, STUDY.report

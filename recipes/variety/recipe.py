@@ -16,15 +16,18 @@ from torch import Tensor
 
 from align_cbrl import HPGD, Distinct, ExpectedUtility, HPGDConfig, InputError, KLPriced, Natural, Problem, SetUtility
 from align_cbrl.checks import Count, NonNegative, Positive, Whole, checked
+from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.preflight import check_drawing
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_json, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp import TabularLeader, TabularUtility, leader_value, preferences
 from toy_cmdp.problems.preferences import PreferencesLeader
 from toy_cmdp.referee.exact import exact_world
 
 from ..statistics import interval, mean_and_error, shown
+from ..study import compared
 
 _LEAST = 0.5  # score from which on an answer is good
 _SIZES = {"prompts": 8, "responses": 16, "features": 6}
@@ -86,7 +89,9 @@ def run(config: Config, out: Path, resume: bool) -> None:
     first = [
         next((i + 1 for i, s in enumerate(share(one, "hpgd")) if s > share(one, "refit")[-1]), None) for one in found
     ]
-    summary = {"rows": rows, "passes_refit_after": first, "seconds": time.perf_counter() - began}
+    aims = {"share_of_the_possible_gain": "largest"}
+    seconds = time.perf_counter() - began
+    summary = {"rows": rows, "passes_refit_after": first, "aims": aims, "seconds": seconds}
     write_summary(out, summary)
     report(out)
     for row in rows:
@@ -203,22 +208,26 @@ def report(out: Path) -> None:
     )
     curves_png(out / "curves.png", [panel])
     table = Table(
-        ["who", "share of the possible gain", "minus the best refit"],
-        [[row["name"], shown(row["share_of_the_possible_gain"]), shown(row["minus_refit"])] for row in summary["rows"]],
+        ["who", "share of the possible gain"],
+        [[row["name"], shown(row["share_of_the_possible_gain"])] for row in summary["rows"]],
         f"J is the expected number of distinct good kinds among {config.size} answers, less {config.price:g} per nat. "
         "Mean and standard error over seeds; exact values. The refit and the mean have verdicts without end, and the "
         "refit's strength is the best one for J; HPGD sees 64 verdicts a leader step.",
     )
+    refit = LABELS["refit"]
+    differences = {f"{r['name']} minus {refit}": r["minus_refit"] for r in summary["rows"] if r["name"] != refit}
     after = [str(step) if step else "never" for step in summary["passes_refit_after"]]
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="What a leader can want and a regression cannot",
         subtitle=f"{len(config.seeds)} worlds of {_SIZES['prompts']} prompts and {_SIZES['responses']} answers",
         sections=[
             Section(
-                "Result", f"HPGD's first leader step above the best refit, seed by seed: {', '.join(after)}.", [table]
+                "Result",
+                f"HPGD's first leader step above the best refit, seed by seed: {', '.join(after)}.",
+                [table, compared(differences, "worlds")],
             ),
-            Section("Curves", "", [Figure(out / "curves.png", "Against leader steps; bands: standard errors.")]),
+            Section("Curves", "", [Charts([panel], "Against leader steps; bands: standard errors.")]),
         ],
     )
 

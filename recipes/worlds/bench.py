@@ -24,6 +24,7 @@ from align_cbrl.llm import (
     Judge,
     LanguageLeader,
     Population,
+    RewardMixture,
     RewardModel,
     TrainedFollower,
     load_leader,
@@ -32,7 +33,7 @@ from align_cbrl.llm import (
 )
 from align_cbrl.llm.conversations import answer_text, shown_text
 from align_cbrl.llm.prompts import check_count
-from align_cbrl.llm.scoring import ScoreFunction, check_arguments
+from align_cbrl.llm.scoring import ScoreFunction, check_arguments, score_arguments
 from align_cbrl.llm.settings.follower import TrainedSettings
 from align_cbrl.llm.settings.hpgd import HPGDSettings
 from align_cbrl.llm.settings.judge import FunctionSettings, JudgeSettings, judge_facts
@@ -54,6 +55,7 @@ from ..study import USAGE, kept
 from .cache import being_made
 from .world import PROXY, PolicySettings, Replies, WorldSettings, size_of
 
+_SHOWN = 16  # prompts among the samples of a report
 FIGURES = {"judge": "judge", "proxy": "proxy (sd)", "kl": "KL (nats)", "gap": "gap (nats)", "words": "words"}
 """What is measured of a policy, and how tables name it."""
 
@@ -160,6 +162,7 @@ class Bench:
         self.further: Mapping[str, Callable[[Rollouts], float]] = {}
         self._reference: Rollouts | None = None
         self._plain: LanguageLeader | None = None
+        self._mixture: RewardMixture | None = None
 
     def check_names(self, objective: ObjectiveSettings) -> None:
         """Refuse what is misnamed before anything is trained: functions, costs, and the columns that they take.
@@ -237,9 +240,12 @@ class Bench:
     def leader(self, settings: LeaderSettings | None = None) -> LanguageLeader:
         """A leader where plain RLHF stands; the configuration's, or one of other settings."""
         settings = settings or self.settings.leader
+        return settings.build(self._terms_of(settings), self.reference())
+
+    def _terms_of(self, settings: LeaderSettings) -> dict[str, ScoreFunction]:
+        """The terms that a leader is made of: all of them, or the first."""
         of_all = settings.kind == "mixture" or (settings.kind == "shaped" and settings.correction == "terms")
-        terms = self.terms()
-        return settings.build(terms if of_all else dict(list(terms.items())[:1]), self.reference())
+        return dict(list(self.terms().items())[: None if of_all else 1])
 
     def plain(self, strength: float | None = None) -> LanguageLeader:
         """The proxy alone, at the strength at which leaders start, or at another."""
@@ -401,7 +407,8 @@ class Bench:
             judge, proxy (in standard deviations of the reference's completions of a prompt, from its mean), kl (nats),
             gap (nats to the best response to `leader`, a lower bound in expectation) and words, each {mean, se} with
             the standard error over prompts; `by_prompt`, the means of judge, kl and every cost for each test prompt,
-            and `groups`, the columns of these prompts; `samples`, one completion of each of the first prompts.
+            and `groups`, the columns of these prompts; `samples`, one completion of each of the first prompts with its
+            `scores`: of the judge, and of every term of the leader in standard deviations, as the proxy's.
         """
         test = self.test()
         rollouts = follower.answers(
@@ -431,14 +438,20 @@ class Bench:
                 **{n: by_prompt(cost(None, rollouts)[:, 0]).tolist() for n, cost in self.costs().items()},
             },
             "groups": {n: plain(v[::group_size]) for n, v in rollouts.steps.items() if n in test.column_names},
-            "samples": [
-                {
-                    "prompt": shown_text(rollouts.steps["prompt"][i]), "completion": texts[i],
-                    "judge": judged[i].item(), "proxy": proxy[i].item(),
-                }
-                for i in range(0, rollouts.size, group_size)
-            ][:8],
+            "samples": self._samples(rollouts.select(slice(0, _SHOWN * group_size, group_size)), judged[::group_size]),
         }  # fmt: skip
+
+    def _samples(self, rollouts: Rollouts, judged: Tensor) -> list[dict[str, Any]]:
+        """Prompts, completions and their scores, as a report shows them; `judged` [>= B]."""
+        terms = self._term_scores(rollouts)
+        return [
+            {
+                "prompt": shown_text(rollouts.steps["prompt"][i]),
+                "completion": answer_text(rollouts.steps["completion"][i]),
+                "scores": {"judge": judged[i].item(), **{name: scores[i] for name, scores in terms.items()}},
+            }
+            for i in range(rollouts.size)
+        ]
 
     def point(self, follower: TrainedFollower) -> dict[str, float]:
         """The means of `measure`, for a point of a curve."""
@@ -460,6 +473,14 @@ class Bench:
 
     def _judged(self, rollouts: Rollouts) -> dict[str, float]:
         return {"judge": self.judge(None, rollouts).mean().item()}
+
+    def _term_scores(self, rollouts: Rollouts) -> dict[str, list[float]]:
+        """The standardised scores of each of the leader's terms."""
+        if self._mixture is None:
+            self._mixture = RewardMixture(self._terms_of(self.settings.leader))
+            self._mixture.calibrate(self.reference())
+        features = self._mixture.features(**score_arguments(rollouts))
+        return dict(zip(self._mixture.terms, features.T.tolist(), strict=True))
 
     def _proxy_scores(self, rollouts: Rollouts) -> Tensor:
         if self._plain is None:
