@@ -39,7 +39,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
-def test_the_site_documents_every_public_name_and_can_be_searched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_site_documents_every_public_name_and_can_be_searched(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
