@@ -43,7 +43,7 @@ test: lint  ## linter, type checker, and all tests but the slow ones, a file at 
 
 docs: $(READY)  ## the site with its API pages, in site/
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build
+	$(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## linter, format and type checker
 	$(BIN)/ruff check .

@@ -339,10 +339,13 @@ def test_a_users_recipe_may_look_before_it_runs(own: Path, capsys: pytest.Captur
     for name in [n for n in sys.modules if n.startswith("align_cbrl_by_path_")]:
         del sys.modules[name]
     assert cli.main(["check", "mine/counting", "--set", "way.limit=7"]) == 2
+    (first,) = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: mine/counting/config.yaml: judge (its default): 'words.py:WORD': there is no file")
+    judge = f"judge={own}/words.py:WORD"
+    assert cli.main(["check", "mine/counting", "--set", "way.limit=7", judge]) == 2
     output = capsys.readouterr()
     assert output.out.splitlines()[-1] == "steps  5 of them"
-    first, second, third = output.err.splitlines()
-    assert first.startswith("error: mine/counting/config.yaml: judge (its default): 'words.py:WORD': there is no file")
+    second, third = output.err.splitlines()
     assert second == "error: --set way.limit=7: way.limit: expected another"
     assert third == "error: mine/counting/config.yaml: steps: expected more"
 
