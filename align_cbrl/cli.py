@@ -384,10 +384,15 @@ def _looked_at(options: argparse.Namespace) -> _Job:
 
 def _glance(recipe: Path, path: Path, overrides: Sequence[str], out: Path) -> None:
     """Refuse what can be seen to be wrong before torch is imported, which takes longer than to train a small model."""
-    cls = outline(recipe)
-    if cls is None:
+    try:
+        cls = outline(recipe)
+        config: Any = None if cls is None else load_config(cls, path, overrides)
+    except InputError:
+        raise
+    except Exception:  # of code that needs more than its own source, or is wrong: its import will say so
         return
-    config: Any = load_config(cls, path, overrides)
+    if config is None:
+        return
     notes = Preflight(config, Sources.read(path, overrides), out)
     check_paths(config, notes)
     check_inputs(config, notes)

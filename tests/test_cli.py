@@ -350,6 +350,18 @@ def test_a_users_recipe_may_look_before_it_runs(own: Path, capsys: pytest.Captur
     assert third == "error: mine/counting/config.yaml: steps: expected more"
 
 
+def test_a_configuration_that_its_source_alone_cannot_make_is_left_to_the_recipe(own: Path) -> None:
+    """A property of another class is not there before the recipe is imported."""
+    text = OWN.replace(
+        "    limit: int = 3\n", "    limit: int = 3\n\n    @property\n    def most(self):\n        return 9\n"
+    )
+    text = text.replace(
+        "Up(limit=5))\n", "Up(limit=5))\n\n    def __post_init__(self):\n        assert self.way.most\n"
+    )
+    (own / "recipe.py").write_text(text)
+    assert cli.main(["run", "mine/counting"]) == 0
+
+
 def test_ls_has_a_line_for_every_recipe_and_configuration(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (recipe / "recipe.py").write_text(f'"""Toys, for a test."""{RECIPE}')
     (recipe / "smoke.yaml").write_text("# As Thoma et al. (2024) have it. More\n# of it.\nsteps: 2\n")
