@@ -139,6 +139,7 @@ def test_a_recipe_of_ones_own_takes_anything_where_its_types_are_not_known(tmp_p
         ),
         ("world.model=./polici", "world.model: model './polici': there is no such folder; did you mean 'policy'"),
         ("judge.function=own.py:jugde", "judge.function: 'own.py:jugde': the file"),
+        ("follower.vllm=true", "follower.vllm: the package vllm is not installed"),
         ("world.rewards.own=onw.judge", "world.rewards.own: 'onw.judge': there is no module 'onw'"),
     ],
 )

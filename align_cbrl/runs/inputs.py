@@ -69,24 +69,24 @@ def check_name(what: str, path: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Input:
-    """What a text names, and how one that names nothing is told."""
+class Input:
+    """For `Annotated`: what a value names or needs, and who refuses one for which that is not there."""
 
     what: str
-    check: Callable[[str, str], None]
+    check: Callable[[str, Any], None]
 
 
-Data = Annotated[str, _Input("data", check_file)]
+Data = Annotated[str, Input("data", check_file)]
 """A field of a configuration: a file of data, a folder, a function or a hub id."""
 
-Policy = Annotated[str, _Input("model", check_folder)]
+Policy = Annotated[str, Input("model", check_folder)]
 """A folder or a hub id of a language model."""
 
-Proxy = Annotated[str, _Input("reward model", check_folder)]
+Proxy = Annotated[str, Input("reward model", check_folder)]
 """A folder or a hub id of a reward model."""
 
 
-Name = Annotated[str, _Input("function", check_name)]
+Name = Annotated[str, Input("function", check_name)]
 """A function, as `package.module.function` or `file.py:function`."""
 
 
@@ -97,20 +97,20 @@ def check_inputs(config: Any, notes: Preflight) -> None:
             named.check(named.what, value)
 
 
-def _inputs(config: Any, at: str) -> Iterator[tuple[str, str, _Input]]:
+def _inputs(config: Any, at: str) -> Iterator[tuple[str, Any, Input]]:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             yield from _inputs(value, f"{at}{name}.")
-        texts = {f"{at}{name}.{key}": text for key, text in value.items()} if isinstance(value, dict) else {}
-        for key, text in ({f"{at}{name}": value} | texts).items():
-            if isinstance(text, str):
-                yield from ((key, text, named) for named in _marks(hint))
+        parts = {f"{at}{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
+        for key, part in (parts or {f"{at}{name}": value}).items():
+            if part:  # neither null nor empty
+                yield from ((key, part, named) for named in _marks(hint))
 
 
-def _marks(hint: Any) -> Iterator[_Input]:
+def _marks(hint: Any) -> Iterator[Input]:
     if get_origin(hint) is Annotated:
-        yield from (extra for extra in get_args(hint)[1:] if isinstance(extra, _Input))
+        yield from (extra for extra in get_args(hint)[1:] if isinstance(extra, Input))
     else:
         for part in get_args(hint):
             yield from _marks(part)
