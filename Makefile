@@ -51,7 +51,7 @@ test: lint  ## linter, type checker, and all tests but the slow ones, a file at 
 
 docs: $(READY)  ## the site with its API pages, in site/
 	$(PIP) -e ".[docs]"
-	$(BIN)/mkdocs build
+	$(BIN)/mkdocs build --strict
 
 lint: $(DEV)  ## linter, format and type checker
 	$(BIN)/ruff check .

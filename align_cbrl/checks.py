@@ -8,14 +8,12 @@ import functools
 import inspect
 import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
-
-import torch
-from torch import Tensor, nn
 
 from align_cbrl.errors import InputError
 
@@ -61,7 +59,7 @@ Probability = Annotated[float, Range(0, 1)]
 Discount = Annotated[float, Range(0, 1, open="high")]
 """A number from 0 to below 1."""
 
-_DATA = (type(None), numbers.Number, collections.abc.Collection, Path, Tensor, type, types.FunctionType)
+_DATA = (type(None), numbers.Number, collections.abc.Collection, Path, type, types.FunctionType)
 
 # Beyond it, torch's integers and seeds end.
 _LARGEST = 2**63
@@ -216,13 +214,19 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if getattr(kind, "_is_protocol", False):
         return callable(value) if "__call__" in vars(kind) else True
-    if isinstance(value, nn.Module):  # also one that is wrapped, by an adapter or for several processes
+    if _is_a(value, "Module"):  # also one that is wrapped, by an adapter or for several processes
         return any(isinstance(module, kind) for module in value.modules())
-    if inspect.isabstract(kind) and not isinstance(value, _DATA):
+    if inspect.isabstract(kind) and not (isinstance(value, _DATA) or _is_a(value, "Tensor")):
         # Who fulfils a contract need not inherit from it; what has nothing of it does not fulfil it.
         names = {*dir(kind), *(name for base in kind.__mro__ for name in inspect.get_annotations(base))}
         return isinstance(value, kind) or any(hasattr(value, name) for name in names if not name.startswith("_"))
     return isinstance(value, kind)
+
+
+def _is_a(value: Any, kind: Literal["Tensor", "Module"]) -> bool:
+    """Whether a value is a tensor or a module; nothing is where torch has not been imported, and this does not."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor if kind == "Tensor" else torch.nn.Module)
 
 
 def _is_finite(value: Any) -> bool:
@@ -245,7 +249,7 @@ def _refuse(name: str, value: Any, hint: Any) -> typing.NoReturn:
 
 
 def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
+    if _is_a(value, "Tensor"):
         return f"one of shape {list(value.shape)}"
     try:
         return f"{value!r:.60}"
@@ -276,6 +280,8 @@ def _described(hint: Any) -> str:
         str: "a text",
         None: "None",
     }
-    words |= {type(None): "None", torch.Tensor: "a tensor", collections.abc.Callable: "a function"}
+    words |= {type(None): "None", collections.abc.Callable: "a function"}
     kind = origin or hint
+    if isinstance(kind, type) and kind.__module__ == "torch" and kind.__name__ == "Tensor":
+        return "a tensor"
     return words.get(kind) or f"a {getattr(kind, '__name__', kind)}"

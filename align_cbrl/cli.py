@@ -33,7 +33,9 @@ from align_cbrl.runs.config import Sources, load_config, nearest
 from align_cbrl.runs.config_help import describe
 from align_cbrl.runs.files import storage_failure
 from align_cbrl.runs.imports import load_object, load_recipe, recipe_folder, recipe_names, require_package
+from align_cbrl.runs.inputs import check_inputs
 from align_cbrl.runs.interrupt import acting_interrupt
+from align_cbrl.runs.outline import outline
 from align_cbrl.runs.preflight import Preflight, check_paths
 from align_cbrl.runs.progress import duration
 from align_cbrl.runs.secrets import redact
@@ -361,6 +363,7 @@ def _looked_at(options: argparse.Namespace) -> _Job:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, this is a file")
     print(f"{name} with {path.name}, into {out}: looking at all that it names, before anything is trained", flush=True)
+    _glance(recipe_folder(name) / "recipe.py", path, options.overrides, out)
     from align_cbrl.distributed import initialize, world_size
 
     initialize()
@@ -377,6 +380,24 @@ def _looked_at(options: argparse.Namespace) -> _Job:
     check_paths(config, notes)
     getattr(recipe, "preflight", lambda config, notes: notes.need_room(0))(config, notes)
     return _Job(name, recipe, config, out, notes)
+
+
+def _glance(recipe: Path, path: Path, overrides: Sequence[str], out: Path) -> None:
+    """Refuse what can be seen to be wrong before torch is imported, which takes longer than to train a small model."""
+    try:
+        cls = outline(recipe)
+        config: Any = None if cls is None else load_config(cls, path, overrides)
+    except InputError:
+        raise
+    except Exception:  # of code that needs more than its own source, or is wrong: its import will say so
+        return
+    if config is None:
+        return
+    notes = Preflight(config, Sources.read(path, overrides), out)
+    check_paths(config, notes)
+    check_inputs(config, notes)
+    notes.need_room(0)
+    notes.conclude()
 
 
 def _refuse_a_run_in(out: Path) -> None:

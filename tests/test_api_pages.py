@@ -1,10 +1,11 @@
-"""The site builds, and its API reference has an entry for every public name."""
+"""The site builds without a warning, can be searched, and its API reference has an entry for every public name."""
 
 from __future__ import annotations
 
 import html
 import importlib
 import importlib.util
+import json
 import logging
 import re
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
-def test_the_site_documents_every_public_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_site_documents_every_public_name_and_can_be_searched(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
@@ -51,3 +54,7 @@ def test_the_site_documents_every_public_name(tmp_path: Path, caplog: pytest.Log
         entries = {html.unescape(name) for name in re.findall(r'<h\d id="([^"]+)"', text)}
         names = [name for name in module.__all__ if not isinstance(getattr(module, name), ModuleType)]
         assert [name for name in names if f"{package}.{name}" not in entries] == []
+    index = json.loads((tmp_path / "site/search/search_index.json").read_text(encoding="utf-8"))
+    found = {entry["location"]: entry["text"] for entry in index["docs"]}
+    assert {"trl_script/", "llm_judge/", "own_problem/", "api/toy_cmdp/#toy_cmdp.four_rooms"} <= set(found)
+    assert "Boltzmann" in found["trl_script/#best-response-or-next-step"]  # the text, and not headings only

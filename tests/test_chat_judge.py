@@ -658,10 +658,9 @@ def test_another_template_is_another_judge_and_another_run(tmp_path: Path) -> No
 
 
 def of_the_page(folder: Path, port: int) -> None:
-    """The files of the chapter, as a reader saves them."""
-    page = (ROOT / "docs/judges.md").read_text(encoding="utf-8")
-    chapter = page.partition("## My LLM judge")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", chapter, re.MULTILINE | re.DOTALL)
+    """The files of the page, as a reader saves them."""
+    page = (ROOT / "docs/llm_judge.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (folder / "rubric.txt").write_text(next(text for kind, text in blocks if kind == "text"))
     configured = next(text for kind, text in blocks if kind == "yaml")
     assert configured.startswith("# chat.yaml") and ":8765/" in configured

@@ -339,12 +339,27 @@ def test_a_users_recipe_may_look_before_it_runs(own: Path, capsys: pytest.Captur
     for name in [n for n in sys.modules if n.startswith("align_cbrl_by_path_")]:
         del sys.modules[name]
     assert cli.main(["check", "mine/counting", "--set", "way.limit=7"]) == 2
+    (first,) = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: mine/counting/config.yaml: judge (its default): 'words.py:WORD': there is no file")
+    judge = f"judge={own}/words.py:WORD"
+    assert cli.main(["check", "mine/counting", "--set", "way.limit=7", judge]) == 2
     output = capsys.readouterr()
     assert output.out.splitlines()[-1] == "steps  5 of them"
-    first, second, third = output.err.splitlines()
-    assert first.startswith("error: mine/counting/config.yaml: judge (its default): 'words.py:WORD': there is no file")
+    second, third = output.err.splitlines()
     assert second == "error: --set way.limit=7: way.limit: expected another"
     assert third == "error: mine/counting/config.yaml: steps: expected more"
+
+
+def test_a_configuration_that_its_source_alone_cannot_make_is_left_to_the_recipe(own: Path) -> None:
+    """A property of another class is not there before the recipe is imported."""
+    text = OWN.replace(
+        "    limit: int = 3\n", "    limit: int = 3\n\n    @property\n    def most(self):\n        return 9\n"
+    )
+    text = text.replace(
+        "Up(limit=5))\n", "Up(limit=5))\n\n    def __post_init__(self):\n        assert self.way.most\n"
+    )
+    (own / "recipe.py").write_text(text)
+    assert cli.main(["run", "mine/counting"]) == 0
 
 
 def test_ls_has_a_line_for_every_recipe_and_configuration(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

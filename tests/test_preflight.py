@@ -203,18 +203,24 @@ def test_a_wrong_file_is_named(material: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_all_that_is_wrong_is_said_at_once(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = [
-        f"judge.function={material}/own.py:raising",
-        f"world.proxy={material}/policy",
-        f"world.rewards.two={material}/own.py:two",
-    ]
-    error = refused(material, tmp_path / "run", wrong, capsys)
-    assert [line.split(": ")[2] for line in error.splitlines()] == [
-        "world.rewards.two",
-        "world.proxy",
-        "judge.function",
-    ]
-    assert all(line.startswith("error: --set ") for line in error.splitlines())
+    """First what is seen without loading anything, which is soon; then what loading and asking show."""
+    shown = [f"judge.function={material}/own.py:raising", f"world.proxy={material}/policy"]
+    seen = [f"world.rewards.two={material}/own.py:two", f"world.data={material}/promts.jsonl"]
+    for wrong, keys in (
+        (shown + seen, ["world.rewards.two", "world.data"]),
+        (shown, ["world.proxy", "judge.function"]),
+    ):
+        error = refused(material, tmp_path / "run", wrong, capsys)
+        assert [line.split(": ")[2] for line in error.splitlines()] == keys
+        assert all(line.startswith("error: --set ") for line in error.splitlines())
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda folder, mode: False)
+    error = refused(material, tmp_path / "run", [], capsys)
+    assert f"--out {tmp_path / 'run'}: expected a folder that may be written, got {tmp_path}, which may not" in error
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ from align_cbrl.errors import InputError, first_line
 from align_cbrl.llm.prompts import check_prompts
 from align_cbrl.llm.scoring import ScoreFunction, call_score_function, check_scores
 from align_cbrl.rollouts import Rollouts
-from align_cbrl.runs.config import near_path
 from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.inputs import DATA_FORMATS, check_file
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _ASSISTANT = "Assistant:"
 # What other data sets call the two columns.
 _ALIASES = {
@@ -218,10 +217,9 @@ def _load(source: str) -> DatasetDict:
     """What `source` names, with a train split."""
     path = Path(source).expanduser()
     try:
-        if path.suffix in _FORMATS:
-            if not path.is_file():
-                raise InputError(f"data {source!r}: there is no such file{near_path(path)}")
-            data = load_dataset(_FORMATS[path.suffix], data_files=str(path))
+        if path.suffix in DATA_FORMATS:
+            check_file("data", source)
+            data = load_dataset(DATA_FORMATS[path.suffix], data_files=str(path))
             if path.suffix == ".txt":
                 data = data.rename_column("text", "prompt")
         elif path.is_dir():

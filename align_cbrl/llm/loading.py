@@ -65,25 +65,6 @@ def loading(what: str, path: str) -> Iterator[None]:
         raise InputError(f"{what} {path!r}: {reason}{near_path(path)}") from error
 
 
-def check_folder(what: str, path: str) -> None:
-    """Refuse a folder that is not there, without asking the hub, which may take a minute to be out of reach.
-
-    A folder is meant by a path that begins with a slash, a dot or a tilde, and by one whose parent is a folder here.
-
-    Raises:
-        InputError: there is no such folder; with those beside it that have a similar name.
-
-    Example:
-        >>> check_folder("model", "./polici")
-        Traceback (most recent call last):
-        align_cbrl.errors.InputError: model './polici': there is no such folder
-    """
-    folder = Path(path).expanduser()
-    meant = path.startswith(("/", ".", "~")) or (len(folder.parts) > 1 and folder.parent.is_dir())
-    if meant and not folder.is_dir():
-        raise InputError(f"{what} {path!r}: there is no such folder{near_path(path)}")
-
-
 def weight_names(path: str) -> list[str] | None:
     """The names of the weights that a folder holds, without loading them; None where that cannot be told.
 

@@ -23,8 +23,9 @@ from transformers import (
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.identity import content_digest
-from align_cbrl.llm.loading import check_folder, loading, weight_names
+from align_cbrl.llm.loading import loading, weight_names
 from align_cbrl.llm.sampling import batches
+from align_cbrl.runs.inputs import check_folder
 
 HEADS = ("score", "classifier", "v_head")
 """What classifiers call their last layer: Llama, GPT-2 and Qwen "score", BERT "classifier"."""

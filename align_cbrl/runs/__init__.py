@@ -4,6 +4,8 @@ Modules:
     config: YAML and overrides to typed dataclasses
     config_help: what every key of a configuration means
     imports: objects and recipes by name or path
+    outline: a recipe's configuration without its imports
+    inputs: files and folders that a configuration names
     preflight: what is looked at before anything is trained
     progress: a bar on a terminal, a line now and then elsewhere
     run_folder: what a run's folder records about itself

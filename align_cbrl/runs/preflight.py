@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -82,11 +83,14 @@ class Preflight:
             require_package(package, extra, purpose)
 
     def need_room(self, size: float) -> None:
-        """Note that the disk has less than the `size` bytes left that the run's folder will hold."""
+        """Note that the disk has less than the `size` bytes left that the run's folder will hold, or takes none."""
         folder = self._out.absolute()
         size = max(0.0, size - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())) + _LEAST
         while not folder.exists():
             folder = folder.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            self.wrong.append(f"--out {self._out}: expected a folder that may be written, got {folder}, which may not")
+            return
         free = shutil.disk_usage(folder).free
         if free < size:
             self.wrong.append(

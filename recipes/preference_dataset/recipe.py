@@ -23,6 +23,7 @@ from align_cbrl.llm.settings.objective import ExpectedSettings, ObjectiveSetting
 from align_cbrl.objectives.preference_data import PreferenceData, Regularised
 from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.inputs import Policy, Proxy
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section, Table
 
@@ -128,8 +129,8 @@ class Config(SeedSettings):
 
     preferences: str = "align_cbrl.recipes.preference_dataset.data.annotated_replies"
     split: SplitSettings = dataclasses.field(default_factory=SplitSettings)
-    model: str | None = None
-    reward_model: str | None = None
+    model: Policy | None = None
+    reward_model: Proxy | None = None
     reward_training: RewardTrainingSettings = dataclasses.field(default_factory=RewardTrainingSettings)
     rewards: dict[str, str] = dataclasses.field(default_factory=dict)
     leader: LeaderSettings = dataclasses.field(default_factory=MixtureSettings)

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from align_cbrl import InputError
 from align_cbrl.llm.loading import loading
 from align_cbrl.plain import plain
+from align_cbrl.runs.inputs import Data, Name, Policy, Proxy
 
 from .cache import cached
 from .docstrings.policy import train_policy as train_docstring_policy
@@ -38,7 +39,7 @@ class PolicySettings:
         layers: depth.
     """
 
-    model: str | None = None
+    model: Policy | None = None
     family: Family = "llama"
     hidden_size: int = 64
     layers: int = 2
@@ -60,12 +61,12 @@ class World(abc.ABC):
     """
 
     name: str = ""
-    data: str = ""
-    model: str | None = None
-    proxy: str | None = None
+    data: Data = ""
+    model: Policy | None = None
+    proxy: Proxy | None = None
     proxy_pairs: int = 4000
-    rewards: dict[str, str] = dataclasses.field(default_factory=dict)
-    costs: dict[str, str] = dataclasses.field(default_factory=dict)
+    rewards: dict[str, Name] = dataclasses.field(default_factory=dict)
+    costs: dict[str, Name] = dataclasses.field(default_factory=dict)
     reference_prompts: int = 128
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class Docstrings(World):
     """
 
     name: Literal["docstrings"] = "docstrings"
-    data: str = _SIGNATURES
+    data: Data = _SIGNATURES
     proxy_pairs: int = 3000
     reference_prompts: int = 64
     base_epochs: float | None = None
@@ -200,7 +201,7 @@ class Replies(World):
     """
 
     name: Literal["replies"] = "replies"
-    data: str = "align_cbrl.recipes.worlds.replies.data.load_requests"
+    data: Data = "align_cbrl.recipes.worlds.replies.data.load_requests"
     family: Family = "llama"
     hidden_size: int = 64
     layers: int = 2

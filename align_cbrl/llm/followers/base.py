@@ -19,10 +19,11 @@ from align_cbrl.errors import InputError
 from align_cbrl.estimators.sampler_evidence import SamplerEvidence
 from align_cbrl.llm.followers.adapters import without_dropout
 from align_cbrl.llm.leaders.base import LanguageLeader
-from align_cbrl.llm.loading import check_folder, loading, weight_names
+from align_cbrl.llm.loading import loading, weight_names
 from align_cbrl.llm.prompts import check_count, check_prompts, positions_of, prompt_ids
 from align_cbrl.llm.sampling import Completions, add_position_ids, sample_completions
 from align_cbrl.problem import Follower, Leader, check_temperature
+from align_cbrl.runs.inputs import check_folder
 
 _TEMPLATE_ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from datasets import Dataset
 
@@ -17,6 +17,17 @@ from align_cbrl.llm.followers.base import LanguageFollower
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.tilted import TiltedFollower
 from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower, TrainedFollower
+from align_cbrl.runs.inputs import Input
+
+
+def _need_peft(name: str, rank: int) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(f"{name}: rank {rank} needs peft; pip install 'align-cbrl[peft]'")
+
+
+def _need_vllm(name: str, wanted: bool) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(f"{name}: the package vllm is not installed; pip install 'trl[vllm]' on a machine with a GPU")
 
 
 @checked
@@ -69,8 +80,8 @@ class TrainedSettings(_Follower):
     group_size: Several = 8
     learning_rate: Positive = 1e-4
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    lora: Count | None = None
-    vllm: bool = False
+    lora: Annotated[Count | None, Input("lora", _need_peft)] = None
+    vllm: Annotated[bool, Input("vllm", _need_vllm)] = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,9 +101,9 @@ class TrainedSettings(_Follower):
                 cut into as many pieces.
         """
         if self.lora is not None:
-            _lora(self.lora)
-        if self.vllm and importlib.util.find_spec("vllm") is None:
-            raise InputError("vllm: the package vllm is not installed; pip install 'trl[vllm]' on a machine with a GPU")
+            _need_peft("lora", self.lora)
+        if self.vllm:
+            _need_vllm("vllm", self.vllm)
         self._kind.check_settings(
             self.temperature, self.max_completion_length, self.prompts_per_step, self.group_size, self._settings
         )
@@ -135,8 +146,7 @@ FollowerSettings = TrainedSettings | TiltedSettings
 
 
 def _lora(rank: int) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise InputError(f"lora: rank {rank} needs peft; pip install 'align-cbrl[peft]'") from error
+    _need_peft("lora", rank)
+    from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")

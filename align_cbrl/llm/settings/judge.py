@@ -17,6 +17,7 @@ from align_cbrl.llm.judges.usage import Prices
 from align_cbrl.runs.config import to_dict
 from align_cbrl.runs.facts import PRACTICAL_OF_JUDGE
 from align_cbrl.runs.imports import load_object
+from align_cbrl.runs.inputs import Name, Proxy
 from align_cbrl.runs.secrets import redact, redacted
 
 
@@ -82,7 +83,7 @@ class FunctionSettings(_Judge):
         wait: seconds before the first of them, doubled each time.
     """
 
-    function: str
+    function: Name
     pairwise: bool = False
     both_orders: bool = True
     sets: bool = False
@@ -114,7 +115,7 @@ class RewardModelJudgeSettings(_Judge):
         budget, cache, batch_size, retries, wait: as for a function; scores are always kept on disk.
     """
 
-    reward_model: str
+    reward_model: Proxy
 
     @property
     def _name(self) -> str:
