@@ -11,12 +11,13 @@ from toy_cmdp import LinearLeader, LinearQuadraticFollower, LinearSystems, Quadr
 LENGTH = 40
 """Steps of a path; 0.8^40 is 1.3e-4."""
 BOUND = 2.5
-"""Of the agent's action; the exact response leaves it never: its standard deviation is at most 0.45."""
+"""Of the agent's action; the exact response hardly ever leaves it: its standard deviation is 0.46."""
+NAMES = ("log position price", "log speed price", "target")
 DISCOUNT, TEMPERATURE = 0.8, 0.5
 
 
 class PriceLeader(LinearLeader):
-    """Prices distance from a target, and speed: the follower pays q_1 (position - target)^2 + q_2 speed^2 + u^2 / 2.
+    """Prices distance from a target, and speed: the follower pays q_1 (position - target)^2 + q_2 speed^2 + u^2.
 
     The state is (position, speed, 1), the follower accelerates.
 
@@ -27,6 +28,10 @@ class PriceLeader(LinearLeader):
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.x = nn.Parameter(x.double())
+
+    def describe(self) -> dict[str, float]:
+        """Its parameters, which HPGD writes into every step's metrics."""
+        return dict(zip(NAMES, self.x.tolist(), strict=True))
 
     def systems(self) -> LinearSystems:
         """See `LinearLeader.systems`."""
