@@ -151,7 +151,7 @@ def test_contexts_are_named_to_agent_and_leader() -> None:
     own = memory.rewards[:count, 0] - (1 + 2 * memory.actions[:count, 0, 0]) - memory.own[:count, 0]
     assert np.allclose(own, 10 * memory.observations[:count, 0, 2], atol=1e-5)
     nodes, weight = policy_nodes(rollouts)
-    assert nodes.shape == (12, rollouts.horizon, 3, 1) and float(weight.sum()) == pytest.approx(1)
+    assert nodes.shape == (12, rollouts.horizon, 16, 1) and float(weight.sum()) == pytest.approx(1)
 
 
 def test_a_path_ends_where_its_environment_ends() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
 
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
 from toy_cmdp.tables.linear_systems import LinearSystems
+
+try:
+    import gymnasium
+    from gymnasium import spaces
+except ImportError as error:
+    raise InputError("toy_cmdp.environments needs gymnasium: pip install 'align-cbrl[gym]'") from error
 
 
 @checked

@@ -9,10 +9,12 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from align_cbrl.checks import Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.gym.transitions import check_observation, check_spaces
 
 
+@checked
 class Contexts(gymnasium.Env[Any, Any]):
     """Nature draws an environment at every reset; observations end with its number, one of C entries being 1.
 
@@ -20,11 +22,11 @@ class Contexts(gymnasium.Env[Any, Any]):
 
     Args:
         environments: C of them, with the same spaces.
-        probabilities: nature's law, [C].
+        probabilities: nature's law, [C], up to a factor.
 
     Raises:
-        InputError: spaces that differ or that `check_spaces` refuses; from `reset` and `step`: an observation that is
-            not finite.
+        InputError: no environment, another number of probabilities, spaces that differ or that `check_spaces` refuses;
+            from `reset` and `step`: an observation that is not finite.
 
     Example:
         >>> both = Contexts([gymnasium.make("Pendulum-v1", g=g) for g in (5.0, 10.0)], [0.5, 0.5])
@@ -33,7 +35,12 @@ class Contexts(gymnasium.Env[Any, Any]):
         ([0.0, 1.0], 1)
     """
 
-    def __init__(self, environments: Sequence[gymnasium.Env[Any, Any]], probabilities: Sequence[float]) -> None:
+    def __init__(self, environments: Sequence[gymnasium.Env[Any, Any]], probabilities: Sequence[Positive]) -> None:
+        if not environments or len(probabilities) != len(environments):
+            raise InputError(
+                "environments, probabilities: expected at least one environment and as many probabilities, got "
+                f"{len(environments)} and {len(probabilities)}"
+            )
         first = environments[0]
         for i, environment in enumerate(environments):
             check_spaces(f"environments[{i}]", environment)
@@ -44,7 +51,8 @@ class Contexts(gymnasium.Env[Any, Any]):
                         f"{getattr(environment, kind)}; contexts share one agent"
                     )
         self.environments = list(environments)
-        self.probabilities = np.asarray(probabilities, dtype=np.float64)
+        law = np.asarray(probabilities, dtype=np.float64)
+        self.probabilities = law / law.sum()
         self.count = len(self.environments)
         more = self.count if self.count > 1 else 0
         seen = first.observation_space

@@ -16,7 +16,7 @@ from torch import Tensor
 from align_cbrl.checks import Count, Discount, Positive, Whole, checked
 from align_cbrl.errors import InputError, RunStopped, first_line
 from align_cbrl.gym.contexts import Contexts
-from align_cbrl.gym.nodes import white_nodes
+from align_cbrl.gym.nodes import NODES, white_nodes
 from align_cbrl.gym.reward import OWN, LeaderReward, LedReplay
 from align_cbrl.problem import Follower, Leader, step_seed
 from align_cbrl.rollouts import Rollouts
@@ -119,7 +119,11 @@ class GymFollower(Follower):
         self._rolled = 0
 
     def _new_agent(self) -> Any:
-        ours: dict[str, Any] = {"ent_coef": self.temperature, "gamma": self.discount, "seed": self.seed}
+        ours: dict[str, Any] = {
+            "ent_coef": self.temperature,
+            "gamma": self.discount,
+            "seed": step_seed(self.seed, 0) % 2**32,
+        }
         kind: Any = PPO
         if self.algorithm == "sac":
             kind, ours["replay_buffer_class"] = SAC, LedReplay
@@ -195,7 +199,7 @@ class GymFollower(Follower):
         """Paths of the present policy, as it is random; SAC learns from them too, in its next response.
 
         `steps` hold "state" [B, T + 1, n] (observations, without the context), "action" [B, T, m],
-        "environment_reward" [B, T], and the policy as "action_nodes" [B, T, 2 m + 1, m] (`policy_nodes`). After the end
+        "environment_reward" [B, T], and the policy as "action_nodes" [B, T, N, m] (`policy_nodes`). After the end
         of a path they repeat its last state, and are zero.
 
         Raises:
@@ -220,14 +224,14 @@ class GymFollower(Follower):
         )
         states, taken = np.zeros((size, length + 1, self._world.states)), np.zeros((size, length, actions))
         own, mask = np.zeros((size, length)), np.zeros((size, length), dtype=bool)
-        points, _ = white_nodes(actions)
-        nodes = np.zeros((size, length, len(points), actions))
+        nodes = np.zeros((size, length, NODES, actions))
         states[:, 0] = seen[:, : self._world.states]
         going = np.arange(size)
         for t in range(length):
             mean, deviation = self._normal(torch.as_tensor(seen[going]))
             white = torch.randn(mean.shape, generator=generator)
             action = self._into(mean + deviation * white).numpy()
+            points = white_nodes(actions, seed=int(torch.randint(2**31, (), generator=generator)))
             nodes[going, t] = self._into(mean[:, None] + deviation[:, None] * points).numpy()
             states[:, t + 1] = states[:, t]
             still = []

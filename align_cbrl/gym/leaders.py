@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align_cbrl.checks import Count, Positive, Whole, checked
+from align_cbrl.checks import Positive, Range, Whole, checked
 from align_cbrl.gym.transitions import check_spaces
 from align_cbrl.problem import Leader
 from align_cbrl.rollouts import Rollouts
@@ -53,7 +53,7 @@ class NetworkLeader(Leader):
         *,
         base: Callable[[Rollouts], Tensor] = environment_reward,
         bound: Positive = 1.0,
-        width: Count = 32,
+        width: Annotated[int, Range(1, 10_000)] = 32,
         actions: bool = True,
         seed: Whole = 0,
     ) -> None:

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from align_cbrl.checks import checked
 from align_cbrl.gym.contexts import Contexts
 from align_cbrl.gym.transitions import transition_rewards
 from align_cbrl.problem import Leader
@@ -16,6 +17,7 @@ OWN = "environment_reward"
 """In a step's info: the reward of the environment itself."""
 
 
+@checked
 class LeaderReward(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Replaces the environment's reward by the leader's, which may contain it (`steps["environment_reward"]`).
 

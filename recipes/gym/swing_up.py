@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import gymnasium
@@ -28,6 +29,17 @@ def upright_for(leader: Leader, rollouts: Rollouts) -> Tensor:
     return upright(rollouts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Paid:
+    """So many times `upright`."""
+
+    times: float
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        """[B, T]."""
+        return self.times * upright(rollouts)
+
+
 def make_pendulum() -> gymnasium.Env[Any, Any]:
     """The environment as Gymnasium registers it."""
     return gymnasium.make(ENVIRONMENT)
@@ -35,6 +47,7 @@ def make_pendulum() -> gymnasium.Env[Any, Any]:
 
 def swing_up(
     *,
+    times: float,
     temperature: float,
     discount: float,
     leader_discount: float,
@@ -45,8 +58,8 @@ def swing_up(
     settings: dict[str, Any],
     seed: int,
 ) -> Problem:
-    """The follower earns `upright` and what the leader adds, at most `bound` a step; the leader wants `upright`."""
-    leader = NetworkLeader(make_pendulum(), base=upright, bound=bound, seed=seed)
+    """The follower earns `times` `upright`, and at most `bound` a step of the leader, who wants `upright`."""
+    leader = NetworkLeader(make_pendulum(), base=Paid(times), bound=bound, seed=seed)
     follower = GymFollower(
         [make_pendulum],
         temperature,
