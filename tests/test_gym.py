@@ -126,6 +126,9 @@ def test_the_replay_buffer_is_paid_anew_when_the_leader_has_moved() -> None:
     states, actions = memory.observations[: count + 30, 0, 0], 1 + 2 * memory.actions[: count + 30, 0, 0]
     expected = -5 * states + actions + memory.own[: count + 30, 0]
     assert np.allclose(memory.rewards[: count + 30, 0], expected, atol=1e-5)
+    leader.x.data.fill_(4.0)
+    follower.respond(leader, torch.tensor([0]))
+    assert np.allclose(memory.rewards[: count + 30, 0], expected + 9 * states, atol=1e-5)
     assert np.allclose(before, (2 * states + actions)[:count] + memory.own[:count, 0], atol=1e-5)
 
 
@@ -323,6 +326,7 @@ def test_an_observation_that_is_not_finite_is_refused_and_nothing_is_lost(wrong:
         ({"discount": 1.0}, "discount"),
         ({"settings": {"gamma": 0.5}}, "gamma"),
         ({"settings": {"no_such_setting": 1}}, "no_such_setting"),
+        ({"settings": {"n_steps": 3}}, "n_steps=1"),
         ({"settings": {"learning_rate": "fast"}}, "settings"),
         ({"context_probabilities": [0.5, 0.5]}, "context_probabilities"),
         ({"algorithm": "dqn"}, "algorithm"),
@@ -385,6 +389,15 @@ def test_the_linear_environment_is_the_linear_system() -> None:
     for one, other in ((np.stack(ends), theirs), (np.stack(ends) ** 2, theirs**2), (np.array(rewards), paid)):
         error = (one.var(0) / len(one) + other.var(0) / len(other)) ** 0.5
         assert np.all(np.abs(one.mean(0) - other.mean(0)) <= 4 * error + 1e-6)
+
+
+@pytest.mark.slow
+def test_the_leader_of_sac_gains_most_of_what_there_is_to_gain(tmp_path: Path) -> None:
+    """HPGD with SAC in the place of the exact follower; exact values."""
+    from align_cbrl.recipes.gym.recipe import Config, ascend, best_known
+
+    known, found = best_known(), ascend(Config(), 0, tmp_path)
+    assert found["values"][-1] - known["start"] > 0.8 * (known["best"] - known["start"])
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ class GymFollower(Follower):
         temperature: lambda, the entropy coefficient, in units of the reward.
         discount: gamma.
         algorithm: "sac" or "ppo".
-        warmup: environment steps before the first leader step.
-        steps: environment steps before every further leader step.
+        warmup: environment steps before the first leader step. PPO takes whole batches of its n_steps, at least one.
+        steps: environment steps before every further leader step; likewise.
         length: steps of a path at most.
         context_probabilities: nature's law; all alike by default.
         settings: of the agent's constructor, such as learning_rate, policy_kwargs, gradient_steps.
@@ -111,6 +111,11 @@ class GymFollower(Follower):
         self.context_probabilities = torch.tensor(law, dtype=torch.float64) / sum(law)
         if own := sorted(_OURS & set(self.settings)):
             raise InputError(f"settings: expected none of {sorted(_OURS)}, which GymFollower sets itself, got {own}")
+        if algorithm == "sac" and self.settings.get("n_steps", 1) != 1:
+            raise InputError(
+                f"settings: expected n_steps=1 for SAC, since rewards are paid anew one by one, got "
+                f"{self.settings['n_steps']!r}"
+            )
         self._world = self._made()
         self._copies: list[Contexts] = []
         self._led = LeaderReward(self._world, _Nobody())
