@@ -41,7 +41,7 @@ class Agent:
 
     Attributes:
         width: of two hidden layers.
-        learning_rate: of networks in the regulator; it falls to a thirtieth within the warmup, then stays there.
+        learning_rate: of its networks for the cosines; it falls to a thirtieth.
         batch: rows of an update.
         updates_at_once: environment steps between two bursts of as many updates.
     """
@@ -96,6 +96,7 @@ class Ascent:
         seeds: of the runs.
         steps: leader steps.
         learning_rate: Adam's.
+        agent_learning_rate: of its networks, which does not fall: an agent that lags draws the leader on.
         warmup: environment steps of the agent before the first leader step.
         agent_steps: before every other.
         paths: in a leader step.
@@ -104,6 +105,7 @@ class Ascent:
     seeds: list[Whole]
     steps: Count
     learning_rate: Positive
+    agent_learning_rate: Positive
     warmup: Count
     agent_steps: Count
     paths: Several
@@ -157,7 +159,9 @@ class Config:
         )
     )
     ascent: Ascent = dataclasses.field(
-        default_factory=lambda: Ascent(seeds=[0], steps=25, learning_rate=0.1, warmup=3_000, agent_steps=200, paths=256)
+        default_factory=lambda: Ascent(
+            seeds=[0], steps=25, learning_rate=0.1, agent_learning_rate=0.001, warmup=3_000, agent_steps=200, paths=256
+        )
     )
     swing_up: SwingUp = dataclasses.field(
         default_factory=lambda: SwingUp(
@@ -197,7 +201,7 @@ class Falling:
         return self.first * max(left, 1 / 30)
 
 
-def agent_of(problem: Problem, config: Config, *, warmup: int, steps: int, seed: int) -> Problem:
+def agent_of(problem: Problem, config: Config, learning_rate: Any, *, warmup: int, steps: int, seed: int) -> Problem:
     """The regulator with an agent in the place of the exact follower."""
     systems = require_linear(problem.leader).systems().detach()
     follower = GymFollower(
@@ -207,7 +211,7 @@ def agent_of(problem: Problem, config: Config, *, warmup: int, steps: int, seed:
         warmup=warmup,
         steps=steps,
         length=LENGTH,
-        settings=config.agent.settings(Falling(config.agent.learning_rate), learning_starts=300),
+        settings=config.agent.settings(learning_rate, learning_starts=300),
         seed=seed,
     )
     return Problem(problem.leader, problem.objective, follower)
@@ -225,7 +229,8 @@ def cosine(config: Config, x: list[float]) -> dict[str, Any]:
     leader_value(exact).backward()
     true = _taken(exact)
     settings = config.cosines
-    problem = agent_of(exact, config, warmup=settings.warmup, steps=1, seed=settings.seed)
+    falling = Falling(config.agent.learning_rate)
+    problem = agent_of(exact, config, falling, warmup=settings.warmup, steps=1, seed=settings.seed)
     context = torch.tensor([0])
     problem.follower.respond(problem.leader, context)
     rollouts = problem.follower.rollout(context, settings.paths, torch.Generator().manual_seed(settings.seed))
@@ -276,7 +281,9 @@ def ascend(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     """HPGD with the agent as follower; values are exact, those of the best response to the leader reached."""
     settings = config.ascent
     start = regulator(torch.tensor(START))
-    problem = agent_of(start, config, warmup=settings.warmup, steps=settings.agent_steps, seed=seed)
+    problem = agent_of(
+        start, config, settings.agent_learning_rate, warmup=settings.warmup, steps=settings.agent_steps, seed=seed
+    )
     follower = problem.follower
     assert isinstance(follower, GymFollower)
     run = HPGD(
