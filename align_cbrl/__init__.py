@@ -16,6 +16,7 @@ Modules:
     hpgd: HPGD, the loop
     distributed: several processes: what is gathered, summed and written
     runs: configuration, checkpoints, metrics, run folders, reports
+    gym: agents of Stable-Baselines3 in environments of Gymnasium as followers
     llm: language models as followers, their leaders and judges
     recipes: the built-in jobs
     cli: the command line

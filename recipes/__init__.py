@@ -16,6 +16,7 @@ Modules:
     lqr: a leader who acts in a regulator's system
     building: air flow and insulation around somebody else's heating
     linear_worlds: what the two share
+    gym: agents of Stable-Baselines3 as followers
     kinds: several good answers, or shares of kinds of answers, around trl followers
     variety: several good answers instead of one, against the best refit
     four_rooms: the published table

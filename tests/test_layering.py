@@ -15,6 +15,7 @@ import toy_cmdp
 from align_cbrl.runs.imports import recipes_folder
 
 HEAVY = {"accelerate", "datasets", "peft", "tokenizers", "transformers", "trl"}
+AGENTS = {"gymnasium", "stable_baselines3"}
 CORE = Path(align_cbrl.__file__).parent
 TOYS = Path(toy_cmdp.__file__).parent
 LAYERS = (
@@ -33,6 +34,7 @@ LAYERS = (
     "align_cbrl.runs",
     "align_cbrl.hpgd",
     "align_cbrl",
+    "align_cbrl.gym",
     "align_cbrl.llm.*",
     "align_cbrl.llm.leaders",
     "align_cbrl.llm.judges",
@@ -42,6 +44,7 @@ LAYERS = (
     "align_cbrl.llm.settings",
     "align_cbrl.llm.engines",
     "toy_cmdp.tables",
+    "toy_cmdp.environments",
     "toy_cmdp.followers",
     "toy_cmdp.problems",
     "toy_cmdp.referee",
@@ -167,7 +170,12 @@ def test_importing_the_package_imports_nothing_heavy_and_its_names_torch_only() 
     assert not set(modules) & (HEAVY | {"torch", "numpy"})
     modules = fresh(f"import sys; from align_cbrl import HPGD; {show}").split()
     assert "torch" in modules
-    assert not set(modules) & HEAVY
+    assert not set(modules) & (HEAVY | AGENTS)
+
+
+def test_agents_are_imported_when_they_are_asked_for() -> None:
+    show = "print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    assert not set(fresh(f"import sys; import align_cbrl.gym, toy_cmdp; {show}").split()) & (HEAVY | AGENTS)
 
 
 def test_help_needs_nothing_heavy() -> None:

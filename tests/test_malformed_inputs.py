@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import tiny_models
 import tiny_reward_models
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 
 import align_cbrl
 import toy_cmdp
-from align_cbrl import checks, llm
+from align_cbrl import checks, gym, llm
 from align_cbrl.errors import CheckpointError, InputError, RunStopped
 from align_cbrl.llm.settings import follower, hpgd, judge, leader, objective, tracking
 
@@ -99,7 +100,15 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     table = torch.zeros(2, 3, 4)
     column = torch.zeros(4)
     optimizer = torch.optim.SGD(problem.leader.parameters(), lr=0.1, maximize=True)
+    pendulum = gymnasium.make("Pendulum-v1")
+    one_world = gym.Contexts([pendulum], [1.0])
+    in_pendulum = {"action_nodes": torch.zeros(4, 1, 16, 1)}
     return {
+        "GymFollower": {"environments": [lambda: gymnasium.make("Pendulum-v1")], "temperature": 0.1, "discount": 0.9},
+        "NetworkLeader": {"environment": pendulum},
+        "Contexts": {"environments": [pendulum], "probabilities": [1.0]},
+        "LeaderReward": {"environment": one_world, "leader": gym.NetworkLeader(pendulum)},
+        "policy_nodes": {"rollouts": align_cbrl.Rollouts.bandit(contexts=rollouts.contexts, steps=in_pendulum)},
         "Rollouts": {"contexts": rollouts.contexts, "mask": rollouts.mask, "group": rollouts.group, "steps": {}},
         "Observed": {"values": {}},
         "Term": {"utility": column, "credit": column, "risk": align_cbrl.objectives.Mean()},

@@ -2,6 +2,7 @@
 
 Modules:
     tables: contextual MDPs as functions of the leader
+    environments: linear systems as environments of Gymnasium, imported by itself (extra `gym`)
     followers: solvers and followers
     referee: exact values, gradients and optima
     estimators: estimators that need tables or counts, and published rivals
