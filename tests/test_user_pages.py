@@ -60,4 +60,8 @@ def test_commands_name_recipes_and_files(page: Path) -> None:
     for recipe, rest in re.findall(r"align-cbrl run (\w+)([^\n`#]*)", page.read_text(encoding="utf-8")):
         assert recipe in recipe_names()
         for config in re.findall(r"--config (\S+)", rest):
-            assert config == "my.yaml" or (ROOT / "recipes" / recipe / config).is_file()
+            assert (
+                f"# {config}\n" in page.read_text(encoding="utf-8")
+                or config == "my.yaml"
+                or ((ROOT / "recipes" / recipe / config).is_file())
+            )
