@@ -76,7 +76,7 @@ def test_the_whole_job_with_everything_replaced(
     assert main(command(out, material, "tracking.report_to=tensorboard")) == 0
     assert list((out / "seed-0" / "hpgd" / "align-cbrl").glob("events.out.tfevents.*"))
     summary = json.loads((out / "summary.json").read_text())
-    assert [row["name"] for row in summary["rows"]] == ["base", "plain", "hpgd", "fresh"]
+    assert [row["name"] for row in summary["rows"]] == ["base", "plain", "refit", "hpgd", "fresh"]
     for row in summary["rows"]:
         for figure in ("judge", "proxy", "kl", "gap"):
             assert set(row[figure]) == {"mean", "se", "n"}
@@ -84,7 +84,7 @@ def test_the_whole_job_with_everything_replaced(
     assert summary["rows"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert summary["judge_share"] <= 0.2
     assert summary["judge_calls"] == 8 * 16
-    assert {"base", "plain", "hpgd", "fresh"} == set(summary["seconds"])
+    assert {"base", "plain", "refit", "hpgd", "fresh"} == set(summary["seconds"])
     log = MetricsLog.read(out / "seed-0" / "hpgd" / "metrics.jsonl")
     assert [row["step"] for row in log] == list(range(1, 9))
     assert all({"gap", "effective_sample_size", "leader_share", "objective", "kl"} <= set(row) for row in log)

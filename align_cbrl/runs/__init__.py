@@ -16,6 +16,8 @@ Modules:
     secrets: kept out of what is written
     facts: what a run's numbers depend on
     interrupt: Ctrl-C and schedulers' signals between leader steps
-    report: tables, curves and samples as one HTML file
+    charts: curves as PNG and as SVG
+    report: tables, charts and samples as one HTML file
+    run_report: a report with what every run has to say of itself
     compare: several runs side by side
 """

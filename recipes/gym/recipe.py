@@ -14,10 +14,12 @@ from align_cbrl import HPGD, HPGDConfig, PolicyResponse, Problem, RegressionCrit
 from align_cbrl.checks import Count, Discount, Positive, Range, Several, Whole, checked
 from align_cbrl.estimators.regression import Network
 from align_cbrl.gym import GymFollower, policy_nodes
+from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.config import load_config
 from align_cbrl.runs.preflight import Preflight, check_drawing
-from align_cbrl.runs.report import Figure, Panel, Section, Table, curves_png, write_report
+from align_cbrl.runs.report import Charts, Section, Table
 from align_cbrl.runs.run_folder import CONFIG, claim, read_kept, read_summary, write_summary
+from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp import leader_value
 from toy_cmdp.environments import LinearEnvironment
 from toy_cmdp.followers.linear_quadratic import require_normal
@@ -443,14 +445,12 @@ def report(out: Path) -> None:
             [point["mean"] for point in column],
             [point["se"] if len(curves) > 1 else 0.0 for point in column],
         )
-    curves_png(
-        out / "curves.png",
-        [
-            Panel("regulator", "leader step", "leader's exact value J", {"HPGD, SAC follower": climb},
-                  levels={"optimum": optimum["best"]}),
-            Panel("Pendulum-v1", "environment steps", "share of steps upright", swings),
-        ],
-    )  # fmt: skip
+    levels = {"optimum": optimum["best"]}
+    panels = [
+        Panel("regulator", "leader step", "leader's exact value J", {"HPGD, SAC follower": climb}, levels=levels),
+        Panel("Pendulum-v1", "environment steps", "share of steps upright", swings),
+    ]
+    curves_png(out / "curves.png", panels)
     rows = [
         [str(row["x"]), f"{row['cosine']:.3f}", f"{row['ratio']:.2f}", f"{row['agent_steps']:,}",
          ", ".join(f"{g:.2f}" for g in row["agent_gain"]), ", ".join(f"{g:.2f}" for g in row["exact_gain"])]
@@ -461,8 +461,8 @@ def report(out: Path) -> None:
          f"{summary['environment_steps'][arm][0]:,}"]
         for arm in ARMS
     ]  # fmt: skip
-    write_report(
-        out / "report.html",
+    write_run_report(
+        out,
         title="gym",
         subtitle="SAC of Stable-Baselines3 as the follower",
         sections=[
@@ -475,7 +475,7 @@ def report(out: Path) -> None:
                 "Ascent on the regulator",
                 f"From {optimum['start']:.3f} the leader reaches {shown(summary['share_of_gain'])} of what there is to "
                 f"gain, chosen by its own paths; the optimum is {optimum['best']:.3f}. Values are exact.",
-                [Figure(out / "curves.png", "Left: the regulator; right: Pendulum-v1. Bands: standard errors.")],
+                [Charts(panels, "Left: the regulator; right: Pendulum-v1. Bands: standard errors.")],
             ),
             Section(
                 "Pendulum-v1, sparse objective",

@@ -26,6 +26,7 @@ from align_cbrl.llm.engines.settings import ServeSettings
 from align_cbrl.runs.interrupt import acting_interrupt
 from align_cbrl.runs.secrets import redact
 
+_DRAINED = 4  # times the largest body: more is not even read
 _WAITING = 2048  # connections that are not answered yet
 _LEAVE = 5  # seconds that requests under way have when the server is stopped
 
@@ -149,22 +150,29 @@ def _admit(request: Request, token: str | None) -> None:
 
 
 async def _body(request: Request, largest: int) -> bytes:
-    """The body, of which no more is read than may be."""
+    """The body, of which no more is kept than may be.
+
+    What is a little too large is read to its end and dropped: a client that is still sending would see a broken pipe
+    instead of the answer.
+    """
     too_large = _Refused(
         413, f"expected a body of at most {largest // 2**20} MiB; send fewer completions at a time, or set largest_body"
     )
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > largest:
+    if length.isdecimal() and int(length) > _DRAINED * largest:
         raise too_large
     parts, size = [], 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size > largest:
+            if size > _DRAINED * largest:
                 raise too_large
-            parts.append(part)
+            if size <= largest:
+                parts.append(part)
     except ClientDisconnect as error:
         raise _Refused(400, "the connection was closed before the request was there") from error
+    if size > largest:
+        raise too_large
     return b"".join(parts)
 
 
