@@ -176,8 +176,8 @@ def exchange_ascent(
     """Leave local optima by exchanging two entries of the leader's parameter, as long as that helps.
 
     Every round looks at the values of all `exchanges`, goes to the best, and climbs from there, until the best is worth
-    no more than the leader as it stands. It suits leaders whose entries mean the same thing in
-    different places, such as the incentives of cells; nothing has to be known of the places.
+    no more than the leader as it stands. It suits leaders whose entries mean the same thing in different places, such
+    as the incentives of cells; nothing has to be known of the places.
 
     Args:
         problem: whose leader is moved; it has one parameter, a vector [n].
@@ -214,8 +214,12 @@ def exchange_ascent(
     (parameter,) = problem.parameters
 
     @torch.no_grad()
-    def value_at(weights: Tensor) -> float:
+    def go_to(weights: Tensor) -> None:
         parameter.copy_(weights)
+
+    @torch.no_grad()
+    def value_at(weights: Tensor) -> float:
+        go_to(weights)
         found = value()
         if not math.isfinite(found):
             raise InputError(f"value: expected a finite number, got {found} at {weights.tolist()}")
@@ -229,12 +233,12 @@ def exchange_ascent(
         values = [value_at(candidate) for candidate in candidates]
         best_value = max(values)
         if best_value <= reached + gain:
-            value_at(stands)
+            go_to(stands)
             return made
         exchanged = candidates[values.index(best_value)]
-        value_at(exchanged)
+        go_to(exchanged)
         if climb() < best_value:  # it fell off a cliff: the exchange alone is kept
-            value_at(exchanged)
+            go_to(exchanged)
         made += 1
 
 
