@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from align_cbrl.estimators.natural import Natural
     from align_cbrl.estimators.policy_response import PolicyResponse
     from align_cbrl.estimators.regression_critic import DrawnNodes, NormalNodes, RegressionCritic
-    from align_cbrl.estimators.search import Climb, Halving, successive_halving
+    from align_cbrl.estimators.search import Climb, Halving, exchange_ascent, successive_halving
     from align_cbrl.estimators.step_response import StepResponse
     from align_cbrl.estimators.truncated import IterativeFollower, RandomlyTruncated, Truncated
     from align_cbrl.estimators.zeroth_order import ZerothOrder
@@ -154,6 +154,7 @@ __all__ = [
     "Climb",
     "Halving",
     "successive_halving",
+    "exchange_ascent",
     # what can go wrong
     "InputError",
     "RunStopped",

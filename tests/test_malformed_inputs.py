@@ -170,6 +170,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
             "weight": None,
         },
         "certify": {"problem": problem, "rollouts": rollouts},
+        "exchange_ascent": {"problem": toy_cmdp.four_rooms(horizon=1), "value": lambda: 0.0, "climb": lambda: 0.0},
         "successive_halving": {
             "climb": toy_cmdp.ExactClimb([problem] * 4, steps=4, learning_rate=0.1),
             "starts": 4,
