@@ -16,19 +16,29 @@ from .worlds.bench import Bench
 
 
 def refit(
-    bench: Bench, name: str, leader: LanguageLeader, *, spread: float, passes: int = 0, learning_rate: float = 1e-3
+    bench: Bench,
+    name: str,
+    leader: LanguageLeader,
+    *,
+    spread: float,
+    price: float = 0.0,
+    passes: int = 0,
+    learning_rate: float = 1e-3,
 ) -> tuple[TrainedFollower, list[dict[str, Any]]]:
     """Iterated retraining: a follower in training, whose reward is fitted anew to all of the judge's labels so far.
 
     It sees the judge on the same batches as HPGD, at the same follower steps. What is fitted is the judge's score
-    within prompts: of a mixture by least squares within its constraint, the weights then on the boundary of its budget;
-    of a reward model by Adam on batches of all labels so far, scaled so that their standard deviation is `spread`.
+    within prompts: of a mixture by least squares within its constraint, the weights then on the boundary of its budget,
+    or, where divergence has a price, at temperature / price times the judge's own scale, which is what a policy that
+    pays that price would ask for (docs/derivation.md); of a reward model by Adam on batches of all labels so far,
+    scaled so that their standard deviation is `spread`.
 
     Args:
         bench: gives follower, judge and test prompts.
         name: of the folder under the seed's.
         leader: fitted; left with what it learned.
         spread: of a reward model's scores within a prompt.
+        price: of a nat of divergence, score per nat; 0: none. For a mixture.
         passes: for a reward model, batches that are fitted at each leader step.
         learning_rate: of Adam.
 
@@ -50,7 +60,8 @@ def refit(
         unit = spread / torch.cat([label for _, label in batches]).std().clamp(min=1e-12)
         if isinstance(leader, RewardMixture):
             seen = [_within(leader.features(**score_arguments(batch)), batch) for batch, _ in batches]
-            leader.fit(torch.cat(seen), torch.cat([label for _, label in batches]))
+            scale = settings.follower.temperature / price if price else None
+            leader.fit(torch.cat(seen), torch.cat([label for _, label in batches]), scale)
         else:
             for place in torch.randint(len(batches), (passes,), generator=generator).tolist():
                 batch, label = batches[place]

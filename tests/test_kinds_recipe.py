@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from align_cbrl.recipes.kinds.recipe import Config, at, shares
+from align_cbrl.recipes.kinds.recipe import Config, best_moment, most, shares
 from align_cbrl.recipes.kinds.threshold import Threshold
 from align_cbrl.recipes.worlds.replies.judge import day, sooner_judge
 from align_cbrl.recipes.worlds.replies.rewards import manner
@@ -32,18 +32,22 @@ def test_a_small_run(tmp_path: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     rivals = {"plain 1", "equal 1", "refit 1", "threshold 1 2", "tpe"}
     assert {row["name"] for row in summary["rows"]} == {"base", "in_training", "hpgd", *rivals}
-    assert set(summary["gains"]) == {"in_training", "hpgd", *rivals} and summary["best_rival"] in rivals
-    assert len(summary["comparisons"]) == len(rivals)
+    methods = {"plain", "equal", "refit", "threshold", "tpe"}
+    moments = {f"{method}, its best moment" for method in methods}
+    assert set(summary["gains"]) == {"in_training", "hpgd", *methods, *moments} and summary["best_rival"] in methods
+    assert len(summary["comparisons"]) == 2 * len(methods)
     assert report_is_rebuilt(out)
 
 
-def test_figures_are_read_where_a_curve_first_reaches_a_divergence() -> None:
-    base = {"objective": {"mean": 0.2}}
-    end = {"objective": {"mean": 1.0}, "kl": {"mean": 3.0}}
-    part = {**end, "curve": [{"kl": 1.0, "objective": 0.4}, {"kl": 3.0, "objective": 1.0}]}
-    assert at(part, base, 0.5) == (pytest.approx(0.3), 0.5)  # from the base model on
-    assert at(part, base, 2.0) == (pytest.approx(0.7), 2.0)
-    assert at(part, base, 9.0) == (1.0, 3.0)  # which it never reaches: its end
+def test_rivals_are_compared_at_no_more_than_a_divergence() -> None:
+    ends = [{"kl": {"mean": k}, "objective": {"mean": j}, "curve": [{"kl": k / 2, "objective": 2 * j}]}
+            for k, j in ((3.0, 0.5), (1.0, 0.4))]  # fmt: skip
+    assert most(ends, 0.2, 2.0) == pytest.approx(0.45)  # between two strengths
+    assert most(ends, 0.2, 0.5) == pytest.approx(0.3)  # from the base model on
+    assert most(ends, 0.2, 9.0) == 0.5  # farther than any went
+    assert most(ends, 0.7, 9.0) == 0.7  # no strength is better than the reference
+    assert best_moment(ends, 0.2, 2.0) == 1.0 and best_moment(ends, 0.2, 1.0) == 0.8
+    assert best_moment(ends, 0.2, 0.1) == 0.2
 
 
 def test_the_threshold_is_of_a_prompts_own_mean() -> None:

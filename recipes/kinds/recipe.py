@@ -1,14 +1,14 @@
 """Which kinds of answers a policy gives: several good ones instead of one, or shares of kinds at their targets.
 
 What the leader wants here is no mean of scores of single completions, so that no fit to such scores aims at it. Every
-method ends with a reward; a fresh follower is trained on each, and all are compared where they first reach the same
-divergence from the reference.
+method ends with a reward; fresh followers are trained to the end on each, rivals' at several strengths, and all are
+compared at the divergence from the reference at which HPGD's ends.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from align_cbrl import InputError, Objective, Rollouts
-from align_cbrl.checks import NonNegative, Positive
+from align_cbrl.checks import Positive
 from align_cbrl.llm import LanguageLeader, RewardMixture
 from align_cbrl.llm.settings.leader import MixtureSettings
 from align_cbrl.llm.settings.objective import SetSettings, TargetSettings
@@ -60,7 +60,6 @@ class Config(SeedSettings, BenchSettings):
         strengths: standard deviations of the reward within a prompt at which refit and threshold try their luck.
         slopes: of the threshold reward, per standard deviation of the refitted reward.
         search: how TPE looks for weights.
-        nats: divergence from the reference at which all are compared.
         shown: the kinds of answers whose shares are shown.
 
     Raises:
@@ -71,7 +70,6 @@ class Config(SeedSettings, BenchSettings):
     strengths: list[Positive] = dataclasses.field(default_factory=lambda: [0.5, 1.0])
     slopes: list[Positive] = dataclasses.field(default_factory=lambda: [2.0])
     search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
-    nats: NonNegative = 1.0
     shown: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -200,11 +198,37 @@ def shares(config: Config) -> dict[str, Callable[[Rollouts], float]]:
 # ------------------------------------------------------------------------------------------------- summarizing
 
 
-def at(part: dict[str, Any], base: dict[str, Any], nats: float) -> tuple[float, float]:
-    """The objective where a curve first reaches a divergence, and that divergence; where it ends, if it never does."""
-    start = {"kl": 0.0, "objective": base["objective"]["mean"]}
-    reached = at_divergence([start, *part["curve"]], nats, "objective")
-    return (reached, nats) if reached is not None else (part["objective"]["mean"], part["kl"]["mean"])
+def most(policies: Sequence[Mapping[str, Any]], base: float, nats: float) -> float:
+    """The most that policies of growing strength reach at no more than this divergence from the reference.
+
+    Args:
+        policies: the final figures of each, `kl` and `objective`, with a mean each; the line through them begins at the
+            reference.
+        base: the reference's own objective.
+        nats: of divergence; a line that ends before counts as far as it goes.
+
+    Example:
+        >>> policies = [{"kl": {"mean": k}, "objective": {"mean": j}} for k, j in ((1.0, 0.9), (3.0, 0.5))]
+        >>> most(policies, 0.2, 2.0), round(most(policies, 0.2, 0.5), 6)
+        (0.9, 0.55)
+    """
+    line = sorted([(0.0, base), *((policy["kl"]["mean"], policy["objective"]["mean"]) for policy in policies)])
+    reached = [value for kl, value in line if kl <= nats]
+    crossing = at_divergence([{"kl": kl, "objective": value} for kl, value in line], nats, "objective")
+    return max(reached if crossing is None else [*reached, crossing])
+
+
+def best_moment(policies: Sequence[Mapping[str, Any]], base: float, nats: float) -> float:
+    """The most that any of them was worth at any point of its training, at no more than this divergence.
+
+    Chosen by the test prompts themselves, so that chance favours it.
+
+    Example:
+        >>> curve = [{"kl": 0.5, "objective": 0.6}, {"kl": 1.5, "objective": 0.8}]
+        >>> best_moment([{"curve": curve}], 0.2, 1.0)
+        0.6
+    """
+    return max([base, *(p["objective"] for policy in policies for p in policy["curve"] if p["kl"] <= nats)])
 
 
 def family(name: str) -> str:
@@ -213,36 +237,39 @@ def family(name: str) -> str:
 
 
 def summarize(config: Config, out: Path) -> dict[str, Any]:
-    """Gains over the base model at equal divergence; of a rival's strengths, the best by this very figure counts."""
+    """Gains over the base model at the divergence of HPGD's fresh follower; a rival has several strengths for it."""
     files = sorted(path.stem for path in (out / f"seed-{config.seeds[0]}").glob("*.json"))
     names = ["base", "in_training", "hpgd", *[n for n in files if family(n) in config.methods]]
     parts = parts_of(out, config.seeds, *names)
+    bases = [part["objective"]["mean"] for part in parts["base"]]
+    nats = [part["kl"]["mean"] for part in parts["hpgd"]]
 
-    def gains(name: str) -> list[float]:
-        pairs = zip(parts[name], parts["base"], strict=True)
-        return [at(part, base, config.nats)[0] - base["objective"]["mean"] for part, base in pairs]
+    def gains(of: str, worth: Callable[[Sequence[Mapping[str, Any]], float, float], float]) -> list[float]:
+        strengths = [parts[name] for name in names if family(name) == of]
+        return [worth([s[i] for s in strengths], base, nats[i]) - base for i, base in enumerate(bases)]
 
-    equal = {name: gains(name) for name in names if name != "base"}
-    chosen = {
-        method: max((n for n in names if family(n) == method), key=lambda n: mean_and_error(equal[n])["mean"])
-        for method in config.methods
-    }
-    best = max(chosen.values(), key=lambda n: mean_and_error(equal[n])["mean"], default=None)
+    def own(name: str) -> list[float]:
+        return [part["objective"]["mean"] - base for part, base in zip(parts[name], bases, strict=True)]
+
+    ended = {method: gains(method, most) for method in config.methods}
+    best = max(ended, key=lambda method: mean_and_error(ended[method])["mean"], default=None)
+    found = {"hpgd": own("hpgd"), "in_training": own("in_training"), **ended}
+    at_best = {f"{method}, its best moment": gains(method, best_moment) for method in config.methods}
     comparisons = {
-        f"objective at {config.nats:g} nats, HPGD's fresh follower minus {name}": interval(
-            [a - b for a, b in zip(equal["hpgd"], equal[name], strict=True)]
+        f"objective, HPGD's fresh follower minus {name}": interval(
+            [a - b for a, b in zip(found["hpgd"], values, strict=True)]
         )
-        for name in chosen.values()
+        for name, values in {**ended, **at_best}.items()
     }
     finals = ["objective", "judge", "kl", "words", *(f"{SHARE}{kind}" for kind in config.shown)]
     return {
         "rows": rows_of(parts, finals),
         "comparisons": comparisons,
-        "gains": {name: interval(values) for name, values in equal.items()},
-        "reached": {n: [at(p, b, config.nats)[1] for p, b in zip(parts[n], parts["base"], strict=True)] for n in equal},
+        "gains": {name: interval(values) for name, values in {**found, **at_best}.items()},
+        "nats": nats,
         "best_rival": best,
-        "gain_over_best_rival": None if best is None else _ratio(equal["hpgd"], equal[best]),
-        "kept_by_fresh": _ratio(equal["hpgd"], equal["in_training"]),
+        "gain_over_best_rival": None if best is None else _ratio(found["hpgd"], ended[best]),
+        "kept_by_fresh": _ratio(found["hpgd"], found["in_training"]),
         "rewards": {name: [part["reward"] for part in parts[name]] for name in names if name != "base"},
         "judge_calls": max(part["judge_calls"] for part in parts["in_training"]),
     }
@@ -256,10 +283,9 @@ def _ratio(gains: Sequence[float], others: Sequence[float]) -> float | None:
 
 def lines(summary: dict[str, Any]) -> list[str]:
     """What is printed below the table."""
-    found = ["", "gain over the base model at equal divergence (nats reached, by seed):"]
-    for name, gain in summary["gains"].items():
-        nats = ", ".join(f"{value:.2f}" for value in summary["reached"][name])
-        found.append(f"  {name}: {shown(gain)} ({nats})")
+    nats = ", ".join(f"{value:.2f}" for value in summary["nats"])
+    found = ["", f"gain over the base model at the divergence of HPGD's fresh follower ({nats} nats, by seed):"]
+    found += [f"  {name}: {shown(gain)}" for name, gain in summary["gains"].items()]
     if summary["gain_over_best_rival"] is not None:
         gain = f"{summary['gain_over_best_rival']:.2f} times what {summary['best_rival']} gains"
         found.append(f"HPGD's fresh follower gains {gain}")
@@ -277,16 +303,16 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         ("What the leader wants", "follower steps", "objective", "step", "objective"),
         ("Divergence from the reference", "follower steps", "nats", "step", "kl"),
     ]
-    reached = [[n, ", ".join(f"{v:.2f}" for v in nats)] for n, nats in summary["reached"].items()]
     gains = {f"{name}, over the base model": gain for name, gain in summary["gains"].items()}
     rewards = [[name, described(found[0])] for name, found in summary["rewards"].items() if found[0]]
     return [
         Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends.")),
         Section(
-            f"At {config.nats:g} nats",
-            "Where each curve first reaches this divergence, or its end where it never does. Rivals at several "
-            "strengths are compared at the one that is best by this very figure.",
-            [compared(gains), Table(["reward", "nats, by seed"], reached)],
+            "At equal divergence",
+            "A rival counts with the most that the line through its fully trained policies, one a strength, reaches "
+            "at no more than the divergence of HPGD's fresh follower. Its best moment is the best point of all its "
+            "training, chosen by the test prompts themselves.",
+            [compared(gains)],
         ),
         Section("Curves", "", [curves(out, panels, drawn)]),
         Section("Rewards of the first seed", "", [Table(["reward", "weights"], rewards)]),

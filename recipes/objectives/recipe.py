@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from align_cbrl import ExpectedUtility, InputError, Objective, Rollouts
+from align_cbrl.llm import RewardMixture
 from align_cbrl.llm.settings.objective import ConstrainedSettings, ObjectiveSettings, WorstGroupSettings
 from align_cbrl.objectives import LogRatio
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Matrix, Section, Table
 
+from ..refit import refit
 from ..statistics import interval, mean_and_error, shown
 from ..study import FRESH_SEED, SeedSettings, Study, compared, parts_of, rows_of, seeds_in_words
 from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
@@ -29,20 +31,28 @@ class Config(SeedSettings, BenchSettings):
         seeds: of the study.
         jobs: seeds at a time; null: one per core.
         objectives: what the leader may want, by name.
+        rivals: refit, the weights that describe the judge's scores, on as many labels as each objective's leader; at
+            the price of the first objective, if it has one.
         penalty: of a constrained objective's measure: score per unit of cost beyond the bound.
 
     Raises:
-        InputError: no seeds or objectives, or one whose measure needs the leader itself.
+        InputError: no seeds or objectives, one whose measure needs the leader itself, or one named as a rival; or a
+            rival without a mixture.
     """
 
     objectives: dict[str, ObjectiveSettings] = dataclasses.field(default_factory=dict)
+    rivals: list[Literal["refit"]] = dataclasses.field(default_factory=list)
     penalty: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.objectives:
             raise InputError("objectives: expected at least one, got none")
+        if self.rivals and self.leader.kind != "mixture":
+            raise InputError(f"leader.kind: expected mixture, whose weights refit chooses, got {self.leader.kind}")
         for name, objective in self.objectives.items():
+            if name in ("base", "plain", "refit"):
+                raise InputError(f"objectives.{name}: is the name of another policy of this comparison; choose another")
             if objective.kind == "preference":
                 raise InputError(
                     f"objectives.{name}: preference measures the reward, not the policy; expected another kind"
@@ -66,7 +76,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     both = tuning_steps(config) + config.follower.steps
     bench = Bench(
         config, seed, folder, cache,
-        {"base": 0, "plain": config.follower.steps, **dict.fromkeys(config.objectives, both)},
+        {"base": 0, "plain": config.follower.steps, **dict.fromkeys([*config.objectives, *config.rivals], both)},
     )  # fmt: skip
     for objective in config.objectives.values():
         bench.check_names(objective)
@@ -86,10 +96,19 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         fresh = bench.train(f"{name}-fresh", bench.learned(name), seed + FRESH_SEED)
         return {**reached(fresh), "reward": leader.describe(), "last": finished.history[-1]}
 
+    def refitted() -> dict[str, Any]:
+        leader = bench.leader()
+        assert isinstance(leader, RewardMixture)  # Config saw to it
+        price = getattr(next(iter(config.objectives.values())), "price", None) or 0.0
+        refit(bench, "refit", leader, spread=leader.budget, price=price)
+        return {**reached(bench.train("refit-fresh", leader, seed + FRESH_SEED)), "reward": leader.describe()}
+
     bench.kept("base", lambda: reached(bench.follower(seed)))
     bench.kept("plain", lambda: reached(bench.train("plain", bench.plain(), seed + FRESH_SEED)))
     for name, objective in config.objectives.items():
         bench.kept(name, lambda name=name, objective=objective: tuned(name, objective))  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+    if "refit" in config.rivals:
+        bench.kept("refit", refitted)
 
 
 def measure(
@@ -131,7 +150,7 @@ def measure(
 
 def summarize(config: Config, out: Path) -> dict[str, Any]:
     """What each policy reaches on each measure, and which objective is best on each."""
-    names = ["base", "plain", *config.objectives]
+    names = ["base", "plain", *config.objectives, *config.rivals]
     parts = parts_of(out, config.seeds, *names)
     matrix = {
         name: {m: mean_and_error([part["measures"][m] for part in parts[name]]) for m in config.objectives}
@@ -139,15 +158,18 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
     }
     verdicts = {}
     for own in config.objectives:
-        rivals = [n for n in config.objectives if n != own]
-        best = max([own, *rivals], key=lambda n: matrix[n][own]["mean"])
-        gaps = [a["measures"][own] - b["measures"][own] for a, b in zip(parts[own], parts[best], strict=True)]
-        verdicts[own] = {"best": best, "behind": None if best == own else interval(gaps)}
+        others = [n for n in (*config.objectives, *config.rivals) if n != own]
+        ahead = {
+            n: interval([a["measures"][own] - b["measures"][own] for a, b in zip(parts[own], parts[n], strict=True)])
+            for n in others
+        }
+        best = max([own, *others], key=lambda n: matrix[n][own]["mean"])
+        verdicts[own] = {"best": best, "ahead": ahead}
     return {
         "rows": rows_of(parts, ("judge", "kl", "words")),
         "matrix": matrix,
         "verdicts": verdicts,
-        "rewards": {name: [part["reward"] for part in parts[name]] for name in config.objectives},
+        "rewards": {name: [part["reward"] for part in parts[name]] for name in (*config.objectives, *config.rivals)},
     }
 
 
@@ -159,8 +181,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"{name:<16}" + "".join(f"{shown(row[c]):>17}" for c in columns) for name, row in summary["matrix"].items()
     ]
     for own, verdict in summary["verdicts"].items():
-        behind = "" if verdict["behind"] is None else f", behind by {shown(verdict['behind'])}"
-        found.append(f"measured by {own}: best is {verdict['best']}{behind}")
+        found.append(f"measured by {own}: best is {verdict['best']}")
+        found += [f"  {own} minus {name}: {shown(ahead)}" for name, ahead in verdict["ahead"].items()]
     return found
 
 
@@ -174,13 +196,13 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         caption="Mean, and its standard error over several seeds. Each column in its own units: see config.yaml.",
     )  # fmt: skip
     best = Table(["measure", "best"], [[own, verdict["best"]] for own, verdict in summary["verdicts"].items()])
-    behind = {
-        f"{own}: trained for it minus {verdict['best']}": verdict["behind"]
+    ahead = {
+        f"{own}: trained for it minus {name}": difference
         for own, verdict in summary["verdicts"].items()
-        if verdict["behind"] is not None
+        for name, difference in verdict["ahead"].items()
     }
     return [
-        Section("Trained for, measured by", "", [table, best, *([compared(behind)] if behind else [])]),
+        Section("Trained for, measured by", "", [table, best, *([compared(ahead)] if ahead else [])]),
         Section("Where training ends", "", STUDY.result(summary, "Test prompts.")),
     ]
 

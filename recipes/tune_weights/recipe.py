@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from align_cbrl import InputError
+from align_cbrl import InputError, Rollouts
 from align_cbrl.llm import RewardMixture
 from align_cbrl.runs.imports import require_package
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section, Table
 
 from ..refit import refit
+from ..statistics import interval, shown
 from ..study import (
     FRESH_SEED,
     SeedSettings,
     Study,
+    compared,
     curves,
     described,
     difference,
@@ -91,6 +94,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     bench = Bench(
         config, seed, folder, cache, taken | {n: searched_for for n in ("tpe", "random") if n in config.methods}
     )
+    price = getattr(config.objective, "price", None) or 0.0  # which everybody pays
     start = bench.leader()  # where plain RLHF stands: what base and plain are measured against
 
     def base() -> dict[str, Any]:
@@ -115,8 +119,12 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
         follower.save_pretrained(folder / "fresh" / "policy")
         return {**bench.final(follower, learned), "curve": bench.curve("fresh")}
 
+    def priced(drawn: Rollouts) -> float:
+        assert drawn.log_policy is not None and drawn.log_prior is not None  # a follower's completions come with both
+        return (bench.judge(None, drawn) - price * (drawn.log_policy - drawn.log_prior)).mean().item()
+
     def searched(kind: Literal["tpe", "random"]) -> dict[str, Any]:
-        trials = search(bench, kind, config.search, folder / kind)
+        trials = search(bench, kind, config.search, folder / kind, priced if price else None)
         best = max(trials, key=lambda row: row["score"])
         figures = {name: {"mean": best[name], "se": math.nan} for name in ("judge", "proxy", "kl", "words")}
         return {**figures, "weights": best["weights"], "trials": trials}
@@ -124,7 +132,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     def refitted() -> dict[str, Any]:
         leader = bench.leader()
         assert isinstance(leader, RewardMixture)  # Config saw to it
-        follower, curve = refit(bench, "refit", leader, spread=config.leader.budget)
+        follower, curve = refit(bench, "refit", leader, spread=config.leader.budget, price=price)
         return {**bench.final(follower, leader), "curve": curve, "weights": leader.weights()}
 
     bench.kept("base", base)
@@ -152,6 +160,33 @@ def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:
     return None
 
 
+def along_the_curve(first: Sequence[list[dict[str, Any]]], second: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """One method's score on test prompts less another's, after as many labels, at every point that both curves have.
+
+    Args:
+        first: its curves, one a seed: points with `judged` and `judge`.
+        second: the other's, of the same seeds.
+
+    Returns:
+        `points`, for each number of labels the difference over seeds, and `mean`, of each seed's mean over the points.
+
+    Example:
+        >>> first = [[{"judged": 64, "judge": 0.5}, {"judged": 128, "judge": 0.6}], [{"judged": 64, "judge": 0.4}]]
+        >>> second = [[{"judged": 64, "judge": 0.4}, {"judged": 128, "judge": 0.6}], [{"judged": 64, "judge": 0.4}]]
+        >>> found = along_the_curve(first, second)
+        >>> list(found["points"]), round(found["points"][64]["mean"], 6)
+        ([64], 0.05)
+    """
+    pairs = [
+        [{point["judged"]: point["judge"] for point in curve} for curve in curves]
+        for curves in zip(first, second, strict=True)
+    ]
+    common = sorted(set.intersection(*(set(curve) for pair in pairs for curve in pair)))
+    gaps = [[own[judged] - other[judged] for judged in common] for own, other in pairs]  # by seed, [points]
+    points = {judged: interval(list(column)) for judged, column in zip(common, zip(*gaps, strict=True), strict=True)}
+    return {"points": points, "mean": interval([sum(row) / len(row) for row in gaps]) if common else None}
+
+
 def summarize(config: Config, out: Path) -> dict[str, Any]:
     """Rows over seeds, differences to HPGD, and how soon it reaches what a search ends with."""
     names = [name for name in LABELS if name in ("base", "plain", "hpgd", "fresh") or name in config.methods]
@@ -173,6 +208,9 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
             )  # fmt: skip
     rivals = [name for name in names if name not in ("base", "hpgd", "fresh")]
     tuned = parts["hpgd"]
+    along = None
+    if "refit" in names and config.measure.every is not None:
+        along = along_the_curve(*([part["curve"] for part in parts[name]] for name in ("hpgd", "refit")))
     return {
         "rows": rows_of(parts, list(FIGURES)),
         "comparisons": {
@@ -180,6 +218,7 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
             f"judge, fresh follower minus {LABELS['plain']}": difference(parts, "fresh", "plain"),
         },
         "reached": reached,
+        "along": along,
         "rewards": [part["reward"] for part in tuned],
         **{name: max(part[name] for part in tuned) for name in ("judge_calls", "judge_share", "leader_share")},
         "completions": max(part["completions"] for part in tuned),
@@ -190,6 +229,10 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
 def lines(summary: dict[str, Any]) -> list[str]:
     """What is printed below the tables."""
     found = []
+    if summary["along"] is not None and summary["along"]["points"]:
+        found.append("judge, HPGD minus refit along the curve, by completions judged:")
+        found += [f"  {judged}: {shown(gap)}" for judged, gap in summary["along"]["points"].items()]
+        found.append(f"  mean over these points: {shown(summary['along']['mean'])}")
     for row in summary["reached"]:
         taken = "never" if row["hpgd_steps"] is None else f"after {row['hpgd_steps']:.0f}"
         found.append(
@@ -243,6 +286,16 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         Section("Curves", "", [figure]),
         Section("Test prompts", "", samples(parts, LABELS, ["base", "plain", "hpgd", "fresh"])),
     ]
+    if summary["along"] is not None and summary["along"]["points"]:
+        gaps = {f"after {judged} labels": gap for judged, gap in summary["along"]["points"].items()}
+        found.insert(
+            1,
+            Section(
+                "HPGD minus the refitted weights, label by label",
+                "Policies in training, on test prompts, both after as many verdicts.",
+                [compared({**gaps, "mean over these points": summary["along"]["mean"]})],
+            ),
+        )
     if summary["reached"]:
         heads = ["seed", "search", "score", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
         keys = ["search", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]

@@ -305,18 +305,24 @@ class RewardMixture(Correction):
         self.project()
 
     @torch.no_grad()
-    def fit(self, features: Tensor, labels: Tensor) -> None:
+    def fit(self, features: Tensor, labels: Tensor, scale: float | None = None) -> None:
         """`aim` at the weights that describe labels best: least squares within the constraint.
 
         Args:
             features: what `features` returned, less the mean of each prompt's group, [N, K].
             labels: likewise, [N].
+            scale: reward per unit of label, within the budget; None: as much as the budget allows. A softmax, whose
+                weights have a fixed sum, is aimed either way.
         """
         # gelsd: terms that are copies of each other share their weight instead of blowing it up
         aimed = torch.linalg.lstsq(features, labels[:, None], driver="gelsd").solution[:, 0]
         if self.constraint != "free" and (aimed < 0).any():
             aimed = torch.from_numpy(nnls(features.cpu().numpy(), labels.cpu().numpy())[0]).to(labels)
-        self.aim(aimed)
+        if scale is None or self.constraint == "softmax":
+            self.aim(aimed)
+        else:
+            self.weight.copy_(scale * aimed)
+            self.project()
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:

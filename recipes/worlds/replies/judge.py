@@ -49,9 +49,42 @@ def sooner_judge(prompts: list[str], completions: list[str], **columns: object) 
         >>> sooner_judge([request] * 2, [f"sorry . we will refund the laptop {day} ." for day in ("today", "friday")])
         [1.0, 0.85]
     """
-    liked = {"today": 1.0, "tomorrow": 0.95, "monday": 0.9, "friday": 0.85, "none": 0.6}
+    return _liking({"today": 1.0, "tomorrow": 0.95, "monday": 0.9, "friday": 0.85, "none": 0.6}, prompts, completions)
+
+
+def today_judge(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """`reply_judge` of a customer who likes today best: any other day counts for .7 of it, and no day for .4.
+
+    Example:
+        >>> request = "angry buyer : refund for the laptop . reply : "
+        >>> today_judge([request] * 2, [f"sorry . we will refund the laptop {day} ." for day in ("today", "friday")])
+        [1.0, 0.7]
+    """
+    return _liking({"today": 1.0, "none": 0.4}, prompts, completions, other=0.7)
+
+
+def divided_judge(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """`reply_judge` of customers who disagree: angry ones want it today or tomorrow, the others on monday or friday.
+
+    A reply that names none of the days that its customer wants is worth a quarter.
+
+    Example:
+        >>> prompts = [f"{mood} buyer : refund for the laptop . reply : " for mood in ("angry", "neutral")]
+        >>> replies = ["sorry . we will refund the laptop today .", "we will refund the laptop today ."]
+        >>> divided_judge(prompts, replies)
+        [1.0, 0.25]
+    """
     scores, days = reply_judge(prompts, completions), day(prompts, completions)
-    return [score * liked[named] for score, named in zip(scores, days, strict=True)]
+    wanted = [TIMES[:2] if request_text(prompt).startswith("angry") else TIMES[2:] for prompt in prompts]
+    return [
+        score * (1.0 if named in days_wanted else 0.25)
+        for score, named, days_wanted in zip(scores, days, wanted, strict=True)
+    ]
+
+
+def _liking(liked: dict[str, float], prompts: list[str], completions: list[str], other: float = 0.0) -> list[float]:
+    scores, days = reply_judge(prompts, completions), day(prompts, completions)
+    return [score * liked.get(named, other) for score, named in zip(scores, days, strict=True)]
 
 
 def day(prompts: list[str], completions: list[str], **columns: object) -> list[str]:
