@@ -160,12 +160,15 @@ def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:
     return None
 
 
-def along_the_curve(first: Sequence[list[dict[str, Any]]], second: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+def along_the_curve(
+    first: Sequence[list[dict[str, Any]]], second: Sequence[list[dict[str, Any]]], price: float = 0.0
+) -> dict[str, Any]:
     """One method's score on test prompts less another's, after as many labels, at every point that both curves have.
 
     Args:
-        first: its curves, one a seed: points with `judged` and `judge`.
+        first: its curves, one a seed: points with `judged`, `judge` and, for a price, `kl`.
         second: the other's, of the same seeds.
+        price: of a nat of divergence, taken off the score.
 
     Returns:
         `points`, for each number of labels the difference over seeds, and `mean`, of each seed's mean over the points.
@@ -178,7 +181,7 @@ def along_the_curve(first: Sequence[list[dict[str, Any]]], second: Sequence[list
         ([64], 0.05)
     """
     pairs = [
-        [{point["judged"]: point["judge"] for point in curve} for curve in curves]
+        [{p["judged"]: p["judge"] - (price * p["kl"] if price else 0.0) for p in curve} for curve in curves]
         for curves in zip(first, second, strict=True)
     ]
     common = sorted(set.intersection(*(set(curve) for pair in pairs for curve in pair)))
@@ -208,9 +211,11 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
             )  # fmt: skip
     rivals = [name for name in names if name not in ("base", "hpgd", "fresh")]
     tuned = parts["hpgd"]
-    along = None
+    along, price = {}, getattr(config.objective, "price", None) or 0.0
     if "refit" in names and config.measure.every is not None:
-        along = along_the_curve(*([part["curve"] for part in parts[name]] for name in ("hpgd", "refit")))
+        drawn = [[part["curve"] for part in parts[name]] for name in ("hpgd", "refit")]
+        along["judge"] = along_the_curve(*drawn)
+        along |= {"judge less the price": along_the_curve(*drawn, price)} if price else {}
     return {
         "rows": rows_of(parts, list(FIGURES)),
         "comparisons": {
@@ -229,10 +234,10 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
 def lines(summary: dict[str, Any]) -> list[str]:
     """What is printed below the tables."""
     found = []
-    if summary["along"] is not None and summary["along"]["points"]:
-        found.append("judge, HPGD minus refit along the curve, by completions judged:")
-        found += [f"  {judged}: {shown(gap)}" for judged, gap in summary["along"]["points"].items()]
-        found.append(f"  mean over these points: {shown(summary['along']['mean'])}")
+    for name, gaps in summary["along"].items():
+        found.append(f"{name}, HPGD minus refit along the curve, by completions judged:")
+        found += [f"  {judged}: {shown(gap)}" for judged, gap in gaps["points"].items()]
+        found += [f"  mean over these points: {shown(gaps['mean'])}"] if gaps["points"] else []
     for row in summary["reached"]:
         taken = "never" if row["hpgd_steps"] is None else f"after {row['hpgd_steps']:.0f}"
         found.append(
@@ -286,16 +291,13 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         Section("Curves", "", [figure]),
         Section("Test prompts", "", samples(parts, LABELS, ["base", "plain", "hpgd", "fresh"])),
     ]
-    if summary["along"] is not None and summary["along"]["points"]:
-        gaps = {f"after {judged} labels": gap for judged, gap in summary["along"]["points"].items()}
-        found.insert(
-            1,
-            Section(
-                "HPGD minus the refitted weights, label by label",
-                "Policies in training, on test prompts, both after as many verdicts.",
-                [compared({**gaps, "mean over these points": summary["along"]["mean"]})],
-            ),
-        )
+    gaps: dict[str, Any] = {}
+    for name, along in summary["along"].items():
+        gaps |= {f"{name}, after {judged} labels": gap for judged, gap in along["points"].items()}
+        gaps |= {f"{name}, mean of these": along["mean"]} if along["points"] else {}
+    if gaps:
+        text = "Policies in training, on test prompts, both after as many verdicts."
+        found.insert(1, Section("HPGD minus the refitted weights, label by label", text, [compared(gaps)]))
     if summary["reached"]:
         heads = ["seed", "search", "score", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
         keys = ["search", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
