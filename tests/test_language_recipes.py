@@ -125,6 +125,7 @@ def test_a_recipe_runs_and_its_report_is_rebuilt(recipe: str, runs: Path) -> Non
     assert main(["run", recipe, "--config", "smoke.yaml", "--out", str(out)]) == 0
     rows = summary_of(out)["rows"]
     assert len(rows) >= 3 and all(math.isfinite(row["judge"]["mean"]) for row in rows)
+    assert ("refit" in [row["name"] for row in rows]) == (recipe == "objectives")
     assert report_is_rebuilt(out)
 
 

@@ -151,6 +151,18 @@ def test_a_fit_is_the_best_of_the_constraint(constraint: Constraint) -> None:
     assert made.spread() <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("constraint", ["free", "positive"])
+def test_a_fit_at_a_scale_is_the_least_squares_weights_times_it(constraint: Constraint) -> None:
+    made = mixture({name: TERMS[name] for name in ("length", "odd")}, constraint, weights={"length": 0.5})
+    features = made.features(["q"] * 16, TEXTS)
+    within = features - features.view(4, 4, 2).mean(1).repeat_interleave(4, 0)
+    wanted = torch.tensor([0.3, 0.1], dtype=torch.float64)
+    made.fit(within, within @ wanted, 0.5)
+    torch.testing.assert_close(made.effective_weight().detach(), 0.5 * wanted, rtol=1e-9, atol=1e-12)
+    made.fit(within, within @ wanted, 1e6)  # no further than the budget
+    assert made.spread() == pytest.approx(made.budget)
+
+
 @pytest.mark.parametrize("kind", ["random", "tpe"])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_every_trial_keeps_the_constraint_and_a_stopped_search_continues(
