@@ -8,6 +8,7 @@ compared at the divergence from the reference at which HPGD's ends.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from align_cbrl.checks import Positive
 from align_cbrl.llm import LanguageLeader, RewardMixture
 from align_cbrl.llm.settings.leader import MixtureSettings
 from align_cbrl.llm.settings.objective import SetSettings, TargetSettings
+from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.imports import load_object, require_package
 from align_cbrl.runs.preflight import Preflight
-from align_cbrl.runs.report import Section, Table
+from align_cbrl.runs.report import Charts, Section, Table
 
 from ..refit import refit
 from ..statistics import interval, mean_and_error, shown
@@ -251,10 +253,10 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
     def own(name: str) -> list[float]:
         return [part["objective"]["mean"] - base for part, base in zip(parts[name], bases, strict=True)]
 
-    ended = {method: gains(method, most) for method in config.methods}
+    ended: dict[str, list[float]] = {method: gains(method, most) for method in config.methods}
     best = max(ended, key=lambda method: mean_and_error(ended[method])["mean"], default=None)
     found = {"hpgd": own("hpgd"), "in_training": own("in_training"), **ended}
-    at_best = {f"{method}, its best moment": gains(method, best_moment) for method in config.methods}
+    at_best: dict[str, list[float]] = {f"{m}, its best moment": gains(m, best_moment) for m in config.methods}
     comparisons = {
         f"objective, HPGD's fresh follower minus {name}": interval(
             [a - b for a, b in zip(found["hpgd"], values, strict=True)]
@@ -312,12 +314,34 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
             "A rival counts with the most that the line through its fully trained policies, one a strength, reaches "
             "at no more than the divergence of HPGD's fresh follower. Its best moment is the best point of all its "
             "training, chosen by the test prompts themselves.",
-            [compared(gains)],
+            [compared(gains), frontier(out, parts)],
         ),
         Section("Curves", "", [curves(out, panels, drawn)]),
         Section("Rewards of the first seed", "", [Table(["reward", "weights"], rewards)]),
         Section("Test prompts", "", samples(parts, {n: n for n in names}, ["base", "hpgd", *list(names[3:5])])),
     ]
+
+
+def frontier(out: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Charts:
+    """Where training ends: what the leader wants against divergence, a line for each method; frontier.png too."""
+    panel = {}
+    for method in dict.fromkeys(family(name) for name in parts if name not in ("base", "in_training")):
+        found = {
+            name: [mean_and_error([part[figure]["mean"] for part in runs]) for figure in ("kl", "objective")]
+            for name, runs in parts.items()
+            if name == "base" or family(name) == method
+        }
+        line = sorted(found.values(), key=lambda ends: ends[0]["mean"])
+        errors = [value["se"] if math.isfinite(value["se"]) else 0.0 for _, value in line]
+        ends = [kl["mean"] for kl, _ in line], [value["mean"] for _, value in line], errors
+        panel["HPGD" if method == "hpgd" else method] = ends
+    drawn = Panel("What the leader wants", "nats from the reference", "objective", panel, points=panel)
+    curves_png(out / "frontier.png", [drawn])
+    return Charts(
+        [drawn],
+        "Fully trained policies on test prompts, the reference on the left; several strengths of a rival are one line. "
+        "Mean over seeds and one standard error.",
+    )
 
 
 def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:

@@ -213,9 +213,9 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
     tuned = parts["hpgd"]
     along, price = {}, getattr(config.objective, "price", None) or 0.0
     if "refit" in names and config.measure.every is not None:
-        drawn = [[part["curve"] for part in parts[name]] for name in ("hpgd", "refit")]
-        along["judge"] = along_the_curve(*drawn)
-        along |= {"judge less the price": along_the_curve(*drawn, price)} if price else {}
+        own, other = ([part["curve"] for part in parts[name]] for name in ("hpgd", "refit"))
+        along["judge"] = along_the_curve(own, other)
+        along |= {"judge less the price": along_the_curve(own, other, price)} if price else {}
     return {
         "rows": rows_of(parts, list(FIGURES)),
         "comparisons": {
