@@ -21,6 +21,7 @@ Modules:
     variety: several good answers instead of one, against the best refit
     four_rooms: the published table
     tax_design: VAT and income tax
+    natural_steps: natural steps against Adam's on either of the two
     principal_agent: contracts against their closed form
     estimators: error and cost of every estimator
     rtq: randomly truncated best responses

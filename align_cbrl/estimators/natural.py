@@ -129,7 +129,8 @@ def response_metric(problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tenso
     if rollouts.horizon != 1:
         raise InputError(
             f"natural steps: expected rollouts of one step, such as completions, got a horizon of {rollouts.horizon}, "
-            "whose metric samples alone do not give; use HPGDConfig(natural=None), or an estimator with a model"
+            "whose metric a critic does not give; use an estimator with a model of the world (toy_cmdp.PlugIn fits "
+            "one), or HPGDConfig(natural=None)"
         )
     slope = gather_rows(response_gradients(problem, rollouts))  # [B, n]
     whole = rollouts.over_ranks()

@@ -1,8 +1,11 @@
-"""Four Rooms: one cell of the published table, exactly or from sampled paths; or the whole, a search in each cell."""
+"""Four Rooms: one cell of the published table, exactly or from sampled paths; the whole, a search in each cell; or
+natural steps against Adam's in every cell.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -13,7 +16,8 @@ from typing import Any
 import torch
 
 import toy_cmdp
-from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyResponse
+from align_cbrl import HPGD, HPGDConfig, Hypergradient, InputError, PolicyResponse, Problem
+from align_cbrl.estimators.search import scatter
 from align_cbrl.runs.charts import Panel, curves_png
 from align_cbrl.runs.config import fingerprint, load_config, to_dict
 from align_cbrl.runs.files import read_json
@@ -24,6 +28,8 @@ from align_cbrl.runs.run_folder import CONFIG, claim, read_summary, write_json, 
 from align_cbrl.runs.run_report import write_run_report
 from toy_cmdp.problems.four_rooms import GOALS, Goals
 
+from ..natural_steps import GROWING as GROWING_STARTS
+from ..natural_steps import Cell, NaturalConfig, compare, write_report
 from .figures import before_and_after_png, fines_png
 from .table import GROWING, TableConfig, read_units, rows, run_units
 
@@ -35,7 +41,10 @@ _MAP_CAPTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """See config.yaml and table.yaml. With a `table`, of the other values only `slip` and `goals` are used.
+    """See config.yaml, table.yaml and natural.yaml.
+
+    With a `table`, of the other values only `slip` and `goals` are used; with `natural`, these and the table's
+    `temperatures` and `prices`.
 
     Raises:
         InputError: a number of paths that is not positive.
@@ -51,6 +60,7 @@ class Config:
     learning_rate: float = 0.1
     paths: int = 50
     table: TableConfig | None = None
+    natural: NaturalConfig | None = None
 
     def __post_init__(self) -> None:
         if self.paths < 1:
@@ -69,8 +79,11 @@ def run(config: Config, out: Path, resume: bool) -> None:
     Raises:
         CheckpointError: `out` holds a run of another configuration.
     """
-    claim(out, config, recipe="four_rooms", free=("steps", *(f"table.{name}" for name in GROWING)))
-    if config.table is None:
+    claim(out, config, recipe="four_rooms", free=("steps", GROWING_STARTS, *(f"table.{name}" for name in GROWING)))
+    if config.natural is not None:
+        cells, tuning = _cells(config)
+        compare(config.natural, cells, tuning, functools.partial(_scattered, config), out)
+    elif config.table is None:
         _run_cell(config, out, resume)
     else:
         _run_table(config, config.table, out, resume)
@@ -81,11 +94,31 @@ def run(config: Config, out: Path, resume: bool) -> None:
 def report(out: Path) -> None:
     """Write report.html and its figures from a finished run's folder."""
     config, summary = load_config(Config, out / CONFIG), read_summary(out)
-    if config.table is None:
+    if config.natural is not None:
+        write_report(out, "Four Rooms: natural steps against Adam", _cells(config)[0])
+    elif config.table is None:
         _report(out, config, summary["rows"][0], read_json(out / "weights.json"))
     else:
         records = read_units(config.table, out)
         _table_report(out, config, config.table, records, rows(records))
+
+
+def _cells(config: Config) -> tuple[list[Cell], list[Cell]]:
+    """The cells of a table, and those of its middle price, on which settings are chosen."""
+    table = TableConfig() if config.table is None else config.table
+    cells: list[Cell] = [{"temperature": t, "price": p} for t in table.temperatures for p in table.prices]
+    middle = table.prices[len(table.prices) // 2]
+    return cells, [cell for cell in cells if cell["price"] == middle]
+
+
+def _scattered(config: Config, cell: Cell, seed: int) -> Problem:
+    """A cell's problem, its fines at a random start."""
+    assert config.natural is not None
+    problem = toy_cmdp.four_rooms(
+        temperature=cell["temperature"], price=cell["price"], slip=config.slip, goals=config.goals, horizon=1
+    )
+    scatter(problem, config.natural.scale, seed=seed, start=0)
+    return problem
 
 
 def _run_cell(config: Config, out: Path, resume: bool) -> None:
@@ -112,7 +145,7 @@ def _run_cell(config: Config, out: Path, resume: bool) -> None:
         checkpoint_every=20,
     )
     settings = {
-        name: value for name, value in to_dict(config).items() if name not in ("steps", "table")
+        name: value for name, value in to_dict(config).items() if name not in ("steps", "table", "natural")
     }  # a resumed run may be longer
     HPGD(problem, optimizer, hypergradient, loop, out, fingerprint=fingerprint(settings)).run(resume=resume)
 

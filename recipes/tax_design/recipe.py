@@ -1,8 +1,12 @@
-"""HPGD on tax design: exact, or by a leader that sees trajectories only, of an exact or a neural follower."""
+"""HPGD on tax design: exact, or by a leader that sees trajectories only, of an exact or a neural follower.
+
+Or, exactly, natural steps against Adam's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -25,14 +29,21 @@ from toy_cmdp.followers.neural import NeuralSoftQFollower
 from toy_cmdp.problems.tax_design import TaxLeader, tax_design
 from toy_cmdp.referee.exact import ImplicitHypergradient, context_values, leader_value
 
+from ..natural_steps import GROWING as GROWING_STARTS
+from ..natural_steps import Cell, NaturalConfig, compare, write_report
 from .figures import behaviour, behaviour_png, progress
 
+_CELLS: list[Cell] = [{"temperature": temperature} for temperature in (0.1, 0.2, 0.3)]  # as published
 RATES = ("vat_1", "vat_2", "vat_3", "tau")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """See config.yaml. Raises InputError for numbers out of range."""
+    """See config.yaml and natural.yaml. With `natural`, of the other values only `grid` and `start` are used.
+
+    Raises:
+        InputError: numbers out of range.
+    """
 
     seed: int = 0
     seeds: int = 1
@@ -49,6 +60,7 @@ class Config:
     paths: int = 50
     updates: int = 40
     first_updates: int = 4000
+    natural: NaturalConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "paths", "updates", "first_updates"):
@@ -100,7 +112,12 @@ def run(config: Config, out: Path, resume: bool) -> None:
         CheckpointError: `out` holds a run of another configuration.
     """
     began = time.perf_counter()
-    claim(out, config, recipe="tax_design", free=("steps", "seed", "seeds", "tail"))
+    claim(out, config, recipe="tax_design", free=("steps", "seed", "seeds", "tail", GROWING_STARTS))
+    if config.natural is not None:
+        compare(config.natural, _CELLS, _CELLS[1:2], functools.partial(_perturbed, config), out)
+        report(out)
+        print(f"report: {out / 'report.html'}")
+        return
     start = leader_value(_exact_problem(config, seed=None)).item()
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
@@ -133,6 +150,9 @@ def run(config: Config, out: Path, resume: bool) -> None:
 def report(out: Path) -> None:
     """Write report.html and its figures from a finished run's folder."""
     config, summary = load_config(Config, out / CONFIG), read_summary(out)
+    if config.natural is not None:
+        write_report(out, "Tax design: natural steps against Adam", _CELLS)
+        return
     before, after = _exact_problem(config, seed=None), _exact_problem(config, seed=None)
     _set_rates(after, [statistics.fmean(r[name] for r in summary["runs"]) for name in RATES])
     _report(out, config, summary["rows"], before, after)
@@ -157,8 +177,9 @@ def _ascend(config: Config, seed: int, out: Path, resume: bool) -> dict[str, flo
         seed=seed,
         checkpoint_every=20,
     )
+    free = ("steps", "seed", "seeds", "tail", "natural")
     settings = {
-        name: value for name, value in to_dict(config).items() if name not in ("steps", "seed", "seeds", "tail")
+        name: value for name, value in to_dict(config).items() if name not in free
     }  # a resumed run may be longer, or have more company
     optimizer = maker(problem.parameters, lr=config.learning_rate, maximize=True)
     hypergradient = _Watched(inner, config.clip)
@@ -178,6 +199,14 @@ def _ascend(config: Config, seed: int, out: Path, resume: bool) -> dict[str, flo
         "household_2": values[1],
         "seconds_per_step": seconds,
     }
+
+
+def _perturbed(config: Config, cell: Cell, seed: int) -> Problem:
+    """The exact problem at a published temperature, its start rates perturbed."""
+    assert config.natural is not None
+    return _exact_problem(
+        dataclasses.replace(config, temperature=cell["temperature"], spread=config.natural.scale), seed=seed
+    )
 
 
 def _exact_problem(config: Config, seed: int | None) -> Problem:

@@ -14,6 +14,7 @@ from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.referee.exact import exact_world, expected_policy_response
 from toy_cmdp.referee.frozen_policy import FrozenPolicy
+from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.tables.cmdp import ContextualMDP
 
 
@@ -84,14 +85,23 @@ class ObservedPolicyResponse(Hypergradient):
         Raises:
             InputError: an objective or leader without tables (see `leader_value`).
         """
+        observed = self._observed(problem, rollouts)
+        world = exact_world(observed)
+        norm = accumulate(problem, expected_policy_response(observed, world))
+        values = (world.tables.initial * world.value).sum(-1).detach()  # [C]
+        each = {f"objective_{c}": values[c].item() for c in rollouts.contexts.unique().tolist()}
+        return {"objective": world.objective.item(), "gradient_norm": norm, **each}
+
+    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """The exact metric at the observed policy, twice: it is the one that was sampled."""
+        found = exact_metric(self._observed(problem, rollouts))
+        return found, found
+
+    def _observed(self, problem: Problem, rollouts: Rollouts) -> Problem:
+        """The problem with its follower frozen at the observed policy, in the contexts that were drawn."""
         drawn = torch.bincount(rollouts.contexts, minlength=self.cmdp.contexts) > 0
         nature = torch.where(drawn, self.cmdp.context_probabilities, 0.0)
         cmdp = dataclasses.replace(self.cmdp, context_probabilities=nature / nature.sum())
         follower = problem.follower
         frozen = FrozenPolicy(cmdp, follower.temperature, follower.discount, self.log_policy(rollouts))
-        observed = dataclasses.replace(problem, follower=frozen)
-        world = exact_world(observed)
-        norm = accumulate(problem, expected_policy_response(observed, world))
-        values = (world.tables.initial * world.value).sum(-1).detach()  # [C]
-        each = {f"objective_{c}": values[c].item() for c in range(cmdp.contexts) if drawn[c]}
-        return {"objective": world.objective.item(), "gradient_norm": norm, **each}
+        return dataclasses.replace(problem, follower=frozen)

@@ -21,6 +21,7 @@ from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
 from align_cbrl.problem import Problem, Term, require_fixed_temperature
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.solve import by_context, continuation, soft_logits
+from toy_cmdp.referee.metric import metric_of_policy
 from toy_cmdp.referee.tabulated import linearised, tabulated_terms
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables, require_tabular
 from toy_cmdp.tables.sparse import SparseTransition
@@ -258,6 +259,36 @@ class PlugIn(Hypergradient):
         if self.memory is not None and not transition.requires_grad:
             self.memory.keep(counts, rollouts.steps["state"], transition)
         return {"objective": world.objective.item(), "gradient_norm": norm}, world.in_context
+
+    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """The metric of the observed policy in the model that `backward` fits, twice: paths of it were sampled.
+
+        F is `exact_metric` with the fitted P and rho in the place of the world's, at the policy that the paths show:
+        its errors are the gradient's own, of the same paths, and it is consistent. Shrinkage and damping, which are the
+        gradient's, leave it alone.
+
+        Example:
+            >>> from toy_cmdp import exact_metric, random_cmdp
+            >>> problem = random_cmdp()  # its leader moves all tables, and knows them: the model is the world
+            >>> contexts = torch.tensor([0, 1])
+            >>> _ = problem.follower.respond(problem.leader, contexts)
+            >>> rollouts = problem.follower.rollout(contexts, 8, torch.Generator().manual_seed(0))
+            >>> torch.allclose(PlugIn(problem.follower.cmdp).metric(problem, rollouts)[0], exact_metric(problem))
+            True
+        """
+        temperature, tables = require_fixed_temperature(problem, "PlugIn"), _dense(problem)
+        counts = self._counts(tables, rollouts)
+        model, world, _ = self._model(problem, tables, rollouts, counts, shrinkage=0.0)
+        go_on = continuation(self.cmdp, problem.follower.discount, tables.reward)
+        law = tables.transition if "transition" in _moved(tables) else model.transition
+        with torch.enable_grad():
+            q = tables.reward + go_on * expected_next(law, world.soft_value)
+            logits = soft_logits(q, tables.log_prior, temperature)
+        mass = model.nature[:, None, None] * world.mu
+        found = metric_of_policy(
+            problem, logits, world.soft_value, world.policy, mass, model.transition, world.system, go_on
+        )
+        return found, found
 
     def state_dict(self) -> dict[str, Any]:
         """The memory's, if there is one: HPGD keeps it in its checkpoints."""

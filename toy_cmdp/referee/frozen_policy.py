@@ -15,6 +15,7 @@ from toy_cmdp.followers.exact import ExactFollower
 from toy_cmdp.followers.iterative import TabularIterativeFollower, policy_q
 from toy_cmdp.followers.solve import SoftSolution
 from toy_cmdp.referee.exact import ExactCritic, exact_world, expected_policy_response
+from toy_cmdp.referee.metric import exact_metric
 from toy_cmdp.tables.cmdp import ContextualMDP, Tables
 
 
@@ -118,3 +119,8 @@ class PresentPolicyResponse(Hypergradient):
         world = exact_world(frozen)
         norm = accumulate(problem, expected_policy_response(frozen, world))
         return {"objective": float(world.objective), "gradient_norm": norm}
+
+    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """The exact metric at the present policy, twice, in the contexts of the rollouts."""
+        found = exact_metric(present(problem, rollouts.contexts))
+        return found, found
