@@ -30,7 +30,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(["run", "kinds", "--config", "smoke.yaml", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    rivals = {"plain 1", "equal 1", "refit 1", "threshold 1 2", "tpe"}
+    rivals = {"plain 1", "equal 1", "refit 1", "threshold 1", "tpe"}
     assert {row["name"] for row in summary["rows"]} == {"base", "in_training", "hpgd", *rivals}
     methods = {"plain", "equal", "refit", "threshold", "tpe"}
     moments = {f"{method}, its best moment" for method in methods}

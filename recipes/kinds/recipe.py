@@ -59,8 +59,10 @@ class Config(SeedSettings, BenchSettings):
         seeds: of the study; each has its own models, followers, leader and prompts.
         jobs: seeds at a time; null: one per core.
         methods: the rivals.
-        strengths: standard deviations of the reward within a prompt at which refit and threshold try their luck.
-        slopes: of the threshold reward, per standard deviation of the refitted reward.
+        strengths: standard deviations of the reward within a prompt at which plain, equal and refit try their luck.
+        thresholds: strengths of the threshold reward, from far below to far above; less than half as many standard
+            deviations within a prompt.
+        slope: of the threshold reward, per standard deviation of the refitted reward.
         search: how TPE looks for weights.
         shown: the kinds of answers whose shares are shown.
 
@@ -70,7 +72,8 @@ class Config(SeedSettings, BenchSettings):
 
     methods: list[Method] = dataclasses.field(default_factory=list)
     strengths: list[Positive] = dataclasses.field(default_factory=lambda: [0.5, 1.0])
-    slopes: list[Positive] = dataclasses.field(default_factory=lambda: [2.0])
+    thresholds: list[Positive] = dataclasses.field(default_factory=lambda: [1.0, 2.0])
+    slope: Positive = 2.0
     search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
     shown: list[str] = dataclasses.field(default_factory=list)
 
@@ -150,8 +153,8 @@ def rivals(
         assert isinstance(learned, RewardMixture)
         return learned
 
-    def threshold(strength: float, slope: float) -> LanguageLeader:
-        return Threshold.around(bench, refitted(1.0), strength, slope)
+    def threshold(strength: float) -> LanguageLeader:
+        return Threshold.around(bench, refitted(1.0), strength, config.slope)
 
     def best_of_search() -> LanguageLeader:
         trials = search(bench, "tpe", config.search, folder / "tpe", value)
@@ -167,8 +170,8 @@ def rivals(
             found[f"equal {strength:g}"] = partial(equal, strength)
         if "refit" in config.methods:
             found[f"refit {strength:g}"] = partial(refitted, strength)
-        for slope in config.slopes if "threshold" in config.methods else ():
-            found[f"threshold {strength:g} {slope:g}"] = partial(threshold, strength, slope)
+    if "threshold" in config.methods:
+        found |= {f"threshold {strength:g}": partial(threshold, strength) for strength in config.thresholds}
     if "tpe" in config.methods:
         found["tpe"] = best_of_search
     return found
