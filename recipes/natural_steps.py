@@ -207,7 +207,7 @@ def write_report(out: Path, title: str, cells: Sequence[Cell]) -> None:
         here = [p for p in pairs if all(p[name] == cell[name] for name in cell)]
         curves = {kind: [p[f"{kind}_values"] for p in here] for kind in KINDS}
         steps = list(range(len(curves["adam"][0])))
-        means = {
+        means: dict[str, tuple[Sequence[float], ...]] = {
             kind: (steps, [statistics.fmean(at) for at in zip(*some, strict=True)]) for kind, some in curves.items()
         }
         panels.append(Panel(", ".join(f"{name} {value:g}" for name, value in cell.items()), "leader step", "J", means))
