@@ -37,7 +37,7 @@ class VariantSettings:
 
     Attributes:
         budget: HPGD's, the largest relative change of what is trained.
-        learning_rate: of HPGD's Adam, with hpgd.step: gradient.
+        learning_rate: of HPGD's Adam, with hpgd.step: gradient; null: natural steps.
         refit_learning_rate: of iterated retraining's.
     """
 
@@ -46,8 +46,11 @@ class VariantSettings:
     learning_rate: Positive | None = None
 
     def steps(self, hpgd: HPGDSettings) -> HPGDSettings:
-        """How HPGD climbs. Raises InputError for a learning rate with natural steps."""
-        return hpgd if self.learning_rate is None else dataclasses.replace(hpgd, learning_rate=self.learning_rate)
+        """How HPGD climbs. Raises InputError for a learning rate with hpgd.step: natural."""
+        if self.learning_rate is None:
+            kept = {name: getattr(hpgd, name) for name in ("steps", "nats", "memory", "correction", "checkpoint_every")}
+            return HPGDSettings(**kept)
+        return dataclasses.replace(hpgd, learning_rate=self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
