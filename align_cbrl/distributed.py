@@ -240,6 +240,20 @@ def sum_gradients_(parameters: Sequence[Tensor]) -> None:
             parameter.grad = total.to(grad.device)
 
 
+def sum_(value: Tensor) -> Tensor:
+    """The sum of a tensor that every rank has over all of them; it may be taken in place.
+
+    Example:
+        >>> sum_(torch.tensor([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
+    if world_size() == 1:
+        return value
+    total = value.detach().to(_device()).contiguous()
+    dist.all_reduce(total)
+    return total.to(value.device)
+
+
 def check_same(facts: Mapping[str, Any]) -> None:
     """Refuse a run whose ranks were built from different things; every rank has to ask.
 

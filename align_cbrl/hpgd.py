@@ -174,7 +174,8 @@ class HPGD:
         self.history: list[dict[str, float]] = []
         self._seconds = {"leader": 0.0, "follower": 0.0}
         saved = self.out is not None
-        self._memory = Memory(saved=saved) if config.natural is None else Memory(config.natural.memory - 1, saved)
+        natural = config.natural
+        self._memory = Memory(saved=saved) if natural is None else Memory(natural.remembered(problem) - 1, saved)
         self._between_steps = True  # not while a step has moved some of what a checkpoint holds
         self._told: set[str] = set()  # what has been warned of
         self._judges = list({id(judge): judge for judge in _judges_of(problem.objective)}.values())
@@ -351,9 +352,9 @@ class HPGD:
     def _natural_step(self, batch: Rollouts, settings: Natural) -> dict[str, float]:
         """A natural step, on a batch whose gradient is in `.grad`; metrics: `step_nats`, how far the response moves."""
         problem = self.problem
+        metric = self.hypergradient.metric(problem, batch)
         gradient = torch.cat([_flat(p.grad, p) for p in problem.parameters])
-        metric, sampled = self.hypergradient.metric(problem, batch)
-        step = natural_step(gradient, metric, settings, problem.objective.price_of_a_nat, sampled)
+        step = natural_step(gradient, metric, settings, problem.objective.price_of_a_nat)
         if step.copies is not None:
             first, second = (_parameter_name(problem.leader, number) for number in step.copies)
             self._tell_once(
@@ -547,8 +548,8 @@ def _judges_of(part: Any, depth: int = 5) -> list[Any]:
 
 
 def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """A gradient as numbers in a row, float64; zeros where nothing depends on the parameter."""
-    return (torch.zeros_like(parameter) if gradient is None else gradient).detach().double().flatten()
+    """A gradient as numbers in a row; zeros where nothing depends on the parameter."""
+    return (torch.zeros_like(parameter) if gradient is None else gradient).detach().flatten()
 
 
 def _parameter_name(leader: Leader, number: int) -> str:

@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import enumerable_lm as lm
 import torch
@@ -42,6 +43,7 @@ from align_cbrl import (
     ZerothOrder,
 )
 from align_cbrl.distributed import barrier, initialize, rank, world_size
+from align_cbrl.estimators import metric
 from align_cbrl.llm import Judge, LeaderCallback, RewardMixture, RLOOFollower
 from align_cbrl.objectives import ratio
 from align_cbrl.problem import Follower, Objective, OnRollouts
@@ -142,7 +144,17 @@ def gradients() -> dict[str, Any]:
 
 
 def natural() -> dict[str, Any]:
-    """Two natural steps of every objective, the second on both batches: metrics of both, and the leader after them."""
+    """Two natural steps of every objective, the second on both batches: metrics of both, and the leader after them.
+
+    Once with the metric's matrix, and once by its products alone.
+    """
+    found = natural_steps()
+    with mock.patch.object(metric, "LARGE", 1):
+        return {**found, **{f"{name}, products": steps for name, steps in natural_steps().items()}}
+
+
+def natural_steps() -> dict[str, Any]:
+    """Of each objective."""
     enumeration = lm.Enumeration.random(1)
     follower, found = scripted(enumeration), {}
     for name, objective in objectives(enumeration).items():

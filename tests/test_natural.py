@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_reward_models
 import torch
 from torch import Tensor
 
@@ -27,8 +29,13 @@ from align_cbrl import (
     Rollouts,
     certify,
 )
-from align_cbrl.estimators.natural import natural_step, response_gradients, response_metric
+from align_cbrl.estimators import metric as metrics
+from align_cbrl.estimators.metric import MatrixMetric, ProductMetric, response_gradients, response_metric
+from align_cbrl.estimators.natural import natural_step
 from align_cbrl.estimators.replay import all_at_present, at_present
+from align_cbrl.functional import group_advantage
+from align_cbrl.hpgd import _flat
+from align_cbrl.llm import RewardModel, RewardModelLeader
 from toy_cmdp.referee.exact import exact_world
 
 
@@ -70,7 +77,7 @@ def test_the_fixed_point_of_refitting_is_the_stationary_point_of_a_kl_priced_mea
         toy_cmdp.leader_value(problem).backward()
         assert x.grad is not None
         settings = Natural(nats=1e9, ridge=1e-14)
-        return x.detach() + natural_step(x.grad, exact_metric(problem), settings, scale * price).change
+        return x.detach() + natural_step(x.grad, MatrixMetric(exact_metric(problem)), settings, scale * price).change
 
     with torch.no_grad():
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype))
@@ -97,7 +104,9 @@ def test_the_metric_of_samples_is_the_exact_one() -> None:
     found = []
     for i in range(200):
         batch = problem.follower.rollout(contexts, 16, torch.Generator().manual_seed(i))
-        found.append(response_metric(problem, batch)[0])
+        metric = response_metric(problem, batch)
+        assert isinstance(metric, MatrixMetric)
+        found.append(metric.matrix)
     rows = torch.stack(found)
     error = rows.std(0) / len(rows) ** 0.5
     assert ((rows.mean(0) - exact).abs() < 4.5 * error).all()
@@ -151,7 +160,7 @@ def test_a_step_is_as_long_as_it_says() -> None:
     assert x.grad is not None
     before = exact_world(problem).policy
     for nats in (1e-6, 1e-4):
-        step = natural_step(x.grad, exact_metric(problem), Natural(nats=nats, ridge=1e-12))
+        step = natural_step(x.grad, MatrixMetric(exact_metric(problem)), Natural(nats=nats, ridge=1e-12))
         assert step.nats == pytest.approx(nats)
         with torch.no_grad():
             x += step.change
@@ -327,7 +336,7 @@ def test_what_natural_steps_cannot_do_is_refused_in_words() -> None:
     with pytest.raises(InputError, match="expected rollouts of one step"):
         run_of(longer, steps=1).run()
     with pytest.raises(InputError, match="does not depend on the leader's parameters"):
-        natural_step(torch.ones(2), torch.zeros(2, 2), Natural())
+        natural_step(torch.ones(2), MatrixMetric(torch.zeros(2, 2)), Natural())
 
 
 def test_without_log_probabilities_a_step_uses_its_own_batch() -> None:
@@ -338,3 +347,177 @@ def test_without_log_probabilities_a_step_uses_its_own_batch() -> None:
     run = HPGD(problem, config=HPGDConfig(natural=Natural(), progress=False))
     row = run.leader_step(dataclasses.replace(batch, log_policy=None, log_prior=None))
     assert row["step_nats"] == pytest.approx(0.3) and certify(problem, batch) is not None and len(run._memory) == 0
+
+
+class Network(Leader):
+    """A reward of two layers, whose gradient moves with its parameters."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)
+        self.layers = torch.nn.Sequential(*layers).double()
+
+    def reward(self, rollouts: Rollouts) -> Tensor:
+        return self.layers(rollouts.steps["features"])
+
+
+def scored(weighted: bool, paths: int = 40) -> Rollouts:
+    """Completions in groups of unequal size, with weights that are nobody's."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(paths, 4, generator=generator, dtype=torch.float64)
+    weight = torch.rand(paths, generator=generator, dtype=torch.float64)
+    return Rollouts.bandit(
+        contexts=torch.arange(paths) % 7,
+        steps={"features": features, "score": features[:, 0] + features[:, 1] ** 2},
+        weight=weight / weight.mean() if weighted else None,
+    )
+
+
+def by_matrix(problem: Problem, rollouts: Rollouts, gradient: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """(F + D)^-1 g and its square, from the matrices and the damping of large leaders."""
+    found = response_metric(problem, rollouts)
+    assert isinstance(found, MatrixMetric)
+    matrix, sampled = found.matrix, found.matrix if found.sampled is None else found.sampled
+    stretch = max(float(gradient @ m @ gradient) for m in (matrix, sampled)) / float(gradient @ gradient)
+    damped = matrix + ridge * stretch * torch.eye(len(gradient), dtype=matrix.dtype)
+    direction = torch.linalg.solve(damped, gradient)
+    return direction, max(float(direction @ m @ direction) for m in (damped, sampled))
+
+
+def gradient_of(problem: Problem, rollouts: Rollouts) -> Tensor:
+    problem.leader.zero_grad()
+    PolicyResponse().backward(problem, rollouts)
+    return torch.cat([p.grad.double().flatten() for p in problem.parameters if p.grad is not None])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_products_give_the_step_of_the_matrix(weighted: bool, chunks: int) -> None:
+    rollouts = scored(weighted)
+    objective = ExpectedUtility(lambda leader, r: r.steps["score"][:, None])
+    problem = Problem(Network(), objective, known_follower())
+    gradient = gradient_of(problem, rollouts)
+    expected, square = by_matrix(problem, rollouts, gradient, 0.05)
+    found = ProductMetric(problem, rollouts, chunks, iterations=200, tolerance=1e-12).solve(gradient, 0.05)
+    assert float((found.value - expected).norm()) < 1e-9 * float(expected.norm())
+    assert found.square == pytest.approx(square, rel=1e-9)
+    torch.testing.assert_close(by_rows(problem, rollouts, gradient, 0.05)[0], expected)
+    # The test can fail: another damping, other weights, too few iterations.
+    for other in (
+        by_matrix(problem, rollouts, gradient, 0.0501)[0],
+        by_matrix(problem, scored(not weighted), gradient, 0.05)[0],
+        ProductMetric(problem, rollouts, chunks, iterations=3).solve(gradient, 0.05).value,
+    ):
+        assert float((other - expected).norm()) > 1e-4 * float(expected.norm())
+
+
+def by_rows(problem: Problem, rollouts: Rollouts, gradient: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """As `by_matrix`, from the paths' own gradients, of which there are fewer than parameters (Woodbury)."""
+    rows, group = response_gradients(problem, rollouts), rollouts.group[:, 0]
+    one = torch.ones(rollouts.size, dtype=torch.float64)
+    mixing = [
+        weight[:, None] * group_advantage(torch.eye(rollouts.size, dtype=torch.float64), group, weight) / rollouts.size
+        for weight in (rollouts.path_weight(), one)
+    ]
+    slope = rows @ gradient
+    damping = ridge * max(float(slope @ mix @ slope) for mix in mixing) / float(gradient @ gradient)
+    inner = damping * torch.eye(rollouts.size, dtype=torch.float64) + rows @ rows.T @ mixing[0]
+    direction = (gradient - rows.T @ (mixing[0] @ torch.linalg.solve(inner, slope))) / damping
+    moved = rows @ direction
+    damped = float(moved @ mixing[0] @ moved) + damping * float(direction @ direction)
+    return direction, max(damped, float(moved @ mixing[1] @ moved))
+
+
+@pytest.mark.parametrize("trainable", ["lora", "all"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_products_give_the_step_of_a_reward_models_rows(trainable: Any, weighted: bool, tmp_path: Path) -> None:
+    """Attention has a second derivative, and an adapter's first matrix none yet."""
+    leader = RewardModelLeader(RewardModel(tiny_reward_models.build(tmp_path / "model")), trainable)
+    words = random.Random(1)
+    texts = [" ".join(words.choices("abcdef", k=words.randint(1, 6))) for _ in range(24)]
+    weight = torch.tensor([words.random() for _ in texts], dtype=torch.float64)
+    rollouts = Rollouts.bandit(
+        contexts=torch.arange(24) % 4,
+        steps={"prompt": ["a b"] * 24, "completion": texts},
+        weight=weight / weight.mean() if weighted else None,
+    )
+    objective = ExpectedUtility(lambda leader, r: torch.tensor([[float(len(t))] for t in r.steps["completion"]]))
+    problem = Problem(leader, objective, known_follower())
+    PolicyResponse().backward(problem, rollouts)
+    gradient = torch.cat([_flat(p.grad, p) for p in problem.parameters])
+    expected, square = by_rows(problem, rollouts, gradient, 0.05)
+    found = ProductMetric(problem, rollouts, iterations=100, tolerance=1e-12).solve(gradient, 0.05)
+    assert gradient.dtype == torch.float64 and float(gradient.norm()) > 1e-3
+    error = float((found.value - expected).norm() / expected.norm())
+    print(f"{trainable}, weighted {weighted}: {len(gradient)} parameters, relative difference {error:.1e}")
+    assert error < 1e-6
+    assert found.square == pytest.approx(square, rel=1e-6)
+    wrong = by_rows(problem, rollouts, gradient, 0.0501)[0]
+    assert float((wrong - expected).norm()) > 1e-5 * float(expected.norm())  # the test can fail
+
+
+def test_a_large_leader_takes_bounded_steps_on_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "LARGE", 10)
+    objective = ExpectedUtility(lambda leader, r: r.steps["score"][:, None])
+    problem = Problem(Network(), objective, known_follower())
+    rollouts = scored(weighted=True)
+    gradient = gradient_of(problem, rollouts)
+    metric = response_metric(problem, rollouts)
+    assert isinstance(metric, ProductMetric) and Natural().remembered(problem) == 4
+    for nats in (1e-3, 0.1):
+        assert natural_step(gradient, metric, Natural(nats=nats)).nats == pytest.approx(nats)
+    free = metric.solve(gradient, 0.05).value
+    step = natural_step(gradient, metric, Natural(nats=1e9), price=0.3)
+    torch.testing.assert_close(step.change, free / 0.3)
+    run = HPGD(problem, config=HPGDConfig(natural=Natural(), progress=False))
+    row = run.leader_step(rollouts)
+    assert row["step_nats"] == pytest.approx(0.3)
+    assert float(gradient_of(problem, rollouts).norm()) < float(gradient.norm())  # it went where the score grows
+    assert Natural(memory=7).remembered(problem) == 7
+
+
+def test_what_products_cannot_do_is_refused_in_words() -> None:
+    class Numb(Network):
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            return 0 * super().reward(rollouts)
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return 2 * value
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    class Fused(Network):
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            out: Tensor = Once.apply(super().reward(rollouts))
+            return out
+
+    rollouts, objective = scored(weighted=False), ExpectedUtility(lambda leader, r: r.steps["score"][:, None])
+    for leader, words in (
+        (Numb(), "does not depend on the leader's parameters"),
+        (Fused(), "the reward of Fused has no second derivative"),
+    ):
+        problem = Problem(leader, objective, known_follower())
+        gradient = torch.ones(sum(p.numel() for p in problem.parameters), dtype=torch.float64)
+        with pytest.raises(InputError, match=words):
+            ProductMetric(problem, rollouts).solve(gradient, 0.05)
+
+
+def test_products_go_on_in_smaller_pieces_where_memory_runs_out() -> None:
+    class Big(Network):
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            if rollouts.size > 10:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return super().reward(rollouts)
+
+    rollouts, objective = scored(weighted=True), ExpectedUtility(lambda leader, r: r.steps["score"][:, None])
+    problem, same = (Problem(leader, objective, known_follower()) for leader in (Big(), Network()))
+    gradient = gradient_of(same, rollouts)
+    with pytest.warns(UserWarning, match="ran out of memory with [24]0 paths at once"):
+        found = ProductMetric(problem, rollouts).solve(gradient, 0.05).value
+    torch.testing.assert_close(found, ProductMetric(same, rollouts).solve(gradient, 0.05).value)

@@ -141,9 +141,9 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["hpgd.learning_rate=0.1"],
         ["--set hpgd.learning_rate=0.1: hpgd.learning_rate: belongs to step: gradient, got 0.1 with natural steps"],
     ),
-    "natural steps of a whole reward model": (
-        ["leader={kind: reward_model, trainable: all}"],
-        ["hpgd.step (its default): natural steps are for leaders of few parameters"],
+    "remembered batches of steps that have none": (
+        ["hpgd={step: gradient, memory: 3}"],
+        ["hpgd.memory: belongs to step: natural, got 3 with gradient steps"],
     ),
     "a weight of a term that there is not": (
         ["leader.weights={ehco: 1.0}"],
@@ -229,7 +229,7 @@ def test_a_folder_that_may_not_be_written_is_named(
         ("peft", ["follower.lora=8"], "--set follower.lora=8: follower.lora: rank 8 needs peft; pip install"),
         (
             "peft",
-            ["leader={kind: reward_model, trainable: lora}", "hpgd.step=gradient"],
+            ["leader={kind: reward_model, trainable: lora}"],
             "adapters need the package peft",
         ),
         ("vllm", ["follower.vllm=true"], "--set follower.vllm=true: follower.vllm: the package vllm is not installed"),

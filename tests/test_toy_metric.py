@@ -24,6 +24,8 @@ from align_cbrl import (
     Problem,
     Rollouts,
 )
+from align_cbrl.estimators.hypergradient import Hypergradient
+from align_cbrl.estimators.metric import MatrixMetric
 from toy_cmdp import ExactFollower, PlugIn, Tables, TabularLeader, TabularUtility, exact_metric
 from toy_cmdp.estimators.observed_policy import ObservedPolicyResponse
 from toy_cmdp.estimators.plug_in import TransitionMemory
@@ -173,6 +175,13 @@ def plug_in(problem: Problem, **settings: Any) -> PlugIn:
     return PlugIn(follower.cmdp, **settings)
 
 
+def matrix(estimator: Hypergradient, problem: Problem, rollouts: Rollouts) -> torch.Tensor:
+    """The metric that an estimator with a model forms, of the policy that the paths were sampled from."""
+    metric = estimator.metric(problem, rollouts)
+    assert isinstance(metric, MatrixMetric) and metric.sampled is None
+    return metric.matrix
+
+
 @pytest.mark.parametrize("make", [everything_moving, two_followers])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_plug_in_s_metric_is_exact_where_the_leader_knows_the_law(make: Any, seed: int) -> None:
@@ -180,8 +189,7 @@ def test_the_plug_in_s_metric_is_exact_where_the_leader_knows_the_law(make: Any,
     problem = make(seed)
     rollouts = paths(problem, 50)
     expected = by_differences(problem)
-    found, sampled = plug_in(problem, damping=0.5, shrinkage=1.0).metric(problem, rollouts)
-    assert torch.equal(found, sampled)
+    found = matrix(plug_in(problem, damping=0.5, shrinkage=1.0), problem, rollouts)
     assert float((found - expected).norm()) < 1e-6 * float(expected.norm())
     follower: Any = problem.follower
     hotter = ExactFollower(follower.cmdp, 1.05 * torch.as_tensor(follower.temperature), follower.discount)
@@ -195,7 +203,7 @@ def test_the_plug_in_s_metric_is_exact_with_endless_data() -> None:
     problem = unknown_law(3)
     memory = TransitionMemory()
     memory.counts = 1e12 * problem.leader.tables().transition  # type: ignore[attr-defined]
-    found, _ = plug_in(problem, memory=memory).metric(problem, paths(problem, 50))
+    found = matrix(plug_in(problem, memory=memory), problem, paths(problem, 50))
     expected = exact_metric(problem)
     assert float((found - expected).norm()) < 1e-9 * float(expected.norm())
 
@@ -209,7 +217,7 @@ def test_the_plug_in_s_metric_converges() -> None:
     for count in (25, 100, 400):
         ratios = []
         for seed in range(16):
-            found, _ = plug_in(problem).metric(problem, paths(problem, count, seed))
+            found = matrix(plug_in(problem), problem, paths(problem, count, seed))
             ratios.append(whiten @ found @ whiten.T - torch.eye(len(expected)).double())
         errors.append(float(torch.stack(ratios).pow(2).sum((1, 2)).mean().sqrt()))
         traces = torch.stack([r.diagonal().mean() for r in ratios])
@@ -227,10 +235,10 @@ def test_the_metric_of_a_batch_that_is_remembered_counts_it_once() -> None:
     problem = unknown_law(1)
     estimator, rollouts = plug_in(problem), paths(problem, 20)
     estimator.backward(problem, paths(problem, 20, seed=1))
-    before, _ = estimator.metric(problem, rollouts)
+    before = matrix(estimator, problem, rollouts)
     estimator.backward(problem, rollouts)
-    assert torch.equal(estimator.metric(problem, rollouts)[0], before)
-    assert not torch.allclose(plug_in(problem).metric(problem, rollouts)[0], before)  # the earlier batch counts
+    assert torch.equal(matrix(estimator, problem, rollouts), before)
+    assert not torch.allclose(matrix(plug_in(problem), problem, rollouts), before)  # the earlier batch counts
 
 
 def test_metrics_at_a_policy_that_is_seen_or_known() -> None:
@@ -238,7 +246,7 @@ def test_metrics_at_a_policy_that_is_seen_or_known() -> None:
     follower: Any = problem.follower
     expected = exact_metric(problem)
     observed = ObservedPolicyResponse(follower.cmdp, torch.arange(4.0))
-    assert torch.allclose(observed.metric(problem, paths(problem, 50))[0], expected, rtol=1e-9)
+    assert torch.allclose(matrix(observed, problem, paths(problem, 50)), expected, rtol=1e-9)
     iterative = SoftValueIteration(follower.cmdp, follower.temperature, follower.discount, iterations=300)
     trained = dataclasses.replace(problem, follower=iterative)
     contexts = torch.tensor([0, 1])
@@ -249,7 +257,7 @@ def test_metrics_at_a_policy_that_is_seen_or_known() -> None:
     expected = exact_metric(
         dataclasses.replace(problem, follower=ExactFollower(even, follower.temperature, follower.discount))
     )
-    assert torch.allclose(PresentPolicyResponse().metric(trained, rollouts)[0], expected, rtol=1e-9)
+    assert torch.allclose(matrix(PresentPolicyResponse(), trained, rollouts), expected, rtol=1e-9)
 
 
 def test_a_critic_alone_gives_no_metric_of_paths() -> None:

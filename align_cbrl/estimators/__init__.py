@@ -14,8 +14,10 @@ Modules:
     zeroth_order: ZerothOrder, finite differences of the leader's value
     certificate: Certificate, the estimated divergence of the follower from its best response
     sampler_evidence: SamplerEvidence, whether completions are samples of the policy at all
+    shortage: what there is to do when memory runs out
     degenerate: completions whose group contributes no gradient
-    natural: Natural, steps in the Fisher metric of the best response
+    metric: the Fisher metric of the best response, as a matrix or by its products alone
+    natural: Natural, steps in that metric
     replay: remembered batches, reweighted and used again
     search: successive halving over many starts
     random_numbers: reproducible random numbers for estimators that draw

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from align_cbrl.errors import InputError
-from align_cbrl.estimators.natural import response_metric
+from align_cbrl.estimators.metric import Metric, response_metric
 from align_cbrl.problem import Leader, Problem
 from align_cbrl.rollouts import Rollouts, check_finite
 
@@ -39,13 +39,12 @@ class Hypergradient(abc.ABC):
         Metrics: `objective` (the estimated J), `gradient_norm` (of all parameters together).
         """
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Metric:
         """The Fisher metric F of x -> pi*_x that a natural step divides by, and that of the policies that were sampled.
 
-        Both are [n, n], float64, over all parameters. Default: those of samples of one step (`response_metric`),
-        whatever the estimator.
+        Default: those of samples of one step (`response_metric`), whatever the estimator.
         """
-        return response_metric(problem, rollouts)
+        return response_metric(problem, rollouts, self.chunks)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of earlier steps; the same types as `Follower.state_dict`. Default: nothing."""

@@ -19,6 +19,7 @@ from align_cbrl.estimators.critics import GroupCritic
 from align_cbrl.estimators.degenerate import degenerate_groups
 from align_cbrl.estimators.hypergradient import Hypergradient, check_reward
 from align_cbrl.estimators.observing import direct_term, influence, observe, of_all_ranks
+from align_cbrl.estimators.shortage import make_room, out_of_memory
 from align_cbrl.functional import discount_powers, eligibility_trace
 from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
 from align_cbrl.rollouts import Rollouts, check_finite
@@ -98,7 +99,7 @@ class PolicyResponse(Hypergradient):
                     _differentiable(leader, share if own is None else share + own).backward()
                     del share, own
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 shortage = first_line(error)  # the error itself holds on to what fills the memory
             if shortage is None:
@@ -141,8 +142,7 @@ class PolicyResponse(Hypergradient):
             "there",
             stacklevel=3,
         )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what is left in pieces that do not fit
+        make_room()
 
     def _trace(self, problem: Problem, rollouts: Rollouts, critique: Critique) -> Tensor:
         """The weight of each step in the response, [B, T]."""
@@ -203,13 +203,6 @@ def _differentiable(leader: Leader, surrogate: Tensor) -> Tensor:
             "no .detach())"
         )
     return surrogate
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's, or the CPU allocator's, which has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
 
 
 def _required(value: Tensor | None, critic: Critic, name: str) -> Tensor:

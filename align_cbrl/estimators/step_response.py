@@ -12,6 +12,7 @@ from align_cbrl.checks import checked
 from align_cbrl.distributed import gather_rows, together
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import check_reward
+from align_cbrl.estimators.metric import Metric
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.groups import Groups
 from align_cbrl.problem import Critique, Problem
@@ -79,7 +80,7 @@ class StepResponse(PolicyResponse):
         self._reward = gather_rows(scored[:, 0])
         return super().backward(problem, rollouts)
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Metric:
         """Refused: nats are those of a best response, which there is not."""
         raise InputError(
             "HPGDConfig.natural: expected none with a StepResponse, since a trainer's next step has no metric in nats; "

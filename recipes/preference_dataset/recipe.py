@@ -170,8 +170,6 @@ def preflight(config: Config, notes: Preflight) -> None:
         config.follower.check()
     with notes.about("leader"):
         config.leader.check([PROXY, *config.rewards], True)
-    with notes.about("hpgd"):
-        config.hpgd.check(config.leader)
     with notes.about("objective"):
         config.objective.build(Judge(_nothing), natural=config.hpgd.step == "natural")
     for name, path in {"truth": config.truth, **{f"rewards.{n}": p for n, p in config.rewards.items()}}.items():

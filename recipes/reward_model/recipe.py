@@ -37,13 +37,20 @@ class VariantSettings:
 
     Attributes:
         budget: HPGD's, the largest relative change of what is trained.
-        learning_rate: of HPGD's Adam; null: natural steps.
+        learning_rate: of HPGD's Adam, with hpgd.step: gradient; null: natural steps.
         refit_learning_rate: of iterated retraining's.
     """
 
     budget: Positive
     refit_learning_rate: Positive
     learning_rate: Positive | None = None
+
+    def steps(self, hpgd: HPGDSettings) -> HPGDSettings:
+        """How HPGD climbs. Raises InputError for a learning rate with hpgd.step: natural."""
+        if self.learning_rate is None:
+            kept = {name: getattr(hpgd, name) for name in ("steps", "nats", "memory", "correction", "checkpoint_every")}
+            return HPGDSettings(**kept)
+        return dataclasses.replace(hpgd, learning_rate=self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +98,7 @@ def preflight(config: Config, notes: Preflight) -> None:
     for key, variant in config.variants.items():
         with notes.about(f"variants.{key}"):
             RewardModelSettings(trainable=key).check([PROXY], True)  # type: ignore[arg-type]  # Config looked at it
-            if variant.learning_rate is None and key != "head":
-                raise InputError("learning_rate: expected one of Adam, got natural steps, which are for a head only")
+            variant.steps(config.hpgd)
 
 
 def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
@@ -123,10 +129,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
             rate, passes = variant.refit_learning_rate, config.refit_passes
             _, curve = refit(bench, name, leader, spread=settings.strength, passes=passes, learning_rate=rate)
             return {"curve": curve}
-        hpgd = HPGDSettings(steps=config.hpgd.steps, nats=config.hpgd.nats)
-        if variant.learning_rate is not None:
-            hpgd = dataclasses.replace(config.hpgd, learning_rate=variant.learning_rate)
-        finished = bench.tune(name, leader, follower=follower, hpgd=hpgd)
+        finished = bench.tune(name, leader, follower=follower, hpgd=variant.steps(config.hpgd))
         return {**bench.final(follower), **bench.cost_of(finished, follower), "curve": bench.curve(name)}
 
     def train(part: str, reward: str, policy: str, strength: float) -> None:

@@ -88,7 +88,6 @@ def check_bench(
             settings.leader.check(([PROXY] if proxy else []) + terms, proxy)
     with notes.about("hpgd"):
         settings.hpgd.build(settings.follower.prompts_per_step, settings.follower.group_size, seeds[0])
-        settings.hpgd.check(settings.leader)
     for key, objective in ({"objective": settings.objective} if objectives is None else objectives).items():
         _check_objective(settings, notes, key, objective, judge, rows)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from align_cbrl.checks import checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
+from align_cbrl.estimators.metric import MatrixMetric, Metric
 from align_cbrl.problem import Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.referee.exact import exact_world, expected_policy_response
@@ -92,10 +93,9 @@ class ObservedPolicyResponse(Hypergradient):
         each = {f"objective_{c}": values[c].item() for c in rollouts.contexts.unique().tolist()}
         return {"objective": world.objective.item(), "gradient_norm": norm, **each}
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """The exact metric at the observed policy, twice: it is the one that was sampled."""
-        found = exact_metric(self._observed(problem, rollouts))
-        return found, found
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Metric:
+        """The exact metric at the observed policy, which is the one that was sampled."""
+        return MatrixMetric(exact_metric(self._observed(problem, rollouts)))
 
     def _observed(self, problem: Problem, rollouts: Rollouts) -> Problem:
         """The problem with its follower frozen at the observed policy, in the contexts that were drawn."""

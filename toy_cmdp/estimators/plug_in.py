@@ -18,6 +18,7 @@ from torch import Tensor
 from align_cbrl.checks import NonNegative, Positive, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
+from align_cbrl.estimators.metric import MatrixMetric, Metric
 from align_cbrl.problem import Problem, Term, require_fixed_temperature
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.solve import by_context, continuation, soft_logits
@@ -260,8 +261,8 @@ class PlugIn(Hypergradient):
             self.memory.keep(counts, rollouts.steps["state"], transition)
         return {"objective": world.objective.item(), "gradient_norm": norm}, world.in_context
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """The metric of the observed policy in the model that `backward` fits, twice: paths of it were sampled.
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Metric:
+        """The metric of the observed policy, of which the paths are, in the model that `backward` fits.
 
         F is `exact_metric` with the fitted P and rho in the place of the world's, at the policy that the paths show:
         its errors are the gradient's own, of the same paths, and it is consistent. Shrinkage and damping, which are the
@@ -273,7 +274,7 @@ class PlugIn(Hypergradient):
             >>> contexts = torch.tensor([0, 1])
             >>> _ = problem.follower.respond(problem.leader, contexts)
             >>> rollouts = problem.follower.rollout(contexts, 8, torch.Generator().manual_seed(0))
-            >>> torch.allclose(PlugIn(problem.follower.cmdp).metric(problem, rollouts)[0], exact_metric(problem))
+            >>> torch.allclose(PlugIn(problem.follower.cmdp).metric(problem, rollouts).matrix, exact_metric(problem))
             True
         """
         temperature, tables = require_fixed_temperature(problem, "PlugIn"), _dense(problem)
@@ -288,7 +289,7 @@ class PlugIn(Hypergradient):
         found = metric_of_policy(
             problem, logits, world.soft_value, world.policy, mass, model.transition, world.system, go_on
         )
-        return found, found
+        return MatrixMetric(found)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory's, if there is one: HPGD keeps it in its checkpoints."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align_cbrl.checks import Count, checked
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
+from align_cbrl.estimators.metric import MatrixMetric, Metric
 from align_cbrl.problem import Critic, Critique, Problem, Term
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.exact import ExactFollower, make_rollouts, require_exact
@@ -111,10 +112,9 @@ class ImplicitHypergradient(Hypergradient):
         norm = accumulate(problem, gradients)
         return {"objective": value.item(), "gradient_norm": norm}
 
-    def metric(self, problem: Problem, rollouts: Rollouts | None = None) -> tuple[Tensor, Tensor]:
-        """The exact metric, twice; the rollouts are not looked at."""
-        exact = exact_metric(problem)
-        return exact, exact
+    def metric(self, problem: Problem, rollouts: Rollouts | None = None) -> Metric:
+        """The exact metric; the rollouts are not looked at."""
+        return MatrixMetric(exact_metric(problem))
 
 
 def context_values(problem: Problem) -> Tensor:

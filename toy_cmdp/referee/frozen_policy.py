@@ -9,6 +9,7 @@ from torch import Tensor
 
 from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import Hypergradient, accumulate
+from align_cbrl.estimators.metric import MatrixMetric, Metric
 from align_cbrl.problem import Critic, Critique, Problem
 from align_cbrl.rollouts import Rollouts
 from toy_cmdp.followers.exact import ExactFollower
@@ -120,7 +121,6 @@ class PresentPolicyResponse(Hypergradient):
         norm = accumulate(problem, expected_policy_response(frozen, world))
         return {"objective": float(world.objective), "gradient_norm": norm}
 
-    def metric(self, problem: Problem, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """The exact metric at the present policy, twice, in the contexts of the rollouts."""
-        found = exact_metric(present(problem, rollouts.contexts))
-        return found, found
+    def metric(self, problem: Problem, rollouts: Rollouts) -> Metric:
+        """The exact metric at the present policy, in the contexts of the rollouts."""
+        return MatrixMetric(exact_metric(present(problem, rollouts.contexts)))

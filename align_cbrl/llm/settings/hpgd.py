@@ -10,7 +10,6 @@ import torch
 from align_cbrl import HPGDConfig, Natural
 from align_cbrl.checks import Count, Positive, Whole, checked
 from align_cbrl.errors import InputError
-from align_cbrl.llm.settings.leader import LeaderSettings
 from align_cbrl.problem import Leader
 
 _RATE = 0.1
@@ -23,9 +22,10 @@ class HPGDSettings:
 
     Attributes:
         steps: leader steps.
-        step: natural, on all completions judged so far; or gradient, of Adam. A reward model that is trained by LoRA or
-            as a whole has too many parameters for natural steps.
+        step: natural, on the newest batches of completions that were judged; or gradient, of Adam.
         nats: longest natural step: how far the best response moves, at most.
+        memory: batches that a natural step uses; null: 64, and 4 for a leader of more than 8192 parameters, such as a
+            reward model that is trained by LoRA or as a whole, which scores all of them anew at every step.
         learning_rate: of Adam, with step: gradient; null: 0.1.
         replays: further updates of Adam after each leader step, on batches judged before.
         correction: of samples of a follower that lags: on, off or auto.
@@ -36,6 +36,7 @@ class HPGDSettings:
     steps: Count = 30
     step: Literal["natural", "gradient"] = "natural"
     nats: Positive = Natural.nats
+    memory: Count | None = None
     learning_rate: Positive | None = None
     replays: Whole = 0
     correction: Literal["auto", "on", "off"] = "auto"
@@ -47,8 +48,13 @@ class HPGDSettings:
             if self.step == "natural" and value:
                 raise InputError(
                     f"{name}: belongs to step: gradient, got {value} with natural steps, whose length is bounded by "
-                    "nats and which use all judged completions anyway; remove it, or set step: gradient"
+                    "nats and which use completions judged before anyway; remove it, or set step: gradient"
                 )
+        if self.step == "gradient" and self.memory is not None:
+            raise InputError(
+                f"memory: belongs to step: natural, got {self.memory} with gradient steps, which use batches judged "
+                "before by replays; remove it, or set step: natural"
+            )
 
     def build(self, contexts_per_step: int, group_size: int, seed: int) -> HPGDConfig:
         """The configuration of the loop, on batches of this size."""
@@ -58,24 +64,11 @@ class HPGDSettings:
             group_size=group_size,
             max_gradient_norm=self.max_gradient_norm,
             correction=self.correction,
-            natural=Natural(nats=self.nats) if self.step == "natural" else None,
+            natural=Natural(nats=self.nats, memory=self.memory) if self.step == "natural" else None,
             replays=self.replays,
             seed=seed,
             checkpoint_every=self.checkpoint_every,
         )
-
-    def check(self, leader: LeaderSettings) -> None:
-        """Refuse natural steps of a leader that has too many parameters for them, before it is loaded.
-
-        Raises:
-            InputError: natural steps with a reward model that is trained by LoRA or as a whole.
-        """
-        part = getattr(leader, "trainable", None) or getattr(leader, "correction", None)
-        if self.step == "natural" and part in ("lora", "all"):
-            raise InputError(
-                f"step: natural steps are for leaders of few parameters, such as weights or a head, got one that "
-                f"trains a reward model's {part}; set hpgd.step: gradient"
-            )
 
     def optimizer(self, leader: Leader) -> torch.optim.Optimizer | None:
         """Adam over the leader's trainable parameters, in ascent; None for natural steps."""
