@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -312,9 +312,11 @@ class _Linearised:
         return _Refusing(type(self.problem.leader).__name__)
 
 
-def _plain_attention() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
     """Fused attention has no second derivative. Backward too, where gradient checkpointing computes it again."""
-    return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class _Refusing:
