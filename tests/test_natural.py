@@ -457,6 +457,24 @@ def test_products_give_the_step_of_a_reward_models_rows(trainable: Any, weighted
     assert float((wrong - expected).norm()) > 1e-5 * float(expected.norm())  # the test can fail
 
 
+def test_gradient_checkpointing_changes_no_step(tmp_path: Path) -> None:
+    """Layers are computed again in every backward pass, by the attention of the forward pass."""
+    model = tiny_reward_models.build(tmp_path / "model")
+    rollouts = Rollouts.bandit(
+        contexts=torch.tensor([0, 0, 1, 1]),
+        steps={"prompt": ["a b"] * 4, "completion": ["a", "b c", "d", "e f a"]},
+    )
+    objective = ExpectedUtility(lambda leader, r: torch.tensor([[float(len(t))] for t in r.steps["completion"]]))
+    found = []
+    for checkpointing in (False, True):
+        leader = RewardModelLeader(RewardModel(model), "all", gradient_checkpointing=checkpointing)
+        problem = Problem(leader, objective, known_follower())
+        PolicyResponse().backward(problem, rollouts)
+        gradient = torch.cat([_flat(p.grad, p) for p in problem.parameters])
+        found.append(ProductMetric(problem, rollouts).solve(gradient, 0.05).value)
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_large_leader_takes_bounded_steps_on_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "LARGE", 10)
     objective = ExpectedUtility(lambda leader, r: r.steps["score"][:, None])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -268,7 +269,7 @@ class _Linearised:
 
     def __init__(self, problem: Problem, rollouts: Rollouts) -> None:
         self.problem, self.size = problem, rollouts.size
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        with torch.enable_grad(), _plain_attention():
             self.value = log_response(problem, rollouts)
         self._pulled: tuple[Tensor, list[tuple[int, Tensor]]] | None = None
 
@@ -278,7 +279,7 @@ class _Linearised:
         if not pulled:
             return torch.zeros(self.size, dtype=torch.float64, device=self.value.device)
         parts = [vector[number] for number, _ in pulled]
-        with self._second_derivative():
+        with self._second_derivative(), _plain_attention():
             (slope,) = torch.autograd.grad([part for _, part in pulled], weight, parts, retain_graph=True)
         return slope.double()
 
@@ -288,7 +289,8 @@ class _Linearised:
             return
         parameters = self.problem.parameters
         each = weights.to(self.value)
-        found = torch.autograd.grad(self.value, parameters, each, allow_unused=True, retain_graph=True)
+        with _plain_attention():
+            found = torch.autograd.grad(self.value, parameters, each, allow_unused=True, retain_graph=True)
         for own, part in zip(total.split([p.numel() for p in parameters]), found, strict=True):
             if part is not None:
                 own.add_(part.flatten())
@@ -299,7 +301,7 @@ class _Linearised:
             weight = torch.zeros_like(self.value, requires_grad=True)
             found: tuple[Tensor | None, ...] = ()
             if self.value.requires_grad:
-                with self._second_derivative(), sdpa_kernel(SDPBackend.MATH):
+                with self._second_derivative(), _plain_attention():
                     found = torch.autograd.grad(
                         self.value, self.problem.parameters, weight, create_graph=True, allow_unused=True
                     )
@@ -308,6 +310,13 @@ class _Linearised:
 
     def _second_derivative(self) -> _Refusing:
         return _Refusing(type(self.problem.leader).__name__)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Fused attention has no second derivative. Backward too, where gradient checkpointing computes it again."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class _Refusing:
