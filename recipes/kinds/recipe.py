@@ -326,24 +326,32 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
 
 
 def frontier(out: Path, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Charts:
-    """Where training ends: what the leader wants against divergence, a line for each method; frontier.png too."""
-    panel = {}
-    for method in dict.fromkeys(family(name) for name in parts if name not in ("base", "in_training")):
-        found = {
-            name: [mean_and_error([part[figure]["mean"] for part in runs]) for figure in ("kl", "objective")]
-            for name, runs in parts.items()
-            if name == "base" or family(name) == method
-        }
-        line = sorted(found.values(), key=lambda ends: ends[0]["mean"])
+    """Where training ends: what the leader wants against divergence; frontier.png too.
+
+    The strengths of a rival are one line from the reference on; a reward that comes in one strength is a point.
+    """
+
+    def ends(names: Sequence[str]) -> tuple[list[float], list[float], list[float]]:
+        found = [
+            [mean_and_error([part[figure]["mean"] for part in parts[name]]) for figure in ("kl", "objective")]
+            for name in names
+        ]
+        line = sorted(found, key=lambda end: end[0]["mean"])
         errors = [value["se"] if math.isfinite(value["se"]) else 0.0 for _, value in line]
-        ends = [kl["mean"] for kl, _ in line], [value["mean"] for _, value in line], errors
-        panel["HPGD" if method == "hpgd" else method] = ends
-    drawn = Panel("What the leader wants", "nats from the reference", "objective", panel, points=panel)
-    curves_png(out / "frontier.png", [drawn])
+        return [kl["mean"] for kl, _ in line], [value["mean"] for _, value in line], errors
+
+    strengths: dict[str, list[str]] = {}
+    for name in parts:
+        if name not in ("base", "in_training"):
+            strengths.setdefault("HPGD" if name == "hpgd" else family(name), []).append(name)
+    lines_of = {method: ends(["base", *names]) for method, names in strengths.items() if len(names) > 1}
+    points = {method: ends(names) for method, names in strengths.items()}
+    panel = Panel("What the leader wants", "nats from the reference", "objective", lines_of, points=points)
+    curves_png(out / "frontier.png", [panel])
     return Charts(
-        [drawn],
-        "Fully trained policies on test prompts, the reference on the left; several strengths of a rival are one line. "
-        "Mean over seeds and one standard error.",
+        [panel],
+        "Fully trained policies on test prompts; the strengths of a rival are one line from the reference on. Mean "
+        "over seeds and one standard error.",
     )
 
 
