@@ -363,7 +363,8 @@ def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
 
 _NAMES = {**FIGURES, "objective": "objective"}
 _AIMS = {"judge": "largest", "objective": "largest"}
+_LABELS = {"base": "base model", "in_training": "HPGD's own follower", "hpgd": "HPGD, fresh follower"}
 STUDY = Study(
-    "kinds", Config, one_seed, summarize, sections, title, _NAMES, lines=lines, aims=_AIMS, best_by="objective"
+    "kinds", Config, one_seed, summarize, sections, title, _NAMES, _LABELS, lines, aims=_AIMS, best_by="objective"
 )
 run, report = STUDY.run, STUDY.report
