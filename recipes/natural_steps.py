@@ -113,7 +113,7 @@ def compare(settings: NaturalConfig, cells: Sequence[Cell], tuning: Sequence[Cel
     rows = [row(cell, [p for p in pairs if all(p[name] == cell[name] for name in cell)]) for cell in cells]
     write_summary(out, {"rows": rows, "aims": {}, "chosen": chosen, "steps": settings.steps})
     for one in rows:
-        print("  ".join(f"{name} {value}" for name, value in one.items()))
+        print("  ".join(f"{n} {f'{value:.5g}' if isinstance(value, float) else value}" for n, value in one.items()))
 
 
 def _choices(settings: NaturalConfig) -> list[tuple[Kind, float]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from align_cbrl.groups import Groups
 from align_cbrl.llm import LanguageLeader, RewardMixture, TrainedFollower, score_arguments
+from align_cbrl.llm.settings.objective import ObjectiveSettings
 from align_cbrl.rollouts import Rollouts
 from align_cbrl.runs.metrics import MetricsLog
 
@@ -83,6 +84,17 @@ def refit(
         )  # fmt: skip
     leader.save_pretrained(bench.out / name / "reward")
     return follower, bench.curve(name)
+
+
+def price_of(objective: ObjectiveSettings) -> float:
+    """The price of a nat of divergence that an objective names; 0 where it names none.
+
+    Example:
+        >>> from align_cbrl.llm.settings.objective import ExpectedSettings, KLPricedSettings
+        >>> price_of(KLPricedSettings(price=0.1)), price_of(ExpectedSettings())
+        (0.1, 0.0)
+    """
+    return getattr(objective, "price", None) or 0.0
 
 
 def _within(values: Tensor, rollouts: Rollouts) -> Tensor:

@@ -16,7 +16,7 @@ from align_cbrl.objectives import LogRatio
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Matrix, Section, Table
 
-from ..refit import refit
+from ..refit import price_of, refit
 from ..statistics import interval, mean_and_error, shown
 from ..study import FRESH_SEED, SeedSettings, Study, compared, parts_of, rows_of, seeds_in_words
 from ..worlds.bench import FIGURES, Bench, BenchSettings, tuning_steps
@@ -99,7 +99,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     def refitted() -> dict[str, Any]:
         leader = bench.leader()
         assert isinstance(leader, RewardMixture)  # Config saw to it
-        price = getattr(next(iter(config.objectives.values())), "price", None) or 0.0
+        price = price_of(next(iter(config.objectives.values())))
         refit(bench, "refit", leader, spread=leader.budget, price=price)
         return {**reached(bench.train("refit-fresh", leader, seed + FRESH_SEED)), "reward": leader.describe()}
 

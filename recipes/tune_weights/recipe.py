@@ -15,7 +15,7 @@ from align_cbrl.runs.imports import require_package
 from align_cbrl.runs.preflight import Preflight
 from align_cbrl.runs.report import Section, Table
 
-from ..refit import refit
+from ..refit import price_of, refit
 from ..statistics import interval, shown
 from ..study import (
     FRESH_SEED,
@@ -94,7 +94,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     bench = Bench(
         config, seed, folder, cache, taken | {n: searched_for for n in ("tpe", "random") if n in config.methods}
     )
-    price = getattr(config.objective, "price", None) or 0.0  # which everybody pays
+    price = price_of(config.objective)  # which everybody pays
     start = bench.leader()  # where plain RLHF stands: what base and plain are measured against
 
     def base() -> dict[str, Any]:
@@ -211,7 +211,7 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
             )  # fmt: skip
     rivals = [name for name in names if name not in ("base", "hpgd", "fresh")]
     tuned = parts["hpgd"]
-    along, price = {}, getattr(config.objective, "price", None) or 0.0
+    along, price = {}, price_of(config.objective)
     if "refit" in names and config.measure.every is not None:
         own, other = ([part["curve"] for part in parts[name]] for name in ("hpgd", "refit"))
         along["judge"] = along_the_curve(own, other)
