@@ -89,7 +89,7 @@ def checked(target: _T) -> _T:
     """
     if isinstance(target, type):
         constructor = inspect.getattr_static(target, "__init__")
-        target.__init__ = _checked_function(constructor, target)  # type: ignore[misc]
+        target.__init__ = _checked_function(constructor, target)  # type: ignore[misc]  # of a class, not an instance
         return target
     return typing.cast(_T, _checked_function(target))
 

@@ -215,11 +215,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help="a name from the list below, or a folder with a recipe.py"
     )
-    recipe.completer = _recipes_like  # type: ignore[attr-defined]  # for argcomplete
+    recipe.completer = _recipes_like  # type: ignore[attr-defined]  # argcomplete reads it
     config = parser.add_argument(
         "--config", metavar="FILE", help="a YAML file, or the name of one in the recipe's folder (default: config.yaml)"
     )
-    config.completer = _configs_like  # type: ignore[attr-defined]
+    config.completer = _configs_like  # type: ignore[attr-defined]  # as above
     _add_overrides(parser, "seed=1 hpgd.steps=50")
     parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/RECIPE[-CONFIG])")
 

@@ -102,8 +102,8 @@ class Adapter:
         for layer in self.layers.values():
             down, up = self._factors(layer)
             square = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-            changed.append(square.sqrt() * layer.scaling[_ADAPTER])  # type: ignore[index]
-            start.append(layer.base_layer.weight.norm())  # type: ignore[union-attr, operator]
+            changed.append(square.sqrt() * layer.scaling[_ADAPTER])  # type: ignore[index]  # peft is not typed
+            start.append(layer.base_layer.weight.norm())  # type: ignore[union-attr, operator]  # as above
         return torch.stack(changed).norm(), torch.stack(start).norm()
 
     def ups(self) -> dict[str, nn.Parameter]:
