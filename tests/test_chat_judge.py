@@ -241,13 +241,15 @@ def test_a_limit_stops_the_run_and_a_larger_one_goes_on(tmp_path: Path) -> None:
         return Judge(chat(api, concurrency=4, **limits), cache=JudgeCache(tmp_path / "c.sqlite"))
 
     batch = rollouts(texts(20))
+    with chat_server() as api:
+        Judge(chat(api))(None, batch)
+        one = max(len(question) for question in api.paid) + len("Score: 0")  # tokens of the longest request, of all 20
     with chat_server(slow=0.01) as api:
         with pytest.raises(
             RunStopped, match=r"max_calls is reached: 7 of 7 are spent; .*resume with a larger max_calls"
         ):
             judge(api, max_calls=7)(None, batch)
         assert api.calls == judge(api).spent == judge(api).function.usage.calls == 7  # each is kept
-        one = max(len(question) for question in api.paid) + len("Score: 0")
         with pytest.raises(RunStopped, match="max_tokens is reached"):
             judge(api, max_tokens=sum(api.tokens) + 1)(None, batch)
         assert 8 <= api.calls <= 7 + 4  # those under way are finished

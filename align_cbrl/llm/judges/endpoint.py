@@ -170,7 +170,8 @@ class Endpoint:
 
         def ask() -> None:
             try:
-                client = _client(os.getpid())
+                with _ONE_CLIENT:
+                    client = _client(os.getpid())
                 with client.stream("POST", self.url, content=content, headers=headers, timeout=self.timeout) as answer:
                     body = bytearray()
                     for part in answer.iter_bytes():
@@ -200,6 +201,10 @@ class Endpoint:
             self._next = at + 1 / self.rate
         if at > now:
             time.sleep(at - now)
+
+
+_ONE_CLIENT = threading.Lock()
+"""Held while the client is looked up: threads that ask for it first together would make one each, and leak theirs."""
 
 
 @functools.cache
