@@ -34,6 +34,7 @@ from align_cbrl.estimators.natural import Natural, natural_step
 from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.replay import Memory, all_at_present, at_present
+from align_cbrl.estimators.shortage import make_room, out_of_memory
 from align_cbrl.functional import effective_sample_size
 from align_cbrl.problem import Leader, Observed, Problem, step_seed
 from align_cbrl.rollouts import Rollouts
@@ -263,9 +264,12 @@ class HPGD:
         # The leader's reward functions are asked here, and only here: what they say does not move with the leader.
         rollouts = self._prepared(rollouts)
 
+        # One pass through the leader, where it can tell its reward to first order; what is remembered goes without.
+        expanded = self._expanded(rollouts)
+
         # How far is the follower from its best response? Where it lags, its samples can be weighted to stand for it.
-        certificate = self._certify(rollouts)
-        seen = corrected(rollouts, certificate) if certificate is not None and self._pays(certificate) else rollouts
+        certificate = self._certify(expanded)
+        seen = corrected(expanded, certificate) if certificate is not None and self._pays(certificate) else expanded
 
         # What the objective needs to know of every step: the judge is asked here, and only here.
         observed = None
@@ -277,7 +281,8 @@ class HPGD:
         batch = seen
         if self.config.natural is not None and observed is not None and can_be_weighted(problem, seen):
             self._memory.batches = [self._known(older) for older in self._memory.batches]
-            batch = all_at_present(problem, self._memory.batches, seen, self.hypergradient.chunks)
+            older = [self._expanded(batch) for batch in self._memory.batches]
+            batch = all_at_present(problem, older, seen, self.hypergradient.chunks)
             batch = batch.knowing(observe(problem, batch, self.hypergradient.chunks).values)
 
         # The hypergradient, through the follower's response, into the leader's `.grad`.
@@ -373,7 +378,7 @@ class HPGD:
         """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
         shares = []
         for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
-            batch = at_present(self.problem, self._prepared(batch), self.hypergradient.chunks)
+            batch = at_present(self.problem, self._expanded(self._prepared(batch)), self.hypergradient.chunks)
             assert batch.weight is not None
             shares.append(float(effective_sample_size(batch.weight, batch.group[:, 0]).sum() / batch.size))
             self.problem.leader.zero_grad(set_to_none=True)
@@ -385,6 +390,22 @@ class HPGD:
     def _prepared(self, rollouts: Rollouts) -> Rollouts:
         with together("scoring the completions"):
             return self.problem.leader.prepare(rollouts)
+
+    def _expanded(self, rollouts: Rollouts) -> Rollouts:
+        """The paths with the leader's reward to first order at its present parameters, where it can tell that."""
+        leader = self.problem.leader
+        if leader in rollouts.known:
+            return rollouts
+        with together("scoring the completions"):
+            try:
+                pieces = [leader.first_order(piece) for piece in rollouts.chunks(self.hypergradient.chunks)]
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                pieces = [None]
+                make_room()
+        found = [piece for piece in pieces if piece is not None]
+        return rollouts if len(found) < len(pieces) else rollouts.knowing({leader: torch.cat(found)})
 
     def _known(self, batch: Rollouts) -> Rollouts:
         """A remembered batch with its scores, which a resumed run has to look up once."""

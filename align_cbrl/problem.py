@@ -58,6 +58,15 @@ class Leader(nn.Module, abc.ABC):
         """
         return None
 
+    def first_order(self, rollouts: Rollouts) -> Tensor | None:
+        """r_x and dr_x/dx of each path at the present x, where one backward pass gives all of them; first axis B.
+
+        `reward` finds it in `rollouts.known[self]`, and all that a leader step asks of these paths is then made from
+        one pass through the leader: certificate, weights, gradient and metric. It is worth nothing once x has moved.
+        Default: None, and each of them makes its own pass.
+        """
+        return None
+
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         """The rollouts with the `fixed_features` of this leader in `known`; they are not computed again."""
         if self in rollouts.known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,42 @@ class Adapter:
             changed.append(square.sqrt() * layer.scaling[_ADAPTER])  # type: ignore[index]  # peft is not typed
             start.append(layer.base_layer.weight.norm())  # type: ignore[union-attr, operator]  # as above
         return torch.stack(changed).norm(), torch.stack(start).norm()
+
+    def path_gradients(self, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Scores, and the gradient of each with respect to all A and B, from one forward and one backward pass.
+
+        A and B are applied to every token apart, so that a path's gradient is a product of what a matrix read of its
+        tokens and of the derivative of its own score by what the matrix said.
+
+        Args:
+            score: makes b scores, each of a path of its own.
+
+        Returns:
+            [b], and [b, n] in the order of the network's parameters; None where an adapted layer does not see the paths
+            along its first axis, such as an expert that gets some of their tokens.
+        """
+        seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def keep(factor: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((factor, arguments[0].detach(), output))
+
+        factors = [f for layer in self.layers.values() for f in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])]  # type: ignore[index]  # peft is not typed
+        hooks = [factor.register_forward_hook(keep) for factor in factors]
+        try:
+            with torch.enable_grad():
+                scores = score()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if any(read.ndim != 3 or len(read) != len(scores) for _, read, _ in seen):
+            return None
+        slopes = torch.autograd.grad(scores.sum(), [said for _, _, said in seen], allow_unused=True)
+        found = {f.weight: scores.new_zeros(len(scores), *f.weight.shape) for f in factors}
+        for (factor, read, _), slope in zip(seen, slopes, strict=True):
+            if slope is not None:
+                found[factor.weight] += (slope.transpose(1, 2) @ read.to(slope)).to(scores)  # [b, out, T] [b, T, in]
+        trained = [p for p in self._model.model.parameters() if p.requires_grad]
+        return scores.detach(), torch.cat([found[p].flatten(1) for p in trained], dim=1)
 
     def ups(self) -> dict[str, nn.Parameter]:
         """The matrices B, by their names in the model: with all of them zero the model is its base."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,10 @@ from align_cbrl.runs.config import nearest
 
 Trainable = Literal["head", "lora", "all"]
 """Which of a reward model's parameters are the leader's; see `RewardModelLeader`."""
+
+
+_LARGEST_EXPANSION = 2**27
+"""Numbers of a batch's expansion, one for each path and trained parameter; half a gigabyte."""
 
 
 @checked
@@ -140,11 +145,42 @@ class RewardModelLeader(Correction):
             found.append(read[:, 0])
         return torch.cat(found)
 
+    def first_order(self, rollouts: Rollouts) -> Tensor | None:
+        """See `Leader.first_order`: of an adapter, [B, 2 + n], at the place of x, which comes first.
+
+        None for other leaders, with gradient checkpointing, and where it would take more than half a gigabyte.
+        """
+        size = sum(p.numel() for p in self._trained())
+        if self.adapter is None or self.gradient_checkpointing or rollouts.size * size > _LARGEST_EXPANSION:
+            return None
+        arguments, found = score_arguments(rollouts), []
+        prompts, completions = arguments["prompts"], arguments["completions"]
+        for piece in batches(len(completions), self.reward_model.batch_size):
+            here = self.adapter.path_gradients(partial(self.score, prompts[piece], completions[piece]))
+            if here is None:
+                return None
+            scores, gradients = here
+            place = scores.new_full((len(scores), 1), self._place())
+            found.append(torch.cat([place, scores[:, None], gradients], dim=1))
+        return torch.cat(found)
+
     def score_from(self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
-        """r_x [B], given what the head reads."""
+        """r_x [B], given what the head reads; of an adapter, given the expansion at the present x."""
+        if self.adapter is not None:
+            if bool((fixed[:, 0] != self._place()).any()):
+                raise AssertionError("an expansion of the reward was used after the parameters had moved")
+            x = torch.cat([p.flatten() for p in self._trained()]).to(fixed)
+            return fixed[:, 1] + fixed[:, 2:] @ (x - x.detach())
         head = self._linear_head()
         assert head is not None  # or there would be nothing fixed
         return self._standardised(nn.functional.linear(fixed.to(head.weight), head.weight, head.bias)[:, 0])
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _place(self) -> int:
+        """A number that changes whenever x does, and that single precision holds."""
+        return sum(p._version for p in self._trained()) % 2**24
 
     def deviation(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """r_x - r_{x_0} [B], the change of the reward since the start; it costs one forward pass more than `score`."""
