@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from align_cbrl import InputError
-from align_cbrl.checks import Count, Positive, check, checked
+from align_cbrl.checks import Count, Positive, Whole, check, checked
 from align_cbrl.llm import RewardModelLeader
 from align_cbrl.llm.leaders.reward_model import Trainable
 from align_cbrl.llm.settings.hpgd import HPGDSettings
@@ -39,18 +39,23 @@ class VariantSettings:
         budget: HPGD's, the largest relative change of what is trained.
         learning_rate: of HPGD's Adam, with hpgd.step: gradient; null: natural steps.
         refit_learning_rate: of iterated retraining's.
+        replays: of HPGD's Adam, in place of hpgd.replays.
     """
 
     budget: Positive
     refit_learning_rate: Positive
     learning_rate: Positive | None = None
+    replays: Whole | None = None
 
     def steps(self, hpgd: HPGDSettings) -> HPGDSettings:
-        """How HPGD climbs. Raises InputError for a learning rate with hpgd.step: natural."""
+        """How HPGD climbs. Raises InputError for a learning rate with hpgd.step: natural, or replays without one."""
         if self.learning_rate is None:
+            if self.replays is not None:
+                raise InputError("replays: belongs to a learning_rate; natural steps use what was judged before anyway")
             kept = {name: getattr(hpgd, name) for name in ("steps", "nats", "memory", "correction", "checkpoint_every")}
             return HPGDSettings(**kept)
-        return dataclasses.replace(hpgd, learning_rate=self.learning_rate)
+        replays = hpgd.replays if self.replays is None else self.replays
+        return dataclasses.replace(hpgd, learning_rate=self.learning_rate, replays=replays)
 
 
 @dataclasses.dataclass(frozen=True)

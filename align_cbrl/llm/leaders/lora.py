@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,13 @@ class Adapter:
             [b], and [b, n] in the order of the network's parameters; None where an adapted layer does not see the paths
             along its first axis, such as an expert that gets some of their tokens.
         """
-        seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+        seen: list[tuple[Any, Tensor, Tensor]] = []
 
         def keep(factor: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             seen.append((factor, arguments[0].detach(), output))
 
-        factors = [f for layer in self.layers.values() for f in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])]  # type: ignore[index]  # peft is not typed
+        layers: Iterable[Any] = self.layers.values()  # peft is not typed
+        factors = [factor for layer in layers for factor in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])]
         hooks = [factor.register_forward_hook(keep) for factor in factors]
         try:
             with torch.enable_grad():
