@@ -232,7 +232,9 @@ class Objective(abc.ABC):
 
     @property
     def price_of_a_nat(self) -> float:
-        """What J charges for a nat of divergence from the prior, which bounds how long a natural step is of use."""
+        """What J charges for a nat of divergence from the prior, or how far it bends down with one: natural steps are
+        no longer than F^-1 g divided by it. 0: as long as their bound.
+        """
         return 0.0
 
     def observe(self, leader: Leader, rollouts: Rollouts) -> Observed:

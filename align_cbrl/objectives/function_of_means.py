@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ class FunctionOfMeans(Objective, Joint):
     def remembers(self) -> bool:  # type: ignore[override]  # as above
         """Whether there is a memory, here or in one of the utilities."""
         return self.memory > 0 or any(utility.remembers for utility in self.utilities)
+
+    @property
+    def price_of_a_nat(self) -> float:
+        """That of h, where it names one: how far J bends down with a nat, at most."""
+        return float(getattr(self.h, "price_of_a_nat", 0.0))
 
     def observations(self) -> tuple[Observation, ...]:
         """Those of the utilities."""
@@ -167,6 +173,9 @@ def target_shares(shares: Sequence[NonNegative]) -> Callable[[Tensor], Tensor]:
 
     The means are those of the classes' indicators, 1 where a completion is of a class and 0 elsewhere.
 
+    A nat between policies moves the shares by a nat at most, so that near the target J bends down by no more than one
+    per nat: F^-1 g is at most Newton's step, and natural steps are no longer than that. They end where the target is.
+
     Args:
         shares: the targets, one a class, which sum to one: classes exclude each other and leave nothing out.
 
@@ -184,20 +193,25 @@ def target_shares(shares: Sequence[NonNegative]) -> Callable[[Tensor], Tensor]:
             f"target_shares: expected shares that sum to one, got {list(shares)} with sum {total:g}; add a class for "
             "all the rest"
         )
+    return _TargetShares(tuple(shares))
 
-    def h(means: Tensor) -> Tensor:
-        _expect("target_shares", means, len(shares))
+
+@dataclasses.dataclass(frozen=True)
+class _TargetShares:
+    shares: tuple[float, ...]
+    price_of_a_nat: ClassVar[float] = 1.0
+
+    def __call__(self, means: Tensor) -> Tensor:
+        _expect("target_shares", means, len(self.shares))
         found = float(means.detach().sum())
         if abs(found - 1) > _PARTITION:
             raise InputError(
                 f"target_shares: expected classes of which each completion is in one, got shares {means.tolist()} "
                 f"with sum {found:g}"
             )
-        wanted = [i for i, share in enumerate(shares) if share > 0]
-        target = means.new_tensor([shares[i] for i in wanted])
+        wanted = [i for i, share in enumerate(self.shares) if share > 0]
+        target = means.new_tensor([self.shares[i] for i in wanted])
         return (target * (means[wanted] / target).log()).sum()
-
-    return h
 
 
 @checked
