@@ -19,6 +19,7 @@ from align_cbrl import (
     CrossFitted,
     CVaR,
     ExpectedUtility,
+    FunctionOfMeans,
     HPGDConfig,
     InputError,
     KLPriced,
@@ -36,6 +37,7 @@ from align_cbrl.estimators.replay import all_at_present, at_present
 from align_cbrl.functional import group_advantage
 from align_cbrl.hpgd import _flat
 from align_cbrl.llm import RewardModel, RewardModelLeader
+from align_cbrl.objectives import harmonic_mean, target_shares
 from toy_cmdp.referee.exact import exact_world
 
 
@@ -150,6 +152,34 @@ def test_the_metric_moves_with_prior_and_temperature() -> None:
 
 def known_follower() -> Any:
     return toy_cmdp.preferences(seed=0).follower
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_natural_steps_end_where_the_target_shares_are(seed: int) -> None:
+    """A nat between policies moves shares by a nat at most: without that bound each step is as long as the last."""
+    answer = torch.arange(6)
+    classes = [ExpectedUtility(toy_cmdp.TabularUtility(lambda _, i=i: (answer % 3 == i).double().expand(4, 1, 6)))
+               for i in range(3)]  # fmt: skip
+    objective = FunctionOfMeans(target_shares([0.5, 0.2, 0.3]), classes)
+    assert KLPriced(objective, 0.25).price_of_a_nat == 1.25
+    assert FunctionOfMeans(harmonic_mean, classes[:2]).price_of_a_nat == 0
+
+    def ends(price: float) -> tuple[float, list[float]]:
+        problem, nats = toy_cmdp.preferences(seed=seed, objective=lambda _: objective), []
+        (x,) = problem.parameters
+        for _ in range(60):
+            x.grad = None
+            toy_cmdp.leader_value(problem).backward()
+            step = natural_step(x.grad, MatrixMetric(exact_metric(problem)), Natural(nats=0.1), price)
+            nats.append(step.nats)
+            with torch.no_grad():
+                x += step.change
+        return toy_cmdp.leader_value(problem).item(), nats
+
+    value, nats = ends(objective.price_of_a_nat)
+    assert value > -1e-5 and nats[-1] < 1e-5
+    hovering, nats = ends(0.0)
+    assert hovering < 2 * value and nats[-1] == pytest.approx(0.1)
 
 
 def test_a_step_is_as_long_as_it_says() -> None:
