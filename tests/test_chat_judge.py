@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 import yaml
@@ -25,6 +27,7 @@ from chat_server import KEY, ChatServer, chat_server, length
 
 from align_cbrl import InputError, PreferenceLikelihood, Rollouts, RunStopped, SetUtility
 from align_cbrl.llm import ChatJudge, Judge, JudgeCache, PairwiseJudge, Prices, RemoteJudge, SetJudge, Usage
+from align_cbrl.llm.judges import endpoint
 from align_cbrl.llm.judges.reply import ReplyReader
 from align_cbrl.llm.judges.template import Template
 from align_cbrl.llm.settings.judge import ChatSettings, JudgeSettings
@@ -262,6 +265,26 @@ def test_a_limit_stops_the_run_and_a_larger_one_goes_on(tmp_path: Path) -> None:
         assert judge(api).function.usage.tokens <= spent + (2 + 4) * one
         assert judge(api, max_calls=20)(None, batch)[:, 0].tolist() == pytest.approx(ninths(texts(20)))
         assert set(api.paid.values()) == {1} and api.calls == 20
+
+
+def test_threads_that_ask_first_together_share_their_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client each, of which all but one are lost with their sockets open, is what a cache alone would give."""
+    made: list[Any] = []
+
+    def slowly(**options: Any) -> Any:
+        time.sleep(0.05)
+        made.append(httpx2.Client(**options))
+        return made[-1]
+
+    monkeypatch.setattr(endpoint, "os", types.SimpleNamespace(**{**vars(os), "getpid": lambda: -1}))  # another process
+    monkeypatch.setattr(endpoint, "httpx2", types.SimpleNamespace(**{**vars(httpx2), "Client": slowly}))
+    try:
+        with chat_server(slow=0.01) as api:
+            Judge(chat(api, concurrency=4), cache=JudgeCache())(None, rollouts(texts(8)))
+            assert api.calls == 8 and len(made) == 1
+    finally:
+        for client in made:
+            client.close()
 
 
 def test_a_reply_without_a_score_stops_the_run_with_words_or_gets_the_fallback(tmp_path: Path) -> None:
