@@ -394,7 +394,7 @@ class HPGD:
     def _expanded(self, rollouts: Rollouts) -> Rollouts:
         """The paths with the leader's reward to first order at its present parameters, where it can tell that."""
         leader = self.problem.leader
-        if leader in rollouts.known:
+        if leader in rollouts.known or type(leader).first_order is Leader.first_order:
             return rollouts
         with together("scoring the completions"):
             try:

@@ -129,7 +129,7 @@ def test_it_is_worth_nothing_once_the_parameters_have_moved(tmp_path: Path) -> N
 
 
 def test_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that sees tokens of all paths in a heap, as an expert does; checkpointing; another part; no room."""
+    """A layer that sees tokens of all paths in a heap, as an expert does; checkpointing; other parts; no room."""
     path = tiny_reward_models.build(tmp_path / "model")
     leader = adapted(path)
     assert leader.adapter is not None
@@ -142,6 +142,9 @@ def test_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(reward, leader.reward(batch()))  # the model was the same
     assert adapted(path, gradient_checkpointing=True).first_order(batch()) is None
     assert RewardModelLeader(RewardModel(path), "head").first_order(batch()) is None
+    more = adapted(path)
+    next(iter(more.reward_model.head.parameters())).requires_grad_(True)
+    assert more.first_order(batch()) is None
     monkeypatch.setattr(leaders, "_LARGEST_EXPANSION", 10)
     assert leader.first_order(batch()) is None
 

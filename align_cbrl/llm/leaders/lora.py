@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +107,21 @@ class Adapter:
             start.append(layer.base_layer.weight.norm())  # type: ignore[union-attr, operator]  # as above
         return torch.stack(changed).norm(), torch.stack(start).norm()
 
-    def path_gradients(self, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Scores, and the gradient of each with respect to all A and B, from one forward and one backward pass.
+    def path_gradients(
+        self, score: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Scores, and the gradient of each with respect to some A and B, from one forward and one backward pass.
 
         A and B are applied to every token apart, so that a path's gradient is a product of what a matrix read of its
         tokens and of the derivative of its own score by what the matrix said.
 
         Args:
             score: makes b scores, each of a path of its own.
+            parameters: those that train.
 
         Returns:
-            [b], and [b, n] in the order of the network's parameters; None where an adapted layer does not see the paths
-            along its first axis, such as an expert that gets some of their tokens.
+            [b], and [b, n] in the order of `parameters`; None where one of them is neither A nor B, or an adapted layer
+            does not see the paths along its first axis, such as an expert that gets some of their tokens.
         """
         seen: list[tuple[Any, Tensor, Tensor]] = []
 
@@ -127,6 +130,8 @@ class Adapter:
 
         layers: Iterable[Any] = self.layers.values()  # peft is not typed
         factors = [factor for layer in layers for factor in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])]
+        if not {*parameters} <= {factor.weight for factor in factors}:
+            return None
         hooks = [factor.register_forward_hook(keep) for factor in factors]
         try:
             with torch.enable_grad():
@@ -141,8 +146,7 @@ class Adapter:
         for (factor, read, _), slope in zip(seen, slopes, strict=True):
             if slope is not None:
                 found[factor.weight] += (slope.transpose(1, 2) @ read.to(slope)).to(scores)  # [b, out, T] [b, T, in]
-        trained = [p for p in self._model.model.parameters() if p.requires_grad]
-        return scores.detach(), torch.cat([found[p].flatten(1) for p in trained], dim=1)
+        return scores.detach(), torch.cat([found[p].flatten(1) for p in parameters], dim=1)
 
     def ups(self) -> dict[str, nn.Parameter]:
         """The matrices B, by their names in the model: with all of them zero the model is its base."""

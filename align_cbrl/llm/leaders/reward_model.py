@@ -148,15 +148,17 @@ class RewardModelLeader(Correction):
     def first_order(self, rollouts: Rollouts) -> Tensor | None:
         """See `Leader.first_order`: of an adapter, [B, 2 + n], at the place of x, which comes first.
 
-        None for other leaders, with gradient checkpointing, and where it would take more than half a gigabyte.
+        None for other leaders, where something besides the adapter trains, with gradient checkpointing, and where it
+        would take more than half a gigabyte.
         """
-        size = sum(p.numel() for p in self._trained())
-        if self.adapter is None or self.gradient_checkpointing or rollouts.size * size > _LARGEST_EXPANSION:
+        trained = self._trained()
+        size = rollouts.size * sum(p.numel() for p in trained)
+        if self.adapter is None or self.gradient_checkpointing or size > _LARGEST_EXPANSION:
             return None
         arguments, found = score_arguments(rollouts), []
         prompts, completions = arguments["prompts"], arguments["completions"]
         for piece in batches(len(completions), self.reward_model.batch_size):
-            here = self.adapter.path_gradients(partial(self.score, prompts[piece], completions[piece]))
+            here = self.adapter.path_gradients(partial(self.score, prompts[piece], completions[piece]), trained)
             if here is None:
                 return None
             scores, gradients = here
