@@ -211,6 +211,7 @@ def test_rivals_of_a_learned_temperature_are_refused() -> None:
         ("reward_model", "plain_strength=.inf", "plain_strength: expected a finite number"),
         ("reward_model", "refit_passes=0", "refit_passes: expected a whole number >= 1, got 0"),
         ("reward_model", "variants.head.learning_rate=-1", r"head.learning_rate: expected a finite number > 0"),
+        ("reward_model", "variants.lora.replays=2", r"variants.lora.*replays: belongs to a learning_rate"),
         ("overoptimization", "grid=[1, 0]", r"grid.1: expected a finite number > 0"),
     ],
 )

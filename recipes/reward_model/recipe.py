@@ -40,6 +40,9 @@ class VariantSettings:
         learning_rate: of HPGD's Adam, with hpgd.step: gradient; null: natural steps.
         refit_learning_rate: of iterated retraining's.
         replays: of HPGD's Adam, in place of hpgd.replays.
+
+    Raises:
+        InputError: replays without a learning rate.
     """
 
     budget: Positive
@@ -47,11 +50,13 @@ class VariantSettings:
     learning_rate: Positive | None = None
     replays: Whole | None = None
 
+    def __post_init__(self) -> None:
+        if self.replays is not None and self.learning_rate is None:
+            raise InputError("replays: belongs to a learning_rate; natural steps use what was judged before anyway")
+
     def steps(self, hpgd: HPGDSettings) -> HPGDSettings:
-        """How HPGD climbs. Raises InputError for a learning rate with hpgd.step: natural, or replays without one."""
+        """How HPGD climbs. Raises InputError for a learning rate with hpgd.step: natural."""
         if self.learning_rate is None:
-            if self.replays is not None:
-                raise InputError("replays: belongs to a learning_rate; natural steps use what was judged before anyway")
             kept = {name: getattr(hpgd, name) for name in ("steps", "nats", "memory", "correction", "checkpoint_every")}
             return HPGDSettings(**kept)
         replays = hpgd.replays if self.replays is None else self.replays
