@@ -143,7 +143,7 @@ def test_overrides_win_over_the_file_and_reach_into_lists_and_mappings(tmp_path:
         ),
         ("lr: 3", r"lr: unknown key; did you mean inner\.lr or deeper\.lr or source\.lr\?$"),
         ("weight: 3", r"weight: unknown key; did you mean 'weights'[^?]*\? There are: "),
-        ("switch: off", r"switch: expected 'on' or 'off', got false; put it in quotes to make it a string"),
+        ("mode: off", r"mode: expected 'full' or 'head', got false; put it in quotes to make it a string"),
         ("deeper: {inner: {setps: 1}}", r"deeper\.inner\.setps: unknown key; did you mean 'steps'\?"),
         ("deeper: {inner: 3}", r"deeper\.inner: expected a mapping of Inner's fields, got the integer 3"),
         ("named: {b: {wait: 1}}", r"named\.b\.wait: unknown key; "),

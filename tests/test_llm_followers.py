@@ -258,11 +258,12 @@ def test_leader_steps_between_best_responses(folder: Path, leader: lm.LinearLead
     assert follower.completions_seen == 4 * 8
 
 
-def test_state_survives_a_new_process(folder: Path, leader: lm.LinearLeader) -> None:
+@pytest.mark.parametrize("decay_after", [None, 2])
+def test_state_survives_a_new_process(folder: Path, leader: lm.LinearLeader, decay_after: int | None) -> None:
     def fresh() -> RLOOFollower:
         return RLOOFollower(
             folder, lm.prompt_dataset(), TEMPERATURE, max_completion_length=lm.LENGTH,
-            prompts_per_step=2, group_size=4, learning_rate=1e-3,
+            prompts_per_step=2, group_size=4, learning_rate=1e-3, decay_after=decay_after,
         )  # fmt: skip
 
     whole, first, second = fresh(), fresh(), fresh()
@@ -273,6 +274,26 @@ def test_state_survives_a_new_process(folder: Path, leader: lm.LinearLeader) -> 
     second.train(leader, 3)
     for a, b in zip(whole.policy.parameters(), second.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_learning_rate_that_decays_does_so_over_all_calls(folder: Path, leader: lm.LinearLeader) -> None:
+    follower = RLOOFollower(
+        folder, lm.prompt_dataset(), TEMPERATURE, max_completion_length=lm.LENGTH,
+        prompts_per_step=2, group_size=4, learning_rate=1e-3, decay_after=2,
+    )  # fmt: skip
+    rates = []
+
+    def on_step(step: int) -> bool:
+        assert follower._trainer is not None
+        rates.append(follower._trainer.lr_scheduler.get_last_lr()[0])  # of the next step
+        return True
+
+    follower.train(leader, 3, on_step)
+    follower.train(leader, 2, on_step)
+    assert rates == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 * 2 / 4, 1e-3 * 2 / 5, 1e-3 * 2 / 6])
+    follower.reset()
+    follower.train(leader, 1, on_step)
+    assert rates[-1] == pytest.approx(1e-3)
 
 
 def test_sampling_leaves_the_global_generator_alone(folder: Path) -> None:

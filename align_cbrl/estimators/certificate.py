@@ -265,7 +265,7 @@ def _alarm(now: Certificate, history: Sequence[Mapping[str, float]], correctable
     else:
         advice = (
             "and the distance stays: the follower hovers around its best response; train it on a larger batch, or "
-            "lower the follower's learning rate"
+            "lower the follower's learning rate, or let it decay"
         )
     effective = now.effective_sample_size * now.group_size
     if now.gap_debiased > _BEYOND or effective < _FEW:

@@ -246,6 +246,8 @@ class _Builder:
             options = [str(a) for a in arguments]
             advice = nearest(str(given), options)
             if isinstance(given, bool):  # YAML reads on, off, yes and no as these
+                if (switch := "on" if given else "off") in arguments:
+                    return switch
                 advice = "put it in quotes to make it a string"
             raise self._error(at, f"expected {type_name(hint)}, got {_describe(given)}; {advice}")
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import itertools
 import math
 import shutil
@@ -59,7 +60,9 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         model, prompts, temperature, max_completion_length: as for `LanguageFollower`.
         prompts_per_step: distinct prompts in each optimizer step, of all processes together.
         group_size: completions per prompt, at least 2; 4 or more recommended.
-        learning_rate: of the policy's AdamW, constant.
+        learning_rate: of the policy's AdamW.
+        decay_after: optimizer steps at the whole learning rate. At later ones it is decay_after / step of it, so that
+            the policy comes to rest at its best response instead of hovering around it; None: constant.
         schedule: how training and leader steps alternate.
         interval, warmup, inside: short for a `Schedule` of these.
         seed: of sampling and prompt order in `train`; `follow` uses the seed it is given.
@@ -88,6 +91,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         prompts_per_step: Count = 8,
         group_size: Several = 8,
         learning_rate: Positive = 1e-4,
+        decay_after: Count | None = None,
         schedule: Schedule | None = None,
         interval: Count | None = None,
         warmup: Whole | None = None,
@@ -109,7 +113,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
         if peft_config is not None:
             check_adapter(peft_config)
         self.prompts_per_step, self.group_size, self.seed = prompts_per_step, group_size, seed
-        self.learning_rate, self.settings = learning_rate, settings
+        self.learning_rate, self.decay_after, self.settings = learning_rate, decay_after, settings
         self.schedule = _schedule(schedule, interval=interval, warmup=warmup, inside=inside)
         self.peft_config = peft_config
         folder = tempfile.mkdtemp(prefix="align_cbrl_trl_")  # trl insists on one; nothing of value goes there
@@ -126,7 +130,6 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             **{**settings, "model_init_kwargs": {**(settings.get("model_init_kwargs") or {}), **self._load_settings}},
         )
         self._leader: LanguageLeader | None = None
-        self.learning_rate, self.settings = learning_rate, dict(settings or {})
         self._trainer: ObservedTrainer | None = None
         self._training = False
         self._steps = 0  # optimizer steps that led to the present policy
@@ -246,6 +249,7 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             return
         trainer = self._built()
         trainer.rows, trainer.seed_of = rows, seed_of
+        trainer.rate_of = functools.partial(self._rate, self._steps)
         trainer.begin(first_step, steps)
 
         def after_step(step: int) -> bool:
@@ -258,6 +262,10 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
             trainer.train()
         finally:
             self._training = False
+
+    def _rate(self, before: int, step: int) -> float:
+        """The part of the learning rate that the step after `before + step` others is taken at."""
+        return 1.0 if self.decay_after is None else min(1.0, self.decay_after / (before + step + 1))
 
     def reset(self) -> None:
         """Back to the untrained policy."""

@@ -61,6 +61,8 @@ class TrainedSettings(_Follower):
         prompts_per_step: distinct prompts in each optimizer step.
         group_size: completions per prompt.
         learning_rate: of the policy's AdamW.
+        decay_after: optimizer steps after which the learning rate falls as 1 / step, so that the policy comes to rest;
+            null: constant.
         schedule: how training and leader steps alternate.
         lora: rank of an adapter on every linear layer; null trains all parameters.
         vllm: generate with vLLM, on a GPU.
@@ -79,6 +81,7 @@ class TrainedSettings(_Follower):
     prompts_per_step: Count = 8
     group_size: Several = 8
     learning_rate: Positive = 1e-4
+    decay_after: Count | None = None
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     lora: Annotated[Count | None, Input("lora", _need_peft)] = None
     vllm: Annotated[bool, Input("vllm", _need_vllm)] = False
@@ -122,6 +125,7 @@ class TrainedSettings(_Follower):
             prompts_per_step=self.prompts_per_step,
             group_size=self.group_size,
             learning_rate=self.learning_rate,
+            decay_after=self.decay_after,
             schedule=self.schedule,
             seed=seed,
             peft_config=None if self.lora is None else _lora(self.lora),

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
@@ -67,6 +68,7 @@ class ObservedTrainer(Trainer):
         observed: the newest batch.
         rows: the prompts' rows of an optimizer step, by its number.
         seed_of: the seed of an optimizer step, by its number.
+        rate_of: the learning rate of an optimizer step, by its number in this train() call, as a part of the whole one.
         kl_price: lambda, asked for anew at every step.
         columns_of: the user's columns at rows of the prompts.
         first_step: optimizer steps before this train() call.
@@ -76,6 +78,7 @@ class ObservedTrainer(Trainer):
     observed: Completions | None = None
     rows: Callable[[int], Sequence[int]]
     seed_of: Callable[[int], int]
+    rate_of: Callable[[int], float]
     kl_price: Callable[[], float]
     columns_of: Callable[[Sequence[int]], dict[str, list[Any]]]
     first_step: int = 0
@@ -115,6 +118,14 @@ class ObservedTrainer(Trainer):
             for name, value in newest.items()
             if math.isfinite(value) and name not in _NOT_TAKEN and not name.startswith("rewards/")
         }
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The rate as a function of the step, whatever the optimizer has been left with by an earlier train() call."""
+        optimizer = self.optimizer if optimizer is None else optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.args.learning_rate
+        self.lr_scheduler = LambdaLR(optimizer, self.rate_of)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         accumulation = self.args.gradient_accumulation_steps

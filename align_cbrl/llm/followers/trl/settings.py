@@ -72,7 +72,8 @@ FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False,), "rewards and judges read the prompts' columns"),
     "lr_scheduler_type": (
         ("constant",),
-        "starts again at every call of the trainer; only 'constant' is the same after a resume",
+        "starts again at every call of the trainer; only 'constant' is the same after a resume. The follower's own "
+        "decay_after lets the rate fall",
     ),
 }  # fmt: skip
 """Fields, the values that they may have, of which the first is set, and what is wrong with others."""
