@@ -33,7 +33,7 @@ from align_cbrl.estimators.hypergradient import Hypergradient
 from align_cbrl.estimators.natural import Natural, natural_step
 from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
-from align_cbrl.estimators.replay import Memory, all_at_present, at_present
+from align_cbrl.estimators.replay import Memory, all_at_present, at_present, taken_for_response
 from align_cbrl.estimators.shortage import make_room, out_of_memory
 from align_cbrl.functional import effective_sample_size
 from align_cbrl.problem import Leader, Observed, Problem, step_seed
@@ -64,8 +64,10 @@ class HPGDConfig:
         group_size: paths (completions) per context.
         max_gradient_norm: the leader's gradient is scaled down to this norm; None leaves it.
         correction: of samples of a follower that lags, by importance weights within each prompt's group: "on", "off",
-            or "auto", where `Certificate.correction_pays` decides at every leader step. For one-step problems with
-            log-probabilities; elsewhere there is none.
+            or "auto", where `Certificate.correction_pays` decides at every leader step. Off, samples are taken for those
+            of the best response, and remembered ones weighted only by how the leader's reward has changed since: the
+            leader then steers the policy that is trained, however it misses its best response. For one-step problems
+            with log-probabilities; elsewhere there is none.
         natural: take natural steps, on all remembered batches, instead of the optimizer's (`Natural`): the default
             of `hpgd.step` in the YAML of language models. For one-step problems with log-probabilities, and for
             estimators with a model; None: the optimizer's.
@@ -303,6 +305,12 @@ class HPGD:
 
         row |= problem.objective.update(observations)
 
+        # What is to be remembered, as samples of whom they are taken for; the leader's present reward is needed for it.
+        lasting = rollouts.knowing({} if observed is None else observed.lasting)
+        if self.config.correction == "off" and self._remembers(rollouts) and can_be_weighted(problem, rollouts):
+            taken = taken_for_response(problem, expanded, self.hypergradient.chunks)
+            lasting = dataclasses.replace(lasting, log_policy=taken.log_policy)
+
         # The step, back into the leader's budget, and again on remembered batches.
         self._between_steps = False
         if self.config.natural is not None and row["gradient_norm"] > 0:
@@ -310,14 +318,19 @@ class HPGD:
             row["skipped_steps"] = self._skipped_before()
         else:
             row["skipped_steps"] = self._skipped_before() + self._apply(row["gradient_norm"])
-        if self.config.replays or (self.config.natural is not None and can_be_weighted(problem, rollouts)):
-            self._memory.add(rollouts.knowing({} if observed is None else observed.lasting))
+        if self._remembers(rollouts):
+            self._memory.add(lasting)
         if self.config.replays:
             row |= self._replay()
         row |= self._learned()
         if certificate is not None:
             row |= {**certificate.metrics(), "corrected": float(seen.weight is not rollouts.weight)}
         return row
+
+    def _remembers(self, rollouts: Rollouts) -> bool:
+        return bool(
+            self.config.replays or (self.config.natural is not None and can_be_weighted(self.problem, rollouts))
+        )
 
     def _learned(self) -> dict[str, float]:
         """What the leader has learned, where it says so in numbers, and what its judges were asked so far."""

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import decimal
 import math
 from pathlib import Path
 from typing import Any
 
+import enumerable_lm as lm
 import numpy as np
 import pytest
 import torch
+from known_follower import Known
 
 import toy_cmdp
-from align_cbrl import HPGD, HPGDConfig, InputError, PolicyResponse, Rollouts
+from align_cbrl import (
+    HPGD,
+    ExpectedUtility,
+    FunctionOfMeans,
+    HPGDConfig,
+    InputError,
+    Leader,
+    Natural,
+    PolicyResponse,
+    Problem,
+    Rollouts,
+)
 from align_cbrl.estimators.certificate import certify, corrected
-from align_cbrl.estimators.replay import Memory
+from align_cbrl.estimators.replay import Memory, at_present, taken_for_response
 from align_cbrl.llm import Judge
+from align_cbrl.objectives import target_shares
 from align_cbrl.runs.checkpoints import load_checkpoint, save_checkpoint
 
 
@@ -82,11 +97,13 @@ def test_replays_make_more_of_what_was_judged() -> None:
     assert 0 < run.history[-1]["replay_effective_sample_size"] <= 1
 
 
-def test_a_resumed_run_replays_the_same_batches(tmp_path: Path) -> None:
-    whole = run_of(tmp_path / "whole", 8, replays=3)
+@pytest.mark.parametrize("correction", ["auto", "off"])
+def test_a_resumed_run_replays_the_same_batches(tmp_path: Path, correction: str) -> None:
+    settings = {"replays": 3, "correction": correction}
+    whole = run_of(tmp_path / "whole", 8, **settings)
     whole.run()
-    run_of(tmp_path / "cut", 5, replays=3).run()
-    resumed = run_of(tmp_path / "cut", 8, replays=3)
+    run_of(tmp_path / "cut", 5, **settings).run()
+    resumed = run_of(tmp_path / "cut", 8, **settings)
     resumed.run(resume=True)
     torch.testing.assert_close(weights(whole), weights(resumed), rtol=0, atol=0)
 
@@ -158,3 +175,82 @@ def test_columns_of_any_kind_survive_a_checkpoint(tmp_path: Path) -> None:
 def test_a_column_that_no_checkpoint_holds_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="replays: the column 'image' holds values that a checkpoint cannot, of type"):
         Memory().add(Rollouts.bandit(contexts=torch.tensor([0]), steps={"image": [object()]}))
+
+
+def test_with_the_correction_off_a_remembered_batch_keeps_how_the_follower_missed_its_best_response() -> None:
+    """Exactly: weights are those of pi exp((r now - r then) / lambda), whatever pi was."""
+    problem = toy_cmdp.preferences(seed=2)
+    (x,) = problem.parameters
+    answers = 6
+    every = everything(problem, answers)
+    assert every.log_policy is not None
+    missed = 0.3 * torch.randn(every.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    policy = torch.softmax((every.log_policy[:, 0] + missed).view(4, answers), 1)  # of a follower that misses
+    lagging = dataclasses.replace(every, log_policy=policy.log().view(-1, 1), weight=answers * policy.flatten())
+    with torch.no_grad():
+        then = problem.leader.reward(lagging)[:, 0]
+        kept = {"off": taken_for_response(problem, lagging), "on": lagging}
+        x += 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=x.dtype)
+        change = (problem.leader.reward(lagging)[:, 0] - then) / problem.temperature
+        best = torch.softmax((every.log_policy[:, 0] + change).view(4, answers), 1)
+    found = {name: at_present(problem, batch).weight.view(4, answers) / answers for name, batch in kept.items()}  # type: ignore[union-attr]
+    moved = torch.softmax(policy.log() + change.view(4, answers), 1)
+    torch.testing.assert_close(found["off"], moved, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found["on"], best, rtol=1e-9, atol=1e-12)
+    assert (moved - best).abs().max() > 0.02  # the two differ
+
+
+def everything(problem: Problem, answers: int) -> Rollouts:
+    """Every answer in every context, once, with the best response's log-probabilities."""
+    contexts = torch.arange(4)
+    problem.follower.respond(problem.leader, contexts)
+    sampled = problem.follower.rollout(contexts, answers, torch.Generator().manual_seed(0))
+    action = torch.arange(answers).repeat(4)[:, None]  # [B, 1]
+    log_policy = sampled.steps["log_policy_all"][:, 0].gather(1, action)
+    reward = problem.leader.reward(dataclasses.replace(sampled, steps={**sampled.steps, "action": action})).detach()
+    return dataclasses.replace(
+        sampled,
+        steps={**sampled.steps, "action": action},
+        log_policy=log_policy,
+        log_prior=log_policy - reward / problem.temperature,  # up to a constant of the context
+    )
+
+
+class Missing(Known):
+    """Its policy misses the best response always in the same way, as one of little capacity or patience does."""
+
+    missed: torch.Tensor
+
+    def respond(self, leader: Leader, contexts: torch.Tensor) -> dict[str, float]:
+        self.log_policy = torch.log_softmax(self.best_response(leader) + self.missed, -1)
+        return {}
+
+
+@pytest.mark.parametrize(("correction", "least", "most"), [("off", 0.0, 0.02), ("on", 0.05, 0.2)])
+def test_with_the_correction_off_the_policy_that_is_trained_hits_the_target(
+    correction: str, least: float, most: float
+) -> None:
+    enumeration = lm.Enumeration.random(1)
+    kind = enumeration.features[..., 0] > 0  # [P, N]
+    generator = torch.Generator().manual_seed(0)
+    log_prior = torch.randn(kind.shape, generator=generator, dtype=torch.float64)
+    follower = Missing(enumeration, log_prior, temperature=1.0)
+    follower.missed = 0.4 * kind
+
+    def share(number: int) -> ExpectedUtility:
+        def of(leader: Any, rollouts: Rollouts) -> torch.Tensor:
+            place = enumeration.index(rollouts.steps["prompt"], rollouts.steps["completion_ids"])
+            return (kind[place] == (number == 0)).double()[:, None]
+
+        return ExpectedUtility(of)
+
+    objective = FunctionOfMeans(target_shares([0.3, 0.7]), [share(0), share(1)])
+    leader = lm.LinearLeader(enumeration, torch.zeros(5, dtype=torch.float64))
+    config = HPGDConfig(
+        steps=24, contexts_per_step=8, group_size=64, correction=correction, natural=Natural(nats=0.1, memory=8),
+        progress=False,
+    )  # fmt: skip
+    HPGD(Problem(leader, objective, follower), config=config).run()
+    follower.respond(leader, torch.arange(4))
+    found = (follower.log_policy.exp() * kind).sum(-1).mean().item()
+    assert least <= abs(found - 0.3) < most

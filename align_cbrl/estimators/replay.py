@@ -56,6 +56,26 @@ def at_present(problem: Problem, rollouts: Rollouts, chunks: int = 1) -> Rollout
     return dataclasses.replace(rollouts, weight=weight[own].to(rollouts.mask.device), log_policy=log_policy)
 
 
+def taken_for_response(problem: Problem, rollouts: Rollouts, chunks: int = 1) -> Rollouts:
+    """Paths of a follower that is not at its best response, with the log-probabilities that that would give them.
+
+    Remembered so, they are weighted later (`at_present`) by what has changed in the leader's reward since, and by that
+    alone: log pi* is log pi + rho, where rho = r / lambda - log(pi / prior), up to a constant of the group. They then
+    stand for a follower that misses its best response as it did, instead of for the best response.
+
+    Args:
+        problem: its leader's present reward is what the best response answers.
+        rollouts: of one step, with log_policy and log_prior; in several processes, this rank's part.
+        chunks: into how many pieces the paths are cut when they are scored.
+    """
+    with torch.no_grad():
+        log_ratio, _, whole = log_ratio_to_response(problem, rollouts, chunks)
+        lacking = Groups.of(whole.group[:, 0].to(log_ratio.device)).centred(log_ratio)
+        assert rollouts.log_policy is not None  # `can_be_weighted`
+        lacking = lacking[own_rows(rollouts.size), None].to(rollouts.log_policy)
+    return dataclasses.replace(rollouts, log_policy=rollouts.log_policy + lacking)
+
+
 def all_at_present(problem: Problem, batches: Sequence[Rollouts], newest: Rollouts, chunks: int = 1) -> Rollouts:
     """Remembered batches and the newest one, as it is, as samples of the present best response: one batch.
 
