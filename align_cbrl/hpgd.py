@@ -64,10 +64,10 @@ class HPGDConfig:
         group_size: paths (completions) per context.
         max_gradient_norm: the leader's gradient is scaled down to this norm; None leaves it.
         correction: of samples of a follower that lags, by importance weights within each prompt's group: "on", "off",
-            or "auto", where `Certificate.correction_pays` decides at every leader step. Off, samples are taken for those
-            of the best response, and remembered ones weighted only by how the leader's reward has changed since: the
-            leader then steers the policy that is trained, however it misses its best response. For one-step problems
-            with log-probabilities; elsewhere there is none.
+            or "auto", where `Certificate.correction_pays` decides at every leader step. Off, samples are taken for
+            those of the best response, and remembered ones weighted only by how the leader's reward has changed since:
+            the leader then steers the policy that is trained, however it misses its best response. For one-step
+            problems with log-probabilities; elsewhere there is none.
         natural: take natural steps, on all remembered batches, instead of the optimizer's (`Natural`): the default
             of `hpgd.step` in the YAML of language models. For one-step problems with log-probabilities, and for
             estimators with a model; None: the optimizer's.
@@ -307,7 +307,7 @@ class HPGD:
 
         # What is to be remembered, as samples of whom they are taken for; the leader's present reward is needed for it.
         lasting = rollouts.knowing({} if observed is None else observed.lasting)
-        if self.config.correction == "off" and self._remembers(rollouts) and can_be_weighted(problem, rollouts):
+        if self.config.correction == "off" and can_be_weighted(problem, rollouts) and self._remembers(rollouts):
             taken = taken_for_response(problem, expanded, self.hypergradient.chunks)
             lasting = dataclasses.replace(lasting, log_policy=taken.log_policy)
 
@@ -328,9 +328,9 @@ class HPGD:
         return row
 
     def _remembers(self, rollouts: Rollouts) -> bool:
-        return bool(
-            self.config.replays or (self.config.natural is not None and can_be_weighted(self.problem, rollouts))
-        )
+        if self.config.natural is not None:
+            return can_be_weighted(self.problem, rollouts)
+        return self.config.replays > 0
 
     def _learned(self) -> dict[str, float]:
         """What the leader has learned, where it says so in numbers, and what its judges were asked so far."""

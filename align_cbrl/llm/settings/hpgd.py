@@ -28,7 +28,8 @@ class HPGDSettings:
             reward model that is trained by LoRA or as a whole, which scores all of them anew at every step.
         learning_rate: of Adam, with step: gradient; null: 0.1.
         replays: further updates of Adam after each leader step, on batches judged before.
-        correction: of samples of a follower that lags: on, off or auto.
+        correction: of samples of a follower that lags: on, off or auto. Off, the leader steers the policy that is
+            trained, such as towards shares that it should hit; otherwise the best response, which it approaches.
         max_gradient_norm: of Adam's steps: the leader's gradient is scaled down to this norm; null leaves it.
         checkpoint_every: leader steps between checkpoints.
     """
