@@ -150,8 +150,9 @@ def check(name: str, value: Any, hint: Any) -> None:
         if not isinstance(value, origin):
             _refuse(name, value, hint)
         for key, item in value.items():
-            check(f"{name}: key {key!r:.40}", key, arguments[0])
-            check(f"{name}[{key!r:.40}]", item, arguments[1])
+            shown = f"{key!r:.40}" if isinstance(key, _DATA) else f"a {type(key).__name__}"  # a model is long to write
+            check(f"{name}: key {shown}", key, arguments[0])
+            check(f"{name}[{shown}]", item, arguments[1])
     elif not _fits(value, origin or hint):
         _refuse(name, value, hint)
 

@@ -147,6 +147,7 @@ class ProductMetric(Metric):
         tolerance: float = _TOLERANCE,
     ) -> None:
         self.problem, self.rollouts = problem, rollouts
+        self._parameters = problem.parameters  # looked for once: a network of many modules takes long to search
         self.iterations, self.tolerance = iterations, tolerance
         self._pieces = 1 if chunks == 1 else min(_DEEPER * chunks, rollouts.size)
         self._kept: list[_Linearised] = []
@@ -188,7 +189,7 @@ class ProductMetric(Metric):
     @property
     def _like(self) -> Tensor:
         """Whose type and device vectors have: float64 where any parameter has."""
-        parameters = self.problem.parameters
+        parameters = self._parameters
         return next((p for p in parameters if p.dtype == torch.float64), parameters[0]).detach()
 
     def _mixed(self, slope: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ class ProductMetric(Metric):
 
     def _along(self, vector: Tensor) -> Tensor:
         """G v: d log pi* along v, but for a constant of the group, of every path of all ranks: [B] float64."""
-        parameters = self.problem.parameters
+        parameters = self._parameters
         pieces = vector.split([p.numel() for p in parameters])
         parts = [piece.view_as(p).to(p) for p, piece in zip(parameters, pieces, strict=True)]
         found = gather_rows(torch.cat(self._fitting(lambda: self._each(lambda piece, _: piece.along(parts)))))
@@ -220,7 +221,7 @@ class ProductMetric(Metric):
         own = weights[self._own]
 
         def total() -> Tensor:
-            found = self._like.new_zeros(sum(p.numel() for p in self.problem.parameters))
+            found = self._like.new_zeros(sum(p.numel() for p in self._parameters))
             self._each(lambda piece, rows: piece.add_back(own[rows], found))
             return found
 
@@ -255,11 +256,11 @@ class ProductMetric(Metric):
         """A product of every piece, of which one at a time is there."""
         if self._pieces == 1:
             if not self._kept:
-                self._kept.append(_Linearised(self.problem, self.rollouts))
+                self._kept.append(_Linearised(self.problem, self.rollouts, self._parameters))
             return [product(self._kept[0], slice(0, self.rollouts.size))]
         found, start = [], 0
         for piece in self.rollouts.chunks(self._pieces):
-            found.append(product(_Linearised(self.problem, piece), slice(start, start + piece.size)))
+            found.append(product(_Linearised(self.problem, piece, self._parameters), slice(start, start + piece.size)))
             start += piece.size
         return found
 
@@ -267,8 +268,8 @@ class ProductMetric(Metric):
 class _Linearised:
     """log pi* of some paths to first order in the parameters, but for a constant of the group."""
 
-    def __init__(self, problem: Problem, rollouts: Rollouts) -> None:
-        self.problem, self.size = problem, rollouts.size
+    def __init__(self, problem: Problem, rollouts: Rollouts, parameters: list[torch.nn.Parameter]) -> None:
+        self.problem, self.size, self._parameters = problem, rollouts.size, parameters
         with torch.enable_grad(), _plain_attention():
             self.value = log_response(problem, rollouts)
         self._pulled: tuple[Tensor, list[tuple[int, Tensor]]] | None = None
@@ -287,7 +288,7 @@ class _Linearised:
         """Add the gradient that weights of the paths [b] make to `total` [n]."""
         if not self.value.requires_grad:
             return
-        parameters = self.problem.parameters
+        parameters = self._parameters
         each = weights.to(self.value)
         with _plain_attention():
             found = torch.autograd.grad(self.value, parameters, each, allow_unused=True, retain_graph=True)
@@ -303,7 +304,7 @@ class _Linearised:
             if self.value.requires_grad:
                 with self._second_derivative(), _plain_attention():
                     found = torch.autograd.grad(
-                        self.value, self.problem.parameters, weight, create_graph=True, allow_unused=True
+                        self.value, self._parameters, weight, create_graph=True, allow_unused=True
                     )
             self._pulled = weight, [(i, part) for i, part in enumerate(found) if part is not None]
         return self._pulled

@@ -162,16 +162,17 @@ class RewardModelLeader(Correction):
             if here is None:
                 return None
             scores, gradients = here
-            place = scores.new_full((len(scores), 1), self._place())
+            place = scores.new_full((len(scores), 1), _place(trained))
             found.append(torch.cat([place, scores[:, None], gradients], dim=1))
         return torch.cat(found)
 
     def score_from(self, fixed: Tensor, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """r_x [B], given what the head reads; of an adapter, given the expansion at the present x."""
         if self.adapter is not None:
-            if bool((fixed[:, 0] != self._place()).any()):
+            trained = self._trained()
+            if bool((fixed[:, 0] != _place(trained)).any()):
                 raise AssertionError("an expansion of the reward was used after the parameters had moved")
-            x = torch.cat([p.flatten() for p in self._trained()]).to(fixed)
+            x = torch.cat([p.flatten() for p in trained]).to(fixed)
             return fixed[:, 1] + fixed[:, 2:] @ (x - x.detach())
         head = self._linear_head()
         assert head is not None  # or there would be nothing fixed
@@ -179,10 +180,6 @@ class RewardModelLeader(Correction):
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
-
-    def _place(self) -> int:
-        """A number that changes whenever x does, and that single precision holds."""
-        return sum(p._version for p in self._trained()) % 2**24
 
     def deviation(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
         """r_x - r_{x_0} [B], the change of the reward since the start; it costs one forward pass more than `score`."""
@@ -382,3 +379,8 @@ class _Origin(nn.Module):
         if not self._names:
             return 0.0
         return float(torch.stack([tensor.norm() for tensor in self.tensors().values()]).norm())
+
+
+def _place(parameters: Sequence[nn.Parameter]) -> int:
+    """A number that changes whenever x does, and that single precision holds."""
+    return sum(p._version for p in parameters) % 2**24
