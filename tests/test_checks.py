@@ -72,6 +72,20 @@ def test_what_fits_one_of_several_kinds_is_never_written_out() -> None:
     assert Long.written > 0  # the test can fail
 
 
+def test_a_key_is_written_out_where_it_is_plain() -> None:
+    """A leader is a key of `Rollouts.known`: writing its network out took an eighth of a leader step."""
+
+    class Network:
+        def __repr__(self) -> str:
+            raise AssertionError("was written out")
+
+    check("known", {Network(): 1.5}, Mapping[Any, float])
+    with pytest.raises(InputError, match=r"known\[a Network\]: expected a finite number, got 'x'"):
+        check("known", {Network(): "x"}, Mapping[Any, float])
+    with pytest.raises(InputError, match=r"known\['rate'\]: expected a finite number, got 'x'"):
+        check("known", {"rate": "x"}, Mapping[Any, float])
+
+
 def test_a_long_list_is_looked_at_as_a_whole() -> None:
     """512 completions of 256 tokens took 0.6 s, and a whole run's share of that, one token after another."""
     check("ids", [list(range(300))] * 300, list[list[int]])
