@@ -290,7 +290,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
     """What is printed below the table."""
     nats = ", ".join(f"{value:.2f}" for value in summary["nats"])
     found = ["", f"gain over the base model at the divergence of HPGD's fresh follower ({nats} nats, by seed):"]
-    found += [f"  {name}: {shown(gain)}" for name, gain in summary["gains"].items()]
+    found += [f"  {_LABELS.get(name, name)}: {shown(gain)}" for name, gain in summary["gains"].items()]
     if summary["gain_over_best_rival"] is not None:
         gain = f"{summary['gain_over_best_rival']:.2f} times what {summary['best_rival']} gains"
         found.append(f"HPGD's fresh follower gains {gain}")
@@ -303,13 +303,15 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
     """The report."""
     names = [row["name"] for row in summary["rows"]]
     parts = parts_of(out, config.seeds, *names)
-    drawn: dict[str, Sequence[Any]] = {n: [p["curve"] for p in runs] for n, runs in parts.items() if "curve" in runs[0]}
+    drawn: dict[str, Sequence[Any]] = {
+        _LABELS.get(name, name): [part["curve"] for part in runs] for name, runs in parts.items() if "curve" in runs[0]
+    }
     panels = [
         ("What the leader wants", "follower steps", "objective", "step", "objective"),
         ("Divergence from the reference", "follower steps", "nats", "step", "kl"),
     ]
-    gains = {f"{name}, over the base model": gain for name, gain in summary["gains"].items()}
-    rewards = [[name, described(found[0])] for name, found in summary["rewards"].items() if found[0]]
+    gains = {f"{_LABELS.get(name, name)}, over the base model": gain for name, gain in summary["gains"].items()}
+    rewards = [[_LABELS.get(name, name), described(found[0])] for name, found in summary["rewards"].items() if found[0]]
     return [
         Section("Result", "Test prompts.", STUDY.result(summary, "Where training ends.")),
         Section(
@@ -321,7 +323,11 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         ),
         Section("Curves", "", [curves(out, panels, drawn)]),
         Section("Rewards of the first seed", "", [Table(["reward", "weights"], rewards)]),
-        Section("Test prompts", "", samples(parts, {n: n for n in names}, ["base", "hpgd", *list(names[3:5])])),
+        Section(
+            "Test prompts",
+            "",
+            samples(parts, {n: _LABELS.get(n, n) for n in names}, ["base", "hpgd", *list(names[3:5])]),
+        ),
     ]
 
 
