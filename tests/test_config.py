@@ -106,6 +106,13 @@ def test_every_kind_of_field_is_read(tmp_path: Path) -> None:
     assert isinstance(config.betas[0], float) and isinstance(config.weights["proxy"], float)
 
 
+@pytest.mark.parametrize(("written", "read"), [("off", "off"), ("on", "on"), ('"off"', "off")])
+def test_on_and_off_are_words_where_words_are_asked_for(tmp_path: Path, written: str, read: str) -> None:
+    """YAML reads them as false and true; in quotes it does not."""
+    assert load_config(Config, write(tmp_path, f"switch: {written}"), []).switch == read
+    assert load_config(Config, None, [f"switch={written}"]).switch == read
+
+
 def test_overrides_win_over_the_file_and_reach_into_lists_and_mappings(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 3\nterms: [{path: a.b}]\n")
     overrides = ["seed=4", "inner.steps=7", "terms.0.weight=2.5", "weights.proxy=1e-1", "clip=null", "sizes=[1]"]

@@ -620,10 +620,11 @@ def test_settings_build_followers(folder: Path) -> None:
     schedule = Schedule(interval=2, warmup=3)
     follower = TrainedSettings(
         trainer="grpo", temperature=0.5, prompts_per_step=2, group_size=4, lora=2, schedule=schedule,
-        settings={"adam_beta2": 0.99},
+        decay_after=9, settings={"adam_beta2": 0.99},
     ).build(folder, prompts, seed=7)  # fmt: skip
     assert isinstance(follower, GRPOFollower)
     assert (follower.schedule.warmup, follower.seed, follower.peft_config.r) == (3, 7, 2)
+    assert follower.decay_after == 9
     assert follower._config.adam_beta2 == 0.99
     assert isinstance(TrainedSettings(prompts_per_step=2).build(folder, prompts, 0), RLOOFollower)
     assert isinstance(TiltedSettings().build(folder, prompts, 0), TiltedFollower)
