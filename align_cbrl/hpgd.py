@@ -34,6 +34,7 @@ from align_cbrl.estimators.natural import Natural, natural_step
 from align_cbrl.estimators.observing import observe, of_all_ranks
 from align_cbrl.estimators.policy_response import PolicyResponse
 from align_cbrl.estimators.replay import Memory, all_at_present, at_present, taken_for_response
+from align_cbrl.estimators.reward_pass import with_reward
 from align_cbrl.estimators.shortage import make_room, out_of_memory
 from align_cbrl.functional import effective_sample_size
 from align_cbrl.problem import Leader, Observed, Problem, step_seed
@@ -405,13 +406,22 @@ class HPGD:
             return self.problem.leader.prepare(rollouts)
 
     def _expanded(self, rollouts: Rollouts) -> Rollouts:
-        """The paths with the leader's reward to first order at its present parameters, where it can tell that."""
-        leader = self.problem.leader
-        if leader in rollouts.known or type(leader).first_order is Leader.first_order:
+        """The paths with what one pass through the leader tells of its reward at its present parameters.
+
+        For one backward pass in one piece that is the reward with its graph; else, for natural steps and for chunks,
+        the reward to first order, where the leader can tell it.
+        """
+        leader, chunks = self.problem.leader, self.hypergradient.chunks
+        if leader in rollouts.known:  # nothing but sums of what is known
+            return rollouts
+        one_pass = chunks == 1 and self.config.natural is None and can_be_weighted(self.problem, rollouts)
+        if not one_pass and type(leader).first_order is Leader.first_order:
             return rollouts
         with together("scoring the completions"):
             try:
-                pieces = [leader.first_order(piece) for piece in rollouts.chunks(self.hypergradient.chunks)]
+                if one_pass:
+                    return with_reward(self.problem, rollouts)
+                pieces = [leader.first_order(piece) for piece in rollouts.chunks(chunks)]
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

@@ -12,6 +12,7 @@ from torch import Tensor
 from align_cbrl.checks import Count, checked
 from align_cbrl.distributed import gather_rows, own_rows, together, world_size
 from align_cbrl.estimators.hypergradient import check_reward
+from align_cbrl.estimators.reward_pass import reward_of
 from align_cbrl.estimators.sampler_evidence import ALARM, mean_evidence, sampler_alarm, total_evidence
 from align_cbrl.functional import best_response_gap, debiased_gap, effective_sample_size, tilt_weights
 from align_cbrl.problem import Problem, per_path
@@ -181,7 +182,7 @@ def can_be_weighted(problem: Problem, rollouts: Rollouts) -> bool:
 def log_ratio_to_response(problem: Problem, rollouts: Rollouts, chunks: int) -> tuple[Tensor, Tensor, Rollouts]:
     """rho and log(pi / prior) [B], and their paths: those of all ranks, since a group may straddle them."""
     with together("scoring the completions"):
-        scored = torch.cat([problem.leader.reward(piece).double() for piece in rollouts.chunks(chunks)])
+        scored = torch.cat([reward_of(problem.leader, piece).double() for piece in rollouts.chunks(chunks)])
         check_reward(problem.leader, scored, rollouts)
     reward, whole = gather_rows(scored[:, 0]), rollouts.over_ranks()
     temperature = per_path(problem.temperature, whole.contexts.to(reward.device))

@@ -19,6 +19,7 @@ from align_cbrl.estimators.critics import GroupCritic
 from align_cbrl.estimators.degenerate import degenerate_groups
 from align_cbrl.estimators.hypergradient import Hypergradient, check_reward
 from align_cbrl.estimators.observing import direct_term, influence, observe, of_all_ranks
+from align_cbrl.estimators.reward_pass import let_go, reward_of
 from align_cbrl.estimators.shortage import make_room, out_of_memory
 from align_cbrl.functional import discount_powers, eligibility_trace
 from align_cbrl.problem import Critic, Critique, Leader, Problem, per_path
@@ -102,6 +103,7 @@ class PolicyResponse(Hypergradient):
                 if not out_of_memory(error):
                     raise
                 shortage = first_line(error)  # the error itself holds on to what fills the memory
+            let_go(leader, rollouts)
             if shortage is None:
                 break
             for parameter, old in zip(problem.parameters, origin, strict=True):
@@ -156,7 +158,7 @@ class PolicyResponse(Hypergradient):
     def _surrogate(self, problem: Problem, piece: Rollouts, trace: Tensor, critique: Critique) -> Tensor:
         """The sum over a chunk's paths of everything but the direct term, differentiable in x."""
         leader, leader_discount = problem.leader, problem.objective.discount
-        reward = leader.reward(piece)
+        reward = reward_of(leader, piece)
         check_reward(leader, reward, piece)
         weight = piece.path_weight(reward.dtype).to(reward.device)[:, None]  # [B, 1]
         # A follower with reward r at temperature lambda is one with reward r / lambda at temperature 1. What moves with
