@@ -412,10 +412,8 @@ class HPGD:
         the reward to first order, where the leader can tell it.
         """
         leader, chunks = self.problem.leader, self.hypergradient.chunks
-        if leader in rollouts.known:  # nothing but sums of what is known
-            return rollouts
         one_pass = chunks == 1 and self.config.natural is None and can_be_weighted(self.problem, rollouts)
-        if not one_pass and type(leader).first_order is Leader.first_order:
+        if not one_pass and (leader in rollouts.known or type(leader).first_order is Leader.first_order):
             return rollouts
         with together("scoring the completions"):
             try:

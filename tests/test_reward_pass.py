@@ -102,6 +102,23 @@ def test_the_steps_are_those_of_separate_passes_and_a_replay_costs_one(
     assert passes[1] == 4 * (2 + 2 * 3 + (correction == "off"))
 
 
+def test_a_leader_that_also_has_fixed_features_passes_once() -> None:
+    """As a frozen reward with a learned correction has."""
+
+    class Corrected(Network):
+        def fixed_features(self, rollouts: Rollouts) -> Tensor:
+            return rollouts.steps["features"][:, :1]
+
+        def reward(self, rollouts: Rollouts) -> Tensor:
+            return rollouts.known[self] + super().reward(rollouts)
+
+    leader = Corrected()
+    run = run_of(leader, replays=2)
+    for seed in range(2):
+        run.leader_step(batch(seed))
+    assert leader.passes == 2 * (1 + 2)
+
+
 def test_the_graph_is_let_go_and_a_second_backward_pass_makes_its_own() -> None:
     leader = Network()
     problem = problem_of(leader)
