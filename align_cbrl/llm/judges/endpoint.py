@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import email.utils
 import functools
 import json
@@ -211,7 +212,9 @@ _ONE_CLIENT = threading.Lock()
 def _client(process: int) -> httpx2.Client:
     """The connections of a process, kept open between requests: those of a parent process are not to be used."""
     # Of as many as there are threads: a request that was left behind holds its own, and no other is to wait for it.
-    return httpx2.Client(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64))
+    client = httpx2.Client(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64))
+    atexit.register(lambda: client.close() if os.getpid() == process else None)  # not a parent's, in its child
+    return client
 
 
 def _without_secrets(record: logging.LogRecord) -> bool:
