@@ -412,14 +412,15 @@ class HPGD:
         the reward to first order, where the leader can tell it.
         """
         leader, chunks = self.problem.leader, self.hypergradient.chunks
-        one_pass = chunks == 1 and self.config.natural is None and can_be_weighted(self.problem, rollouts)
-        if not one_pass and (leader in rollouts.known or type(leader).first_order is Leader.first_order):
+        expands = leader not in rollouts.known and type(leader).first_order is not Leader.first_order
+        differentiates = self.config.natural is None and can_be_weighted(self.problem, rollouts)
+        if not (expands or differentiates):
             return rollouts
-        with together("scoring the completions"):
+        with together("scoring the completions"):  # on every rank, of which one may use more chunks than another
             try:
-                if one_pass:
+                if differentiates and chunks == 1:
                     return with_reward(self.problem, rollouts)
-                pieces = [leader.first_order(piece) for piece in rollouts.chunks(chunks)]
+                pieces = [leader.first_order(piece) for piece in rollouts.chunks(chunks)] if expands else [None]
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
