@@ -47,6 +47,8 @@ from align_cbrl.runs.metrics import MetricsLog
 from align_cbrl.runs.progress import Progress, warn_beside_bars
 
 _CHECKPOINTS = "checkpoints"
+_LEAP = 3.0  # natural steps are long where features vary little, but seldom so much longer than all parameters
+_TAKEN_BACK = 0.1  # of a step: where a budget leaves less, it decides alone
 _SHOWN = ("objective", "kl", "gap")
 """Of a leader step's metrics, those beside the bar."""
 
@@ -382,11 +384,26 @@ class HPGD:
                 "differ in both alike, so that only their sum is learned, and shared between them; drop one of the two",
             )
         with torch.no_grad():
+            length, size = float(step.change.norm()), float(torch.stack([p.norm() for p in problem.parameters]).norm())
+            leap = [p.clone() for p in problem.parameters] if length > _LEAP * size else None
             pieces = step.change.split([p.numel() for p in problem.parameters])
             for parameter, piece in zip(problem.parameters, pieces, strict=True):
                 parameter.add_(piece.view_as(parameter).to(parameter))
             problem.leader.project()
+            if leap is not None:
+                moves = [(p - old).norm() for p, old in zip(problem.parameters, leap, strict=True)]
+                self._tell_of_budget(float(torch.stack(moves).norm()) / length)
         return {"step_nats": step.nats}
+
+    def _tell_of_budget(self, left: float) -> None:
+        """A norm of the parameters is no measure of how far the best response moves, and may end a leader's way."""
+        if left < _TAKEN_BACK:
+            self._tell_once(
+                "budget",
+                f"leader step {self.step + 1}: the leader's budget takes {1 - left:.0%} of a natural step back, which "
+                f"is longer than the parameters of {type(self.problem.leader).__name__} themselves, so that it hardly "
+                "moves; raise the budget, and bound the divergence by a price (KLPriced, kl_priced) instead",
+            )
 
     def _replay(self) -> dict[str, float]:
         """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""

@@ -336,6 +336,48 @@ def test_terms_that_are_copies_share_their_weight_and_it_is_said_once() -> None:
     assert float(x[0]) == pytest.approx(float(x[2])) and float(x[0]) > 0.1
 
 
+class Bounded(Leader):
+    """A reward whose features vary by `scale`, within a norm of the parameters."""
+
+    def __init__(self, budget: float) -> None:
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.tensor([0.5, 0.0], dtype=torch.float64))
+        self.budget = budget
+
+    def reward(self, rollouts: Rollouts) -> Tensor:
+        return (rollouts.steps["features"] @ self.x)[:, None]
+
+    def project(self) -> None:
+        with torch.no_grad():
+            self.x.mul_(min(1.0, self.budget / float(self.x.norm())))
+
+
+@pytest.mark.parametrize(
+    ("scale", "budget", "told"),
+    [
+        (1e-3, 1.0, True),  # a nat is a step of a thousand, of which a norm of one leaves nothing
+        (1e-3, 1e6, False),
+        (1.0, 0.5, False),  # a budget that binds from the start, in the units of the step
+    ],
+)
+def test_a_budget_that_takes_natural_steps_back_is_told_of_once(scale: float, budget: float, told: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(32, 2, generator=generator, dtype=torch.float64)
+    steps = {"features": scale * features, "score": features[:, 1]}
+    problem = Problem(Bounded(budget), ExpectedUtility(lambda leader, r: r.steps["score"][:, None]), known_follower())
+    run = HPGD(problem, config=HPGDConfig(natural=Natural(nats=1.0), progress=False))
+    batch = Rollouts.bandit(contexts=torch.arange(4).repeat_interleave(8), steps=steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            run.leader_step(batch)
+    said = [str(warning.message) for warning in caught if "budget" in str(warning.message)]
+    assert len(said) == told
+    if told:
+        assert "leader step 1: the leader's budget takes 100% of a natural step back" in said[0]
+        assert "parameters of Bounded" in said[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
