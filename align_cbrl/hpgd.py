@@ -384,15 +384,15 @@ class HPGD:
                 "differ in both alike, so that only their sum is learned, and shared between them; drop one of the two",
             )
         with torch.no_grad():
-            length, size = float(step.change.norm()), float(torch.stack([p.norm() for p in problem.parameters]).norm())
+            length, size = float(step.change.norm()), math.hypot(*(float(p.norm()) for p in problem.parameters))
             leap = [p.clone() for p in problem.parameters] if length > _LEAP * size else None
             pieces = step.change.split([p.numel() for p in problem.parameters])
             for parameter, piece in zip(problem.parameters, pieces, strict=True):
                 parameter.add_(piece.view_as(parameter).to(parameter))
             problem.leader.project()
             if leap is not None:
-                moves = [(p - old).norm() for p, old in zip(problem.parameters, leap, strict=True)]
-                self._tell_of_budget(float(torch.stack(moves).norm()) / length)
+                moves = (float((p - old).norm()) for p, old in zip(problem.parameters, leap, strict=True))
+                self._tell_of_budget(math.hypot(*moves) / length)
         return {"step_nats": step.nats}
 
     def _tell_of_budget(self, left: float) -> None:
@@ -409,7 +409,7 @@ class HPGD:
         """Updates on remembered batches; metrics: what share of each the importance weights leave, on average."""
         shares = []
         for batch in self._memory.draw(self.config.replays, step_seed(self.config.seed, self.step)):
-            batch = at_present(self.problem, self._expanded(self._prepared(batch)), self.hypergradient.chunks)
+            batch = at_present(self.problem, self._differentiable(self._prepared(batch)), self.hypergradient.chunks)
             assert batch.weight is not None
             shares.append(float(effective_sample_size(batch.weight, batch.group[:, 0]).sum() / batch.size))
             self.problem.leader.zero_grad(set_to_none=True)
@@ -423,21 +423,13 @@ class HPGD:
             return self.problem.leader.prepare(rollouts)
 
     def _expanded(self, rollouts: Rollouts) -> Rollouts:
-        """The paths with what one pass through the leader tells of its reward at its present parameters.
-
-        For one backward pass in one piece that is the reward with its graph; else, for natural steps and for chunks,
-        the reward to first order, where the leader can tell it.
-        """
-        leader, chunks = self.problem.leader, self.hypergradient.chunks
-        expands = leader not in rollouts.known and type(leader).first_order is not Leader.first_order
-        differentiates = self.config.natural is None and can_be_weighted(self.problem, rollouts)
-        if not (expands or differentiates):
+        """The paths with the leader's reward to first order at its present parameters, where it can tell that."""
+        leader = self.problem.leader
+        if leader in rollouts.known or type(leader).first_order is Leader.first_order:
             return rollouts
-        with together("scoring the completions"):  # on every rank, of which one may use more chunks than another
+        with together("scoring the completions"):
             try:
-                if differentiates and chunks == 1:
-                    return with_reward(self.problem, rollouts)
-                pieces = [leader.first_order(piece) for piece in rollouts.chunks(chunks)] if expands else [None]
+                pieces = [leader.first_order(piece) for piece in rollouts.chunks(self.hypergradient.chunks)]
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -445,6 +437,22 @@ class HPGD:
                 make_room()
         found = [piece for piece in pieces if piece is not None]
         return rollouts if len(found) < len(pieces) else rollouts.knowing({leader: torch.cat(found)})
+
+    def _differentiable(self, rollouts: Rollouts) -> Rollouts:
+        """Remembered paths with the leader's reward and its graph, from the one pass that weights them.
+
+        A new batch goes without: the graph would fill the memory while the judge, a model perhaps, is asked.
+        """
+        if any_rank(self.hypergradient.chunks > 1):  # the backward pass is cut into pieces
+            return self._expanded(rollouts)
+        with together("scoring the completions"):
+            try:
+                return with_reward(self.problem, rollouts)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                make_room()
+        return rollouts
 
     def _known(self, batch: Rollouts) -> Rollouts:
         """A remembered batch with its scores, which a resumed run has to look up once."""

@@ -1,4 +1,4 @@
-"""One forward pass of the leader for certificate, weights and gradient: the same steps, and nothing held on to."""
+"""One forward pass of the leader for the weights of a replay and its gradient: the same, and nothing held on to."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_the_steps_are_those_of_separate_passes_and_a_replay_costs_one(
         assert not any(value.requires_grad for kept in run._memory.batches for value in kept.known.values())
     assert torch.equal(*ends)
     assert rows[0] == rows[1]
-    assert passes[0] == 4 * (1 + 3)
-    # Certificate, weights to remember by, gradient; weights and gradient of each replay.
+    # Certificate, weights to remember by, gradient; and each replay.
+    assert passes[0] == 4 * (2 + 3 + (correction == "off"))
     assert passes[1] == 4 * (2 + 2 * 3 + (correction == "off"))
 
 
@@ -116,7 +116,7 @@ def test_a_leader_that_also_has_fixed_features_passes_once() -> None:
     run = run_of(leader, replays=2)
     for seed in range(2):
         run.leader_step(batch(seed))
-    assert leader.passes == 2 * (1 + 2)
+    assert leader.passes == 2 * (2 + 2)
 
 
 def test_the_graph_is_let_go_and_a_second_backward_pass_makes_its_own() -> None:
@@ -151,19 +151,25 @@ def test_a_shortage_of_memory_gives_the_graph_up_before_smaller_pieces_are_tried
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_a_forward_pass_without_room_for_its_graph_leaves_it_to_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_pass_without_room_for_its_graph_leaves_it_to_the_chunks() -> None:
     class Tight(Network):
+        scarce = False
+
         def reward(self, rollouts: Rollouts) -> Tensor:
-            if torch.is_grad_enabled() and rollouts.size > GROUPS * SIZE // 2:
+            if self.scarce and torch.is_grad_enabled() and rollouts.size > GROUPS * SIZE // 2:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return super().reward(rollouts)
 
-    whole, tight = run_of(Network()), run_of(Tight())
-    whole.leader_step(batch())
+    whole, tight = Tight(), Tight()
+    runs = [run_of(leader, replays=1) for leader in (whole, tight)]
+    for run in runs:
+        run.leader_step(batch())
+    tight.scarce = True
+    runs[0]._replay()
     with pytest.warns(UserWarning, match="ran out of memory"):
-        tight.leader_step(batch())
-    assert tight.hypergradient.chunks == 2
-    for own, other in zip(tight.problem.parameters, whole.problem.parameters, strict=True):
+        runs[1]._replay()
+    assert [run.hypergradient.chunks for run in runs] == [1, 2]
+    for own, other in zip(tight.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""One pass through the leader for a whole step: what certifies and weights samples is then differentiated."""
+"""One pass through the leader for a whole replay: the reward that weights the samples is then differentiated."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from align_cbrl.errors import InputError
 from align_cbrl.estimators.hypergradient import check_reward
 from align_cbrl.estimators.metric import Metric
 from align_cbrl.estimators.policy_response import PolicyResponse
-from align_cbrl.estimators.reward_pass import reward_of
 from align_cbrl.groups import Groups
 from align_cbrl.problem import Critique, Problem
 from align_cbrl.rollouts import Rollouts
@@ -76,7 +75,7 @@ class StepResponse(PolicyResponse):
                 "response that samples could be weighted for"
             )
         with torch.no_grad(), together("scoring the completions"):
-            scored = torch.cat([reward_of(problem.leader, piece).double() for piece in rollouts.chunks(self.chunks)])
+            scored = torch.cat([problem.leader.reward(piece).double() for piece in rollouts.chunks(self.chunks)])
             check_reward(problem.leader, scored, rollouts)
         self._reward = gather_rows(scored[:, 0])
         return super().backward(problem, rollouts)
