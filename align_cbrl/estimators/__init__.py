@@ -19,6 +19,7 @@ Modules:
     metric: the Fisher metric of the best response, as a matrix or by its products alone
     natural: Natural, steps in that metric
     replay: remembered batches, reweighted and used again
+    reward_pass: one forward pass of the leader for a replay's weights and gradient
     search: successive halving over many starts
     random_numbers: reproducible random numbers for estimators that draw
 """

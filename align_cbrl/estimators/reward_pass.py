@@ -29,6 +29,7 @@ def with_reward(problem: Problem, rollouts: Rollouts) -> Rollouts:
     Example:
         >>> import toy_cmdp
         >>> problem = toy_cmdp.preferences(seed=0)
+        >>> _ = problem.follower.respond(problem.leader, torch.arange(2))
         >>> rollouts = problem.follower.rollout(torch.arange(2), 4, torch.Generator().manual_seed(0))
         >>> rollouts = with_reward(problem, rollouts)
         >>> reward_of(problem.leader, rollouts).requires_grad
