@@ -12,6 +12,21 @@ from align_cbrl import Critic, Critique, Follower, Leader, Problem, Rollouts
 from align_cbrl.problem import temperature_of
 
 
+class Samples(Follower):
+    """Whose samples a test makes itself; no more than its temperature is needed."""
+
+    temperature, discount = 0.5, 0.0
+
+    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
+        raise NotImplementedError
+
+    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
+        raise NotImplementedError
+
+
 class Known(Follower):
     """Any policy over the completions of an enumerable language model, [P, N] log-probabilities; nothing is generated.
 

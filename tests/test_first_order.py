@@ -9,28 +9,14 @@ from typing import Any
 import pytest
 import tiny_reward_models
 import torch
+from known_follower import Samples
 from torch import Tensor
 
-from align_cbrl import HPGD, ExpectedUtility, Follower, HPGDConfig, Leader, Natural, Problem, Rollouts
+from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, Natural, Problem, Rollouts
 from align_cbrl.llm import LoRA, RewardModel, RewardModelLeader
 from align_cbrl.llm.leaders import reward_model as leaders
 
 TEXTS = ["a", "b c", "d", "e f a", "b b b", "c", "d e", "f f a b", "a c", "b", "e", "d d d"]
-
-
-class Samples(Follower):
-    """Of which the tests need no more than its temperature."""
-
-    temperature, discount = 0.5, 0.0
-
-    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
-    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
-        raise NotImplementedError
-
-    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
-        raise NotImplementedError
 
 
 def batch(seed: int = 0) -> Rollouts:

@@ -8,28 +8,14 @@ import weakref
 
 import pytest
 import torch
+from known_follower import Samples
 from torch import Tensor, nn
 
-from align_cbrl import HPGD, ExpectedUtility, Follower, HPGDConfig, KLPriced, Leader, PolicyResponse, Problem, Rollouts
+from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, KLPriced, Leader, PolicyResponse, Problem, Rollouts
 from align_cbrl import hpgd as loop
 from align_cbrl.estimators.reward_pass import let_go, reward_of, with_reward
 
 GROUPS, SIZE = 6, 8
-
-
-class Samples(Follower):
-    """Of which the tests need no more than its temperature."""
-
-    temperature, discount = 0.5, 0.0
-
-    def sample_contexts(self, count: int, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
-    def respond(self, leader: Leader, contexts: Tensor) -> dict[str, float]:
-        raise NotImplementedError
-
-    def rollout(self, contexts: Tensor, group_size: int, generator: torch.Generator) -> Rollouts:
-        raise NotImplementedError
 
 
 class Network(Leader):
