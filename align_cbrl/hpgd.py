@@ -402,7 +402,8 @@ class HPGD:
                 "budget",
                 f"leader step {self.step + 1}: the leader's budget takes {1 - left:.0%} of a natural step back, which "
                 f"is longer than the parameters of {type(self.problem.leader).__name__} themselves, so that it hardly "
-                "moves; raise the budget, and bound the divergence by a price (KLPriced, kl_priced) instead",
+                "moves; raise the budget, of a reward model to None (null in YAML), and bound the divergence by a "
+                "price (KLPriced, kl_priced) instead",
             )
 
     def _replay(self) -> dict[str, float]:

@@ -69,6 +69,8 @@ def test_settings_reach_the_leader(proxy: RewardModel) -> None:
     assert isinstance(built, LearnedBeta) and isinstance(built.leader, RewardModelLeader)
     assert (built.leader.lora, built.leader.budget) == (LoRA(3, target_modules=("q_proj",)), 0.1)
     assert built.beta == pytest.approx(0.5) and built.leader.reward_model.batch_size == 5
+    unbounded = settings("kind=reward_model", "budget=null").build({"proxy": proxy}, REFERENCE)
+    assert isinstance(unbounded, RewardModelLeader) and unbounded.budget is None
     lines = ("constraint=softmax", "weights={words: 0.25, proxy: 0.25}", "budget=0.5", "strength=0.5")
     mixture = settings(*lines).build({"proxy": proxy, "words": WORDS}, REFERENCE)
     assert isinstance(mixture, RewardMixture)
@@ -87,6 +89,8 @@ def test_settings_reach_the_leader(proxy: RewardModel) -> None:
         (["kind=length"], "target: is required"),
         (["kind=length", "weight=0.1"], "target: is required"),
         (["budget=0"], "budget: expected a (finite|positive) number"),
+        (["budget=null"], "budget: expected a number, got null"),
+        (["kind=reward_model", "budget=.inf"], "budget: expected a number or null, got the number inf"),
         (["strength=2.0"], "budget: expected at least strength=2.0, the start, got 1.0"),
         (["kind=reward_model", "lora.rank=2"], "lora: belongs to trainable: lora, got trainable: head"),
         (["kind=reward_model", "gradient_checkpointing=true"], "saves nothing with trainable: head"),

@@ -127,6 +127,20 @@ def test_the_budget_of_a_loaded_leader_is_measured_from_where_it_started(
         assert RewardModelLeader.from_pretrained(tmp_path / trainable).change() == pytest.approx(0.1)
 
 
+def test_without_a_budget_nothing_is_pulled_back(classifiers: dict[str, Path], tmp_path: Path) -> None:
+    for trainable in ("head", "lora", "all"):
+        leader = RewardModelLeader(RewardModel(classifiers["llama"]), trainable, budget=None)  # type: ignore[arg-type]
+        move(leader)
+        moved = leader.change()
+        leader.project()
+        assert leader.change() == moved > 0.0
+        leader.save_pretrained(tmp_path / trainable)
+        again = RewardModelLeader.from_pretrained(tmp_path / trainable)
+        again.project()
+        assert again.budget is None and again.change() == pytest.approx(moved)
+        assert "| budget |" not in (tmp_path / trainable / "README.md").read_text()
+
+
 def test_a_start_that_is_gone_matters_only_to_the_budget(classifiers: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(classifiers["llama"], base)

@@ -132,7 +132,7 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
     def refitted() -> dict[str, Any]:
         leader = bench.leader()
         assert isinstance(leader, RewardMixture)  # Config saw to it
-        follower, curve = refit(bench, "refit", leader, spread=config.leader.budget, price=price)
+        follower, curve = refit(bench, "refit", leader, spread=leader.budget, price=price)
         return {**bench.final(follower, leader), "curve": curve, "weights": leader.weights()}
 
     bench.kept("base", base)

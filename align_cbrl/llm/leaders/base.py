@@ -158,7 +158,7 @@ class LanguageLeader(Leader):
         folder.mkdir(parents=True, exist_ok=True)
         record = self.record(folder)
         write_record(folder, name, record)
-        budget = {"budget": record["budget"]} if "budget" in record else {}
+        budget = {"budget": record["budget"]} if record.get("budget") is not None else {}
         write_card(folder, type(self), {**self.describe(), **budget})
 
     @classmethod

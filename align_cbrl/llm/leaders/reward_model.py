@@ -52,7 +52,8 @@ class RewardModelLeader(Correction):
         trainable: "head", "lora" or "all".
         strength: reward per standard deviation of the starting model's scores within a prompt.
         budget: the largest relative change, ||x - x_0|| <= budget * ||x_0||; for an adapter, of the weights that it
-            changes, scaling * ||B A|| <= budget * ||W_0||, over all adapted matrices. It keeps the leader bounded.
+            changes, scaling * ||B A|| <= budget * ||W_0||, over all adapted matrices. None: no bound but what the
+            objective charges for divergence (`KLPriced`) and the length of a step.
         lora: the adapter's size and place; only with "lora".
         gradient_checkpointing: trade time for memory in the backward pass; not with "head", which keeps nothing.
 
@@ -69,12 +70,12 @@ class RewardModelLeader(Correction):
         model: RewardModel,
         trainable: Trainable = "head",
         strength: Positive = 1.0,
-        budget: Positive = 1.0,
+        budget: Positive | None = 1.0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("strength", strength), ("budget", budget)):
+        for name, value in (("strength", strength), ("budget", 1.0 if budget is None else budget)):
             if not (0 < value < float("inf")):
                 raise InputError(f"RewardModelLeader.{name}: expected a positive number, got {value}")
         if trainable not in get_args(Trainable):
@@ -211,13 +212,12 @@ class RewardModelLeader(Correction):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Pull the parameters back to within the budget of where they started.
+        """Pull the parameters back to within the budget of where they started, if there is one.
 
         Raises:
             InputError: a loaded leader of "all" whose starting model is no longer where it was.
         """
-        change = self.change()
-        if change > self.budget:
+        if self.budget is not None and (change := self.change()) > self.budget:
             self.shrink(self.budget / change)
 
     @torch.no_grad()

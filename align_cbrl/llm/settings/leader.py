@@ -25,8 +25,6 @@ from align_cbrl.llm.reward_models import check_reward_model, import_peft
 from align_cbrl.llm.scoring import ScoreFunction
 from align_cbrl.rollouts import Rollouts
 
-_WIDE = 1e6
-
 
 @checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,13 +56,11 @@ class _Leader(abc.ABC):
 
     Attributes:
         strength: reward per standard deviation of the proxy within a prompt, where the leader starts.
-        budget: how far it may go; see the class that is built.
         beta: bounds of a temperature that is learned besides; null: the follower's temperature is fixed.
     """
 
     kind: str = ""
     strength: Positive = 1.0
-    budget: Positive = 1.0
     beta: BetaSettings | None = None
 
     @abc.abstractmethod
@@ -136,6 +132,7 @@ class MixtureSettings(_Leader):
     """
 
     kind: Literal["mixture"] = "mixture"
+    budget: Positive = 1.0
     constraint: Constraint = "free"
     weights: dict[str, float] | None = None
 
@@ -154,13 +151,14 @@ class RewardModelSettings(_Leader):
     """The proxy's own parameters; see `RewardModelLeader`.
 
     Attributes:
-        budget: largest relative change of what is trained.
+        budget: largest relative change of what is trained; null: none, with a price on divergence instead.
         trainable: head, lora or all.
         lora: size and place of the adapter; only with lora.
         gradient_checkpointing: trade time for memory; not with head.
     """
 
     kind: Literal["reward_model"] = "reward_model"
+    budget: Positive | None = 1.0
     trainable: Trainable = "head"
     lora: LoRA | None = None
     gradient_checkpointing: bool = False
@@ -198,6 +196,7 @@ class ShapedSettings(_Leader):
     """
 
     kind: Literal["shaped"] = "shaped"
+    budget: Positive = 1.0
     correction: Literal["terms", "head", "lora"] = "terms"
     constraint: Literal["free", "positive"] = "free"
     model: str | None = None
@@ -236,8 +235,8 @@ class ShapedSettings(_Leader):
                 f"{list(others)}; remove them, or use correction: terms"
             )
         model = _load_anew(name, proxy) if self.model is None else RewardModel(self.model)
-        # The correction's own budget, of its parameters, is left wide: the spread is what is bounded.
-        leader = RewardModelLeader(model, self.correction, self.strength, _WIDE, self.lora)
+        # No budget of its own: the spread is what is bounded.
+        leader = RewardModelLeader(model, self.correction, self.strength, None, self.lora)
         return Shaped(proxy, leader, self.strength, self.budget)
 
 
@@ -255,6 +254,7 @@ class LengthSettings(_Leader):
     """
 
     kind: Literal["length"] = "length"
+    budget: Positive = 1.0
     target: float
     weight: float = 0.0
     learn_target: bool = False
