@@ -13,7 +13,7 @@ from known_follower import Samples
 from torch import Tensor
 
 from align_cbrl import HPGD, ExpectedUtility, HPGDConfig, Natural, Problem, Rollouts
-from align_cbrl.llm import LoRA, RewardModel, RewardModelLeader
+from align_cbrl.llm import LearnedBeta, LoRA, RewardModel, RewardModelLeader
 from align_cbrl.llm.leaders import reward_model as leaders
 
 TEXTS = ["a", "b c", "d", "e f a", "b b b", "c", "d e", "f f a b", "a c", "b", "e", "d d d"]
@@ -102,6 +102,24 @@ def test_leader_steps_are_those_without_it(
     assert error < (1e-5 if config.natural else 1e-9), error
     batches = 3 + (1 + 2 if config.natural else 3 * config.replays)  # those of each step, and the remembered ones
     assert passes[0] == chunks * batches < passes[1]
+
+
+def test_a_learned_beta_passes_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_reward_models.build(tmp_path / "model", "gpt2")
+    objective = ExpectedUtility(lambda leader, r: torch.tensor([[float(len(t))] for t in r.steps["completion"]]))
+    ends = []
+    for expanded in (True, False):
+        leader = LearnedBeta(adapted(path), beta=0.5, low=0.1, high=2.0)
+        found = leader.first_order(batch())
+        assert found is not None
+        torch.testing.assert_close(found[:, 1], leader.reward(batch())[:, 0].detach(), rtol=1e-12, atol=1e-12)
+        if not expanded:
+            monkeypatch.setattr(leader, "first_order", lambda rollouts: None)
+        run = HPGD(Problem(leader, objective, Samples()), config=HPGDConfig(natural=Natural(), progress=False))
+        rows = [run.leader_step(batch(seed)) for seed in range(2)]
+        ends.append(torch.cat([p.detach().flatten() for p in leader.parameters() if p.requires_grad]))
+        assert rows[-1]["gradient_norm"] > 1e-4 and leader.beta != pytest.approx(0.5, abs=1e-6)
+    assert float((ends[0] - ends[1]).norm() / ends[1].norm()) < 1e-5
 
 
 def test_it_is_worth_nothing_once_the_parameters_have_moved(tmp_path: Path) -> None:

@@ -79,6 +79,10 @@ class LearnedBeta(LanguageLeader):
         """The wrapped leader's r_x [B], given its `fixed_scores`."""
         return self.leader.score_from(fixed, prompts, completions, **columns)
 
+    def first_order(self, rollouts: Rollouts) -> Tensor | None:
+        """See `Leader.first_order`: of the wrapped leader's reward, which beta does not move."""
+        return self.leader.first_order(rollouts)
+
     def describe(self) -> dict[str, Any]:
         """What the wrapped leader has learned, and beta."""
         return {**self.leader.describe(), "beta": self.beta}
