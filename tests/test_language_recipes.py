@@ -277,6 +277,8 @@ def test_curves_are_read_where_they_cross() -> None:
     assert at_divergence(curve, 2.5) is None
     assert steps_to([{"step": 10, "judge": 0.9}, {"step": 20, "judge": 0.1}, {"step": 30, "judge": 0.9}], 0.5) == 30
     assert steps_to([{"step": 10, "judge": 0.1}], 0.5) is None
+    priced = [{"step": 10, "judge": 0.9, "kl": 4.0}, {"step": 20, "judge": 0.8, "kl": 1.0}]
+    assert (steps_to(priced, 0.7), steps_to(priced, 0.7, price=0.1)) == (10, 20)
     start = {"kl": 0.0, "judge": 0.3}
     moved = [{"kl": d * d, "judge": 0.3 + d * (0.4 - 0.1 * math.log(d))} for d in (0.3, 1.0, 2.0, 3.0)]
     assert fit_overoptimization([start, *moved]) == pytest.approx((0.4, 0.1))

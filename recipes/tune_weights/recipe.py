@@ -146,18 +146,24 @@ def one_seed(config: Config, seed: int, folder: Path, cache: Path) -> None:
             bench.kept(kind, lambda kind=kind: searched(kind))  # type: ignore[misc]
 
 
-def steps_to(curve: list[dict[str, Any]], target: float) -> float | None:
+def steps_to(curve: list[dict[str, Any]], target: float, price: float = 0.0) -> float | None:
     """Follower steps until the judge's score is `target`, and still is at the next point; None if it never is.
+
+    With a price of a nat it is the score less what the divergence of each point costs.
 
     Example:
         >>> steps_to([{"step": 10, "judge": 0.5}, {"step": 20, "judge": 0.4}, {"step": 30, "judge": 0.6}], 0.45)
         30
     """
     for here, after in itertools.zip_longest(curve, curve[1:]):
-        if here["judge"] >= target and (after is None or after["judge"] >= target):
+        if _scored(here, price) >= target and (after is None or _scored(after, price) >= target):
             steps: float = here["step"]
             return steps
     return None
+
+
+def _scored(point: dict[str, Any], price: float) -> float:
+    return float(point["judge"] - (price * point["kl"] if price else 0.0))
 
 
 def along_the_curve(
@@ -181,7 +187,7 @@ def along_the_curve(
         ([64], 0.05)
     """
     pairs = [
-        [{p["judged"]: p["judge"] - (price * p["kl"] if price else 0.0) for p in curve} for curve in curves]
+        [{p["judged"]: _scored(p, price) for p in curve} for curve in curves]
         for curves in zip(first, second, strict=True)
     ]
     common = sorted(set.intersection(*(set(curve) for pair in pairs for curve in pair)))
@@ -194,28 +200,28 @@ def summarize(config: Config, out: Path) -> dict[str, Any]:
     """Rows over seeds, differences to HPGD, and how soon it reaches what a search ends with."""
     names = [name for name in LABELS if name in ("base", "plain", "hpgd", "fresh") or name in config.methods]
     parts = parts_of(out, config.seeds, *names)
-    reached = []
-    for i, seed in enumerate(config.seeds):
-        for kind in ("tpe", "random"):
-            if kind not in names or config.measure.every is None:  # curves are then not of test prompts
-                continue
-            curve, target = parts["hpgd"][i]["curve"], parts[kind][i]["judge"]["mean"]
-            total, taken = config.search.trials * config.search.steps, steps_to(curve, target)
-            reached.append(
-                {
-                    "seed": seed, "search": kind, "target": target, "search_steps": total, "hpgd_steps": taken,
-                    "share": None if taken is None else taken / total,
-                    "hpgd_judged": next((r["judged"] for r in curve if r["step"] == taken), None),
-                    "search_judged": parts[kind][i]["trials"][-1]["judged"],
-                }
-            )  # fmt: skip
+    price = price_of(config.objective)
+    scores = {"judge": 0.0} | ({"judge less the price": price} if price else {})
+    searches = [name for name in ("tpe", "random") if name in names and config.measure.every is not None]
+    reached = []  # on test prompts, of which curves are where measure.every is given
+    for score, kind, (i, seed) in itertools.product(scores, searches, enumerate(config.seeds)):
+        curve, best = parts["hpgd"][i]["curve"], {n: parts[kind][i][n]["mean"] for n in ("judge", "kl")}
+        target, total = _scored(best, scores[score]), config.search.trials * config.search.steps
+        taken = steps_to(curve, target, scores[score])
+        reached.append(
+            {
+                "seed": seed, "search": kind, "score": score, "target": target, "search_steps": total,
+                "hpgd_steps": taken, "share": None if taken is None else taken / total,
+                "hpgd_judged": next((r["judged"] for r in curve if r["step"] == taken), None),
+                "search_judged": parts[kind][i]["trials"][-1]["judged"],
+            }
+        )  # fmt: skip
     rivals = [name for name in names if name not in ("base", "hpgd", "fresh")]
     tuned = parts["hpgd"]
-    along, price = {}, price_of(config.objective)
+    along = {}
     if "refit" in names and config.measure.every is not None:
         own, other = ([part["curve"] for part in parts[name]] for name in ("hpgd", "refit"))
-        along["judge"] = along_the_curve(own, other)
-        along |= {"judge less the price": along_the_curve(own, other, price)} if price else {}
+        along = {score: along_the_curve(own, other, cost) for score, cost in scores.items()}
     return {
         "rows": rows_of(parts, list(FIGURES)),
         "comparisons": {
@@ -241,8 +247,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
     for row in summary["reached"]:
         taken = "never" if row["hpgd_steps"] is None else f"after {row['hpgd_steps']:.0f}"
         found.append(
-            f"seed {row['seed']}: {row['search']} ends with {row['target']:.3f} after {row['search_steps']} follower "
-            f"steps; HPGD is there {taken}"
+            f"seed {row['seed']}, {row['score']}: {row['search']} ends with {row['target']:.3f} after "
+            f"{row['search_steps']} follower steps; HPGD is there {taken}"
         )
     return [
         *found,
@@ -299,8 +305,8 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         text = "Policies in training, on test prompts, both after as many verdicts."
         found.insert(1, Section("HPGD minus the refitted weights, label by label", text, [compared(gaps)]))
     if summary["reached"]:
-        heads = ["seed", "search", "score", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
-        keys = ["search", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
+        heads = ["seed", "search", "score", "it ends with", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
+        keys = ["search", "score", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
         table = Table(
             heads,
             [[str(row["seed"]), *(row[key] for key in keys)] for row in summary["reached"]],
