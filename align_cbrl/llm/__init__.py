@@ -20,11 +20,13 @@ Modules:
 from align_cbrl.llm.data import Preferences, load_preferences, load_prompts
 from align_cbrl.llm.followers.base import LanguageFollower
 from align_cbrl.llm.followers.callback import LeaderCallback
+from align_cbrl.llm.followers.grpo import GRPOFollower
 from align_cbrl.llm.followers.logged import LoggedFollower
 from align_cbrl.llm.followers.population import Population
+from align_cbrl.llm.followers.rloo import RLOOFollower
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.tilted import TiltedFollower
-from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower, TrainedFollower
+from align_cbrl.llm.followers.trained import TrainedFollower
 from align_cbrl.llm.followers.training import train_follower
 from align_cbrl.llm.judges.cache import JudgeCache
 from align_cbrl.llm.judges.chat import ChatJudge

@@ -2,7 +2,9 @@
 
 Modules:
     base: LanguageFollower, the base class
-    trained: RLOOFollower and GRPOFollower
+    rloo: RLOOFollower, a policy that trl's RLOO trains
+    grpo: GRPOFollower, the same by GRPO, where that has RLOO's fixed point
+    trained: TrainedFollower, what the two have in common
     trl: the trainers, adapted from trl
     tilted: TiltedFollower, reweighted samples of the reference
     logged: LoggedFollower, completions of somebody else's logs

@@ -1,4 +1,4 @@
-"""Followers that are trained by trl: RLOO, and GRPO where it has the same fixed point."""
+"""What followers that trl trains have in common: steps that can be repeated, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from align_cbrl.llm.followers.adapters import WithoutAdapter, check_adapter
 from align_cbrl.llm.followers.base import LanguageFollower, language_leader
 from align_cbrl.llm.followers.prompt_order import PromptOrder
 from align_cbrl.llm.followers.schedule import Schedule
-from align_cbrl.llm.followers.trl import grpo, rloo
 from align_cbrl.llm.followers.trl.observed import (
     CONTEXT,
     AfterEachStep,
@@ -643,48 +642,6 @@ class TrainedFollower(LanguageFollower, IterativeFollower):
                 {n: p.detach().clone() for n, p in self._trainable().items()} if trainer.reference is None else {}
             )
         return self._trainer
-
-
-class RLOOFollower(TrainedFollower):
-    """A policy trained by trl's RLOO, whose fixed point is the Boltzmann response (trl's KL, in the reward, is exact).
-
-    With an inside schedule the leader steps inside the trainer's own loop, every `interval` optimizer steps, on the
-    completions just trained on: one train() call for the whole run. Otherwise every leader step waits for `interval`
-    optimizer steps and sees fresh completions of freshly drawn prompts.
-
-    Arguments and errors are those of `TrainedFollower`; `settings` are fields of `trl.RLOOConfig`.
-    """
-
-    fields = rloo.FIELDS
-
-    @staticmethod
-    def _make_config(temperature: float, /, **settings: Any) -> Any:
-        return rloo.boltzmann_config(temperature, **settings)
-
-    @staticmethod
-    def _make_trainer(**arguments: Any) -> ObservedTrainer:
-        return rloo.ObservedRLOOTrainer(**arguments)
-
-
-class GRPOFollower(TrainedFollower):
-    """A policy trained by trl's GRPO in the one configuration whose fixed point is the Boltzmann response.
-
-    trl's own beta stays 0, and lambda times the completion's log-ratio to the reference is taken from the reward;
-    rewards are not divided by their spread, and the loss is "dr_grpo". Anything else is refused, with the bias that was
-    measured. It then equals RLOO but for the baseline.
-
-    Arguments and errors are those of `TrainedFollower`; `settings` are fields of `trl.GRPOConfig`.
-    """
-
-    fields = grpo.FIELDS
-
-    @staticmethod
-    def _make_config(temperature: float, /, **settings: Any) -> Any:
-        return grpo.boltzmann_config(temperature, **settings)
-
-    @staticmethod
-    def _make_trainer(**arguments: Any) -> ObservedTrainer:
-        return grpo.ObservedGRPOTrainer(**arguments)
 
 
 def _pieces(prompts_per_step: int, group_size: int, settings: Mapping[str, Any]) -> int:

@@ -14,9 +14,11 @@ from datasets import Dataset
 from align_cbrl.checks import Count, Positive, Several, checked
 from align_cbrl.errors import InputError
 from align_cbrl.llm.followers.base import LanguageFollower
+from align_cbrl.llm.followers.grpo import GRPOFollower
+from align_cbrl.llm.followers.rloo import RLOOFollower
 from align_cbrl.llm.followers.schedule import Schedule
 from align_cbrl.llm.followers.tilted import TiltedFollower
-from align_cbrl.llm.followers.trained import GRPOFollower, RLOOFollower, TrainedFollower
+from align_cbrl.llm.followers.trained import TrainedFollower
 from align_cbrl.runs.inputs import Input
 
 
