@@ -18,7 +18,7 @@ import torch
 from align_cbrl.recipes.objectives.recipe import measure
 from align_cbrl.recipes.overoptimization.recipe import fit_overoptimization
 from align_cbrl.recipes.reward_model import recipe as reward_model
-from align_cbrl.recipes.tune_weights.recipe import steps_to
+from align_cbrl.recipes.tune_weights.recipe import _reached, steps_to
 from align_cbrl.recipes.worlds.bench import at_divergence
 from align_cbrl.recipes.worlds.replies.judge import reply_judge
 from align_cbrl.recipes.worlds.world import PolicySettings
@@ -279,6 +279,13 @@ def test_curves_are_read_where_they_cross() -> None:
     assert steps_to([{"step": 10, "judge": 0.1}], 0.5) is None
     priced = [{"step": 10, "judge": 0.9, "kl": 4.0}, {"step": 20, "judge": 0.8, "kl": 1.0}]
     assert (steps_to(priced, 0.7), steps_to(priced, 0.7, price=0.1)) == (10, 20)
+
+
+def test_a_summary_of_an_earlier_version_is_still_reported() -> None:
+    row = {"seed": 3, "search": "tpe", "target": 0.5, "search_steps": 800, "hpgd_steps": None, "share": None,
+           "hpgd_judged": None, "search_judged": 2560}  # fmt: skip
+    old, new = _reached([row, {**row, "score": "judge less the price"}]).rows
+    assert (old[2], new[2]) == ("judge", "judge less the price") and len(old) == len(new) == 9
     start = {"kl": 0.0, "judge": 0.3}
     moved = [{"kl": d * d, "judge": 0.3 + d * (0.4 - 0.1 * math.log(d))} for d in (0.3, 1.0, 2.0, 3.0)]
     assert fit_overoptimization([start, *moved]) == pytest.approx((0.4, 0.1))

@@ -305,16 +305,21 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
         text = "Policies in training, on test prompts, both after as many verdicts."
         found.insert(1, Section("HPGD minus the refitted weights, label by label", text, [compared(gaps)]))
     if summary["reached"]:
-        heads = ["seed", "search", "score", "it ends with", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
-        keys = ["search", "score", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
-        table = Table(
-            heads,
-            [[str(row["seed"]), *(row[key] for key in keys)] for row in summary["reached"]],
-            "HPGD's steps: the first point of its curve at which the test score is at least the search's, and still is "
-            "at the next point.",
-        )
+        table = _reached(summary["reached"])
         found.insert(1, Section("Follower steps to the score that a search ends with", "", [table]))
     return found
+
+
+def _reached(rows: Sequence[dict[str, Any]]) -> Table:
+    """A row for each search and seed; those of runs before 0.2 went by the judge's score alone, and do not say so."""
+    heads = ["seed", "search", "score", "it ends with", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
+    keys = ["search", "score", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
+    return Table(
+        heads,
+        [[str(row["seed"]), *({"score": "judge", **row}[key] for key in keys)] for row in rows],
+        "HPGD's steps: the first point of its curve at which the test score is at least the search's, and still is "
+        "at the next point.",
+    )
 
 
 def title(config: Config, summary: dict[str, Any]) -> tuple[str, str]:
