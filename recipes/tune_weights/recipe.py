@@ -311,7 +311,7 @@ def sections(config: Config, out: Path, summary: dict[str, Any]) -> list[Section
 
 
 def _reached(rows: Sequence[dict[str, Any]]) -> Table:
-    """A row for each search and seed; those of runs before 0.2 went by the judge's score alone, and do not say so."""
+    """A row for each search and seed; those of earlier runs went by the judge's score alone, and do not say so."""
     heads = ["seed", "search", "score", "it ends with", "its steps", "HPGD's", "share", "HPGD judged", "it judged"]
     keys = ["search", "score", "target", "search_steps", "hpgd_steps", "share", "hpgd_judged", "search_judged"]
     return Table(
